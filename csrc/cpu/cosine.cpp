@@ -1,0 +1,97 @@
+// anchor_cosine: cosines between every pixel and every anchor.
+#include "tensors.h"
+
+namespace sea {
+namespace {
+
+std::vector<Map> maps(const std::vector<Tensor>& tensors) {
+  std::vector<Map> out;
+  for (const Tensor& tensor : tensors) out.push_back(make_map(tensor));
+  return out;
+}
+
+// Directions of given anchors [L, P, C].
+template <class T>
+Directions<T> directions(const Tensor& anchors, const std::vector<Map>& levels, const Regions& regions) {
+  Directions<T> out(levels, regions);
+  parallel(levels.size(), [&](int64_t l, int64_t) {
+    loops<T>().directions(data<T>(anchors) + l * regions.masks() * levels[l].channels, out[l]);
+  });
+  return out;
+}
+
+template <class T>
+std::vector<Tensor> forward(const std::vector<Tensor>& features, const Tensor& anchors, const std::vector<Tensor>& regions_) {
+  const std::vector<Map> levels = maps(features);
+  const Regions regions(regions_, levels);
+  const Directions<T> direction = directions<T>(anchors, levels, regions);
+  std::vector<Tensor> out;
+  std::vector<Cosine<T>> tasks;
+  int64_t size = 0;
+  for (size_t l = 0; l < levels.size(); ++l) {
+    out.push_back(make({levels[l].batch, regions.masks(), levels[l].height, levels[l].width}, kScalarType<T>));
+    tasks.push_back({levels[l], make_map(out[l]), {}, {}, direction[l]});
+    size = std::max(size, tasks[l].scratch());
+  }
+  const std::vector<Block> blocks = make_blocks(levels, 1);
+  Buffer<T> scratch(workers() * size);
+  parallel(blocks.size(), [&](int64_t task, int64_t worker) {
+    loops<T>().cosine(tasks[blocks[task].level], blocks[task].begin, blocks[task].end, scratch.get() + worker * size);
+  });
+  return out;
+}
+
+template <class T>
+std::vector<Tensor> backward(const std::vector<Tensor>& gradients, const std::vector<Tensor>& features, const Tensor& anchors,
+                             const std::vector<Tensor>& regions_) {
+  const std::vector<Map> levels = maps(features);
+  const Regions regions(regions_, levels);
+  const Directions<T> direction = directions<T>(anchors, levels, regions);
+  const int64_t channels = levels[0].channels, masks = regions.masks();
+  std::vector<Tensor> out;
+  std::vector<Cosine<T>> tasks;
+  int64_t size = 0;
+  for (size_t l = 0; l < levels.size(); ++l) {
+    out.push_back(make_gradient(features[l]));
+    tasks.push_back({levels[l], make_map(gradients[l]), make_map(gradients[l]), make_map(out[l]), direction[l]});
+    size = std::max(size, tasks[l].scratch());
+  }
+  const std::vector<Block> blocks = make_blocks(levels, 64);
+  const int64_t moment = masks * padded(channels);
+  Buffer<T> scratch(workers() * size), moments(static_cast<int64_t>(blocks.size()) * moment);
+  parallel(blocks.size(), [&](int64_t task, int64_t worker) {
+    T* own = moments.get() + task * moment;
+    std::fill_n(own, moment, T(0));
+    loops<T>().cosine_backward(tasks[blocks[task].level], blocks[task].begin, blocks[task].end, own, scratch.get() + worker * size);
+  });
+  Tensor anchor_gradient = make({static_cast<int64_t>(levels.size()), masks, channels}, kScalarType<T>);
+  parallel(levels.size(), [&](int64_t l, int64_t) {
+    T* gradient = data<T>(anchor_gradient) + l * masks * channels;
+    std::fill_n(gradient, masks * channels, T(0));
+    // The blocks of a level lie together, `rows` rows of each `moment` are filled.
+    int64_t first = 0, count = 0;
+    for (const Block& block : blocks) (block.level < l ? first : count) += block.level <= l;
+    loops<T>().project(direction[l], moments.get() + first * moment, count, moment, gradient);
+  });
+  out.push_back(anchor_gradient);
+  return out;
+}
+
+std::vector<Tensor> anchor_cosine(std::vector<Tensor> features, Tensor anchors, std::vector<Tensor> regions) {
+  return anchors.scalar_type() == ScalarType::Double ? forward<double>(features, anchors, regions)
+                                                     : forward<float>(features, anchors, regions);
+}
+
+std::vector<Tensor> anchor_cosine_backward(std::vector<Tensor> gradients, std::vector<Tensor> features, Tensor anchors,
+                                           std::vector<Tensor> regions) {
+  return anchors.scalar_type() == ScalarType::Double ? backward<double>(gradients, features, anchors, regions)
+                                                     : backward<float>(gradients, features, anchors, regions);
+}
+
+}  // namespace
+}  // namespace sea
+
+STABLE_TORCH_LIBRARY_IMPL(sea_kernels, CPU, library) {
+  library.impl("anchor_cosine", TORCH_BOX(&sea::anchor_cosine));
+  library.impl("anchor_cosine_backward", TORCH_BOX(&sea::anchor_cosine_backward));
+}

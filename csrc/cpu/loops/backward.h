@@ -1,0 +1,66 @@
+// The gradient of the student's maps from all parts of the loss: each map is read once and its gradient written once.
+#pragma once
+#include "distance.h"
+#include "pool.h"
+
+namespace sea {
+namespace SEA_ISA {
+
+// tile[c, n] += scale (softmax of the student - softmax of the teacher)
+template <class T>
+inline void add_localization(const Backward<T>& task, int64_t begin, int64_t end,
+                             T* features,  // [channels, kTilePixels], overwritten
+                             T* other,     // [channels, kTilePixels], overwritten
+                             T* tile) {    // [channels, kTilePixels]
+  constexpr int lanes = kLanes<T>;
+  const int64_t channels = task.student.channels;
+  read_channels(task.student, begin, end, features, kTilePixels);
+  read_channels(task.teacher, begin, end, other, kTilePixels);
+  inside(task.student, task.extents, begin, end, [&](int64_t b, int64_t from, int64_t to) {
+    const T* student_log_sum = task.log_sums + b * channels;
+    const T* teacher_log_sum = student_log_sum + task.student.batch * channels;
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t n = from; n < to; n += lanes) {
+        const int64_t at = c * kTilePixels + n - begin;
+        const Vec<T> student = exp(load(features + at) * task.inverse_temperature - student_log_sum[c]);
+        const Vec<T> teacher = exp(load(other + at) * task.inverse_temperature - teacher_log_sum[c]);
+        const Vec<T> value = task.localization_scale * (student - teacher);
+        if (n + lanes <= to)
+          store(tile + at, load(tile + at) + value);
+        else
+          for (int i = 0; i < to - n; ++i) tile[at + i] += value[i];
+      }
+  });
+}
+
+template <class T>
+void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
+  const int64_t channels = task.student.channels;
+  const bool counts = task.runs && !task.runs->skips(begin, end);
+  const int64_t rows = task.with_distance ? task.distance.student_anchors.rows : 0;
+  T* features = scratch;                             // [channels, kTilePixels]
+  T* tile = features + channels * kTilePixels;       // [channels, kTilePixels]
+  T* inverse_norm = tile + channels * kTilePixels;   // [kTilePixels]
+  T* student = inverse_norm + kTilePixels;           // [rows + 1, kTilePixels]
+  T* teacher = student + (rows + 1) * kTilePixels;   // [rows, kTilePixels]
+  T* other = teacher + rows * kTilePixels;           // [channels, kTilePixels], the last: loads may run over its end
+
+  if (task.with_distance && counts) {
+    const T* coefficients_ = student;
+    if (task.kept) {
+      coefficients_ = task.kept + begin * (rows + 1);
+      read_counted(task.student, task.runs, begin, end, features, inverse_norm);
+    } else {
+      coefficients(task.distance, begin, end, features, inverse_norm, student, teacher);
+    }
+    add_directions(rows, channels, coefficients_, task.scaled_direction, task.distance_scale, features, tile);
+  } else {
+    for (int64_t i = 0; i < channels * kTilePixels; ++i) tile[i] = 0;
+  }
+  if (task.spread && counts) spread_tile(*task.runs, begin, end, task.spread, channels, other, tile);
+  if (task.log_sums) add_localization(task, begin, end, features, other, tile);
+  write_channels(task.gradient, begin, end, tile, kTilePixels);
+}
+
+}  // namespace SEA_ISA
+}  // namespace sea

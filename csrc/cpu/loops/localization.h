@@ -1,0 +1,47 @@
+// Softmax over the positions of each channel, in one pass over student and teacher.
+#pragma once
+#include "tile.h"
+
+namespace sea {
+namespace SEA_ISA {
+
+// A running softmax of student and teacher: maximum and sum of exponentials, and the teacher's weighted sum of differences.
+template <class T>
+struct Softmax {
+  Vec<T> student_max = splat(T(-INFINITY)), student_sum{};
+  Vec<T> teacher_max = splat(T(-INFINITY)), teacher_sum{};
+  Vec<T> difference{};
+};
+
+// Adds `pixels` rows, at least one, of a tile to the running softmax of one vector of channels.
+template <class T>
+inline void softmax_tile(Softmax<T>& state, int64_t pixels, T inverse_temperature,
+                         const T* student,  // [pixels, channels]
+                         const T* teacher,  // [pixels, channels]
+                         int64_t channels) {
+  Vec<T> student_max = state.student_max, teacher_max = state.teacher_max;
+  for (int64_t n = 0; n < pixels; ++n) {
+    student_max = maximum(load(student + n * channels) * inverse_temperature, student_max);
+    teacher_max = maximum(load(teacher + n * channels) * inverse_temperature, teacher_max);
+  }
+  const Vec<T> teacher_scale = exp(state.teacher_max - teacher_max);
+  state.student_sum *= exp(state.student_max - student_max);
+  state.teacher_sum *= teacher_scale;
+  state.difference *= teacher_scale;
+  Vec<T> student_sum{}, teacher_sum{}, difference{};
+  for (int64_t n = 0; n < pixels; ++n) {
+    const Vec<T> s = load(student + n * channels) * inverse_temperature, t = load(teacher + n * channels) * inverse_temperature;
+    const Vec<T> weight = exp(t - teacher_max);
+    student_sum += exp(s - student_max);
+    teacher_sum += weight;
+    difference += weight * (t - s);
+  }
+  state.student_sum += student_sum;
+  state.teacher_sum += teacher_sum;
+  state.difference += difference;
+  state.student_max = student_max;
+  state.teacher_max = teacher_max;
+}
+
+}  // namespace SEA_ISA
+}  // namespace sea

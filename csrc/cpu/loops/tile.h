@@ -1,0 +1,194 @@
+// A tile: some pixels of a map, copied to a small dense buffer in the type that is computed in, and back. Layouts,
+// strides and 16-bit types end here: what computes on tiles knows none of them.
+#pragma once
+#include "../../pyramid.h"
+#include "vec.h"
+
+namespace sea {
+namespace SEA_ISA {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float widen(Half x) {
+  // Shifted into a float32 the exponent is 112 too small; a multiplication corrects it, subnormals included.
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+  const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t value = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled;
+  return bit_cast<float>(value | (x.bits & 0x8000u) << 16);
+}
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline void narrow(float x, BFloat16& out) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+inline void narrow(float x, Half& out) {
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  // Subnormal results: adding 0.5 makes the float32 adder round at the right place.
+  const uint32_t small = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t value = magnitude < 0x38800000u ? small : magnitude < 0x47800000u ? normal : large;
+  out.bits = static_cast<uint16_t>(value | (bits >> 16 & 0x8000u));
+}
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(double x, double& out) { out = x; }
+template <class Small>
+inline void narrow(double x, Small& out) {
+  narrow(static_cast<float>(x), out);
+}
+
+// Calls f with a null pointer of the element type.
+template <class F>
+inline void visit(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float32:
+      return f(static_cast<float*>(nullptr));
+    case Dtype::float64:
+      return f(static_cast<double*>(nullptr));
+    case Dtype::float16:
+      return f(static_cast<Half*>(nullptr));
+    case Dtype::bfloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+  }
+}
+
+// out[r, c] = in[r, c] for a dense row-major out. Rows or columns of `in` that are contiguous are read as vectors.
+template <class In, class T>
+inline void gather(int64_t rows, int64_t columns, const In* in, int64_t in_row, int64_t in_column, T* out, int64_t out_row) {
+  constexpr int n = kLanes<T>;
+  if (in_column == 1) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c) out[r * out_row + c] = static_cast<T>(widen(in[r * in_row + c]));
+    return;
+  }
+  const int64_t square_rows = in_row == 1 ? rows / n * n : 0, square_columns = in_row == 1 ? columns / n * n : 0;
+  for (int64_t c = 0; c < square_columns; c += n)
+    for (int64_t r = 0; r < square_rows; r += n) {
+      T block[n][n];
+      Vec<T> vectors[n];
+      for (int i = 0; i < n; ++i) {
+        for (int j = 0; j < n; ++j) block[i][j] = static_cast<T>(widen(in[r + j + (c + i) * in_column]));
+        vectors[i] = load(block[i]);
+      }
+      transpose<T>(vectors);
+      for (int j = 0; j < n; ++j) store(out + (r + j) * out_row + c, vectors[j]);
+    }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < square_rows ? square_columns : 0; c < columns; ++c)
+      out[r * out_row + c] = static_cast<T>(widen(in[r * in_row + c * in_column]));
+}
+
+// The way back: out[r, c] = in[r, c] for a dense row-major in.
+template <class T, class Out>
+inline void scatter(int64_t rows, int64_t columns, const T* in, int64_t in_row, Out* out, int64_t out_row,
+                    int64_t out_column) {
+  constexpr int n = kLanes<T>;
+  if (out_column == 1) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c) narrow(in[r * in_row + c], out[r * out_row + c]);
+    return;
+  }
+  const int64_t square_rows = out_row == 1 ? rows / n * n : 0, square_columns = out_row == 1 ? columns / n * n : 0;
+  for (int64_t c = 0; c < square_columns; c += n)
+    for (int64_t r = 0; r < square_rows; r += n) {
+      T block[n];
+      Vec<T> vectors[n];
+      for (int j = 0; j < n; ++j) vectors[j] = load(in + (r + j) * in_row + c);
+      transpose<T>(vectors);
+      for (int i = 0; i < n; ++i) {
+        store(block, vectors[i]);
+        for (int j = 0; j < n; ++j) narrow(block[j], out[r + j + (c + i) * out_column]);
+      }
+    }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < square_rows ? square_columns : 0; c < columns; ++c)
+      narrow(in[r * in_row + c], out[r * out_row + c * out_column]);
+}
+
+// Calls f(column of the tile, pixels, offset of the first) for every stretch of the pixels [begin, end) of a map, counted
+// over batch and rows, whose addresses are evenly spaced by stride[3].
+template <class F>
+inline void stretches(const Map& map, int64_t begin, int64_t end, F f) {
+  const int64_t image = map.height * map.width;
+  const bool rows_join = map.height == 1 || map.stride[2] == map.width * map.stride[3];
+  const bool images_join = rows_join && (map.batch == 1 || map.stride[0] == image * map.stride[3]);
+  for (int64_t n = begin; n < end;) {
+    const int64_t b = n / image, y = n % image / map.width, x = n % map.width;
+    int64_t stop = images_join ? end : rows_join ? (b + 1) * image : n - x + map.width;
+    if (stop > end) stop = end;
+    f(n - begin, stop - n, b * map.stride[0] + y * map.stride[2] + x * map.stride[3]);
+    n = stop;
+  }
+}
+
+// Calls f(image, begin, end) for every stretch of the pixels [begin, end) that lies inside its image.
+template <class F>
+inline void inside(const Map& map, const Extent* extents, int64_t begin, int64_t end, F f) {
+  const int64_t image = map.height * map.width;
+  for (int64_t n = begin; n < end;) {
+    const int64_t b = n / image, y = n % image / map.width;
+    const Extent whole{static_cast<int32_t>(map.height), static_cast<int32_t>(map.width)};
+    const Extent extent = extents ? extents[b] : whole;
+    const bool rows_join = extent.columns == map.width;
+    int64_t next = b * image + (rows_join || y >= extent.rows ? image : (y + 1) * map.width);
+    int64_t stop = b * image + (rows_join ? extent.rows * map.width : y * map.width + (y < extent.rows ? extent.columns : 0));
+    if (stop > end) stop = end;
+    if (n < stop) f(b, n, stop);
+    n = next;
+  }
+}
+
+// tile[c, n] <- map, for all channels and the pixels [begin, end).
+template <class T>
+inline void read_channels(const Map& map, int64_t begin, int64_t end, T* tile, int64_t tile_row) {
+  visit(map.dtype, [&](auto* type) {
+    const auto* data = static_cast<decltype(type)>(map.data);
+    stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
+      gather(map.channels, count, data + offset, map.stride[1], map.stride[3], tile + at, tile_row);
+    });
+  });
+}
+
+// tile[n, c] <- map, for the channels [c0, c0 + channels) and the pixels [begin, end).
+template <class T>
+inline void read_pixels(const Map& map, int64_t begin, int64_t end, int64_t c0, int64_t channels, T* tile,
+                        int64_t tile_row) {
+  visit(map.dtype, [&](auto* type) {
+    const auto* data = static_cast<decltype(type)>(map.data) + c0 * map.stride[1];
+    stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
+      gather(count, channels, data + offset, map.stride[3], map.stride[1], tile + at * tile_row, tile_row);
+    });
+  });
+}
+
+// map <- tile[c, n].
+template <class T>
+inline void write_channels(const Map& map, int64_t begin, int64_t end, const T* tile, int64_t tile_row) {
+  visit(map.dtype, [&](auto* type) {
+    auto* data = static_cast<decltype(type)>(map.data);
+    stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
+      scatter(map.channels, count, tile + at, tile_row, data + offset, map.stride[1], map.stride[3]);
+    });
+  });
+}
+
+}  // namespace SEA_ISA
+}  // namespace sea

@@ -1,0 +1,167 @@
+// Vectors of one instruction set, and what is built from them: transposition, exponential, matrix product.
+// The compiler's own vector types keep this one source for SSE2, AVX2, AVX-512 and NEON.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define SEA_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define SEA_VECTOR_BYTES 32
+#else
+#define SEA_VECTOR_BYTES 16
+#endif
+
+namespace sea {
+namespace SEA_ISA {
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(SEA_VECTOR_BYTES)));
+  typedef int32_t index __attribute__((vector_size(SEA_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(SEA_VECTOR_BYTES)));
+  typedef int64_t index __attribute__((vector_size(SEA_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = SEA_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+
+// NaN in x is passed over: it shows in the sum that the maximum is subtracted in.
+template <class V>
+inline V maximum(V x, V m) {
+  return x > m ? x : m;
+}
+
+// e^x to 2 ulp: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor polynomial. -inf gives 0, NaN stays NaN.
+inline Vec<float> exp(Vec<float> x) {
+  using I = VectorOf<float>::index;
+  const Vec<float> low = splat(-87.3f), high = splat(88.7f);
+  const Vec<float> clamped = x < low ? low : (x > high ? high : x);
+  const Vec<float> shifter = splat(0x1.8p23f);
+  const Vec<float> shifted = clamped * 0x1.715476p0f + shifter;
+  const Vec<float> n = shifted - shifter;
+  const Vec<float> r = (clamped - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  Vec<float> p = splat(1.f / 5040);
+  p = p * r + 1.f / 720;
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  I bits, exponent;
+  std::memcpy(&bits, &p, sizeof bits);
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  bits += exponent << 23;
+  std::memcpy(&p, &bits, sizeof p);
+  p = x < low ? Vec<float>{} : p;
+  return x > high ? splat(INFINITY) : p;
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+template <class T, bool kHigh>
+inline Vec<T> interleave(Vec<T> a, Vec<T> b) {
+  typename VectorOf<T>::index order;
+  for (int i = 0; i < kLanes<T>; ++i) order[i] = (kHigh ? kLanes<T> / 2 : 0) + i / 2 + (i % 2 ? kLanes<T> : 0);
+  return __builtin_shuffle(a, b, order);
+}
+
+// Square transposition: log2(lanes) perfect shuffles of the rows.
+template <class T>
+inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> next[n];
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = interleave<T, false>(rows[i], rows[i + n / 2]);
+      next[2 * i + 1] = interleave<T, true>(rows[i], rows[i + n / 2]);
+    }
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+}
+
+// Rows of the register block of a matrix product: with two vectors a row it fills the register file.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kBlockRows = 12;
+#elif defined(__AVX2__)
+constexpr int kBlockRows = 6;
+#else
+constexpr int kBlockRows = 4;
+#endif
+
+// c[m, :] += sum_k a[k, m] b[k, :] for kRows rows and kVectors vectors of columns.
+template <int kRows, int kVectors, class T>
+inline void multiply_block(int64_t depth, const T* a, int64_t a_k, int64_t a_m, const T* b, int64_t b_k, T* c,
+                           int64_t c_m) {
+  Vec<T> sum[kRows][kVectors];
+  for (int m = 0; m < kRows; ++m)
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = load(c + m * c_m + v * kLanes<T>);
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * b_k + v * kLanes<T>);
+    for (int m = 0; m < kRows; ++m) {
+      const Vec<T> left = splat(a[k * a_k + m * a_m]);
+      for (int v = 0; v < kVectors; ++v) sum[m][v] += left * right[v];
+    }
+  }
+  for (int m = 0; m < kRows; ++m)
+    for (int v = 0; v < kVectors; ++v) store(c + m * c_m + v * kLanes<T>, sum[m][v]);
+}
+
+// The rows that are left over, one template instance for each number of them.
+template <int kRows, int kVectors, class T>
+inline void multiply_rows(int64_t rows, int64_t depth, const T* a, int64_t a_k, int64_t a_m, const T* b, int64_t b_k, T* c,
+                          int64_t c_m) {
+  if constexpr (kRows > 0) {
+    if (rows >= kRows) return multiply_block<kRows, kVectors>(depth, a, a_k, a_m, b, b_k, c, c_m);
+    multiply_rows<kRows - 1, kVectors>(rows, depth, a, a_k, a_m, b, b_k, c, c_m);
+  }
+}
+
+// c[m, n] += sum_k a[k, m] b[k, n] for m < rows, k < depth, n < columns (a multiple of the lanes).
+// a is read in blocks of kBlockRows rows, a_block elements apart: kBlockRows * a_m where a is a plain matrix.
+template <class T>
+inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_k, int64_t a_m, int64_t a_block,
+                     const T* b, int64_t b_k, T* c, int64_t c_m) {
+  constexpr int pair = 2 * kLanes<T>;
+  for (int64_t n = 0; n < columns; n += pair)
+    for (int64_t m = 0; m < rows; m += kBlockRows) {
+      const T* block = a + m / kBlockRows * a_block;
+      T* out = c + m * c_m + n;
+      if (n + pair <= columns)
+        multiply_rows<kBlockRows, 2>(rows - m, depth, block, a_k, a_m, b + n, b_k, out, c_m);
+      else
+        multiply_rows<kBlockRows, 1>(rows - m, depth, block, a_k, a_m, b + n, b_k, out, c_m);
+    }
+}
+
+}  // namespace SEA_ISA
+}  // namespace sea

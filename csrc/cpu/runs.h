@@ -1,0 +1,41 @@
+// The masks of one level as runs: stretches of pixels that lie in the same masks. A row of pixels is a handful of runs, so
+// what is done once a run is nearly free beside what is done once a pixel.
+#pragma once
+#include <cstdint>
+
+namespace sea {
+
+// Read by code of every instruction set, hence no function here may be emitted on its own.
+struct Runs {
+  int64_t size;
+  const int64_t* begin;  // [size + 1] first pixel, counted over batch and rows; the last entry ends the level
+  const int64_t* first;  // [size + 1] into masks
+  const int32_t* masks;  // the masks of each run, one run after the other; none: its pixels do not count
+
+  __attribute__((always_inline)) bool counts(int64_t run) const { return first[run] < first[run + 1]; }
+
+  // The run that holds a pixel.
+  __attribute__((always_inline)) int64_t find(int64_t pixel) const {
+    int64_t low = 0, high = size;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (begin[middle] <= pixel ? low : high) = middle;
+    }
+    return low;
+  }
+
+  // True where none of the pixels [from, to) counts.
+  __attribute__((always_inline)) bool skips(int64_t from, int64_t to) const {
+    const int64_t run = find(from);
+    return !counts(run) && begin[run + 1] >= to;
+  }
+
+  // Calls f(run, begin, end) for the runs that meet [from, to), cut to it.
+  template <class F>
+  __attribute__((always_inline)) void each(int64_t from, int64_t to, F f) const {
+    for (int64_t run = find(from); run < size && begin[run] < to; ++run)
+      f(run, begin[run] > from ? begin[run] : from, begin[run + 1] < to ? begin[run + 1] : to);
+  }
+};
+
+}  // namespace sea

@@ -1,0 +1,355 @@
+// The losses, fused: any number of sets of maps, each with the parts of the loss it takes part in. One set after the other
+// goes through all its steps, so that what they need in between is held for one set alone and is still near the processor.
+#include "tensors.h"
+
+namespace sea {
+namespace {
+
+// One set: student and teacher maps of all levels.
+struct Set {
+  std::vector<Map> student, teacher;
+  int64_t parts;
+
+  int64_t channels() const { return student[0].channels; }
+  bool has(Part part) const { return parts & part; }
+  bool pools() const { return parts & (kAnchor | kDistance); }
+};
+
+std::vector<Set> make_sets(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher, const std::vector<int64_t>& parts) {
+  std::vector<Set> sets;
+  const size_t levels = student.size() / parts.size();
+  for (size_t s = 0; s < parts.size(); ++s) {
+    sets.push_back({{}, {}, parts[s]});
+    for (size_t l = s * levels; l < (s + 1) * levels; ++l) {
+      sets[s].student.push_back(make_map(student[l]));
+      sets[s].teacher.push_back(make_map(teacher[l]));
+    }
+  }
+  return sets;
+}
+
+int64_t tiles(const Map& map) { return (map.pixels() + kTilePixels - 1) / kTilePixels; }
+
+// Where the parts of a set lie in what is saved for backward. All sizes come from shapes alone.
+struct Layout {
+  // kept [P + 1, ...]: coefficients of the distances, then anchors. Empty where it would be too large: then both are computed
+  // again. gradient: of the student's anchors, from the distances. log_sums: of the localisation.
+  std::vector<int64_t> coefficients, anchors, gradient, log_sums;
+  int64_t kept = 0, gradients = 0, sums = 0;
+
+  Layout(const std::vector<Set>& sets, int64_t masks) {
+    for (const Set& set : sets) {
+      const int64_t levels = static_cast<int64_t>(set.student.size());
+      coefficients.push_back(kept);
+      for (const Map& map : set.student) kept += set.has(kDistance) ? (masks + 1) * tiles(map) * kTilePixels : 0;
+      anchors.push_back(kept);
+      kept += set.pools() ? 2 * levels * (masks + 1) * set.channels() : 0;
+      gradient.push_back(gradients);
+      gradients += set.has(kDistance) ? levels * masks * set.channels() : 0;
+      log_sums.push_back(sums);
+      for (const Map& map : set.student) sums += set.has(kLocalization) ? 2 * map.batch * map.channels : 0;
+    }
+  }
+};
+
+template <class T>
+struct Options {
+  T distance_temperature, localization_temperature;
+  bool detach_anchors;
+};
+
+// Pools one set and, where log_sums is given, does its localisation in the same pass.
+template <class T>
+void pool(const Set& set, const Regions& regions, const Options<T>& options,
+          T* student_anchors,  // [L, P, C]; null: not pooled
+          T* teacher_anchors,  // [L, P, C]
+          T* log_sums,         // [L][2, B, C]; null: no localisation
+          double* divergence) {  // [L, C]
+  const int64_t masks = regions.masks(), channels = set.channels();
+  std::vector<Pool<T>> pools;
+  std::vector<std::pair<int64_t, int64_t>> tasks;  // level, block of channels
+  for (size_t l = 0; l < set.student.size(); ++l) {
+    const int64_t at = l * masks * channels;
+    const Runs* runs = student_anchors ? regions.runs(l) : nullptr;
+    pools.push_back({set.student[l], set.teacher[l], runs, runs ? regions.area(l) : nullptr, runs ? masks : 0, student_anchors + at,
+                     teacher_anchors + at, regions.extents(l), log_sums, divergence + l * channels,
+                     1 / options.localization_temperature});
+    if (log_sums) log_sums += 2 * set.student[l].batch * channels;
+    for (int64_t block = 0; block < loops<T>().pool_blocks(set.student[l]); ++block) tasks.emplace_back(l, block);
+  }
+  const int64_t size = pools[0].scratch();
+  Buffer<T> scratch(workers() * size);
+  parallel(tasks.size(), [&](int64_t task, int64_t worker) {
+    loops<T>().pool(pools[tasks[task].first], tasks[task].second, scratch.get() + worker * size);
+  });
+}
+
+// mean_{p: area > 0} mean_c (aS - aT)^2 of one level
+template <class T>
+double anchor_loss(const std::vector<int32_t>& present, int64_t channels, const T* student, const T* teacher) {
+  double sum = 0;
+  for (const int32_t p : present)
+    for (int64_t c = p * channels; c < (p + 1) * channels; ++c) {
+      const double difference = static_cast<double>(student[c]) - teacher[c];
+      sum += difference * difference;
+    }
+  return present.empty() || channels == 0 ? 0 : sum / static_cast<double>(present.size() * channels);
+}
+
+// Directions of the anchors of both sides of a set.
+template <class T>
+struct BothDirections {
+  Directions<T> student, teacher;
+
+  BothDirections(const Set& set, const Regions& regions, const T* student_anchors, const T* teacher_anchors)
+      : student(set.student, regions), teacher(set.teacher, regions) {
+    const int64_t levels = static_cast<int64_t>(set.student.size()), stride = regions.masks() * set.channels();
+    parallel(2 * levels, [&](int64_t task, int64_t) {
+      const int64_t l = task / 2;
+      if (task % 2)
+        loops<T>().directions(teacher_anchors + l * stride, teacher[l]);
+      else
+        loops<T>().directions(student_anchors + l * stride, student[l]);
+    });
+  }
+};
+
+template <class T>
+std::vector<Distance<T>> make_distances(const Set& set, const Regions& regions, const BothDirections<T>& directions,
+                                        const Options<T>& options) {
+  std::vector<Distance<T>> out;
+  for (size_t l = 0; l < set.student.size(); ++l) {
+    const float counted = regions.counted(l);
+    out.push_back({set.student[l], set.teacher[l], regions.runs(l), directions.student[l], directions.teacher[l],
+                   counted > 0 ? 1 / static_cast<T>(counted) : 0, 1 / options.distance_temperature});
+  }
+  return out;
+}
+
+// Distances of one set; the gradient of its anchors is accumulated in the same pass.
+template <class T>
+double distance_loss(const Set& set, const Regions& regions, const BothDirections<T>& directions, const Options<T>& options,
+                     T* kept,        // [L][tiles, rows + 1, kTilePixels]; null: nothing is kept
+                     T* gradient) {  // [L, P, C]; null: none
+  const std::vector<Distance<T>> distances = make_distances(set, regions, directions, options);
+  const int64_t masks = regions.masks(), channels = set.channels(), levels = static_cast<int64_t>(distances.size());
+  // Blocks of 8 tiles, larger ones where the partial sums of the anchors' gradient would take more than a sixteenth of the map.
+  std::vector<Block> blocks;
+  std::vector<int64_t> first_block, moment_offset;
+  int64_t moments_size = 0, size = 0;
+  for (int64_t l = 0; l < levels; ++l) {
+    const int64_t moment = distances[l].student_anchors.rows * padded(channels), elements = set.student[l].pixels() * channels;
+    const int64_t most = std::max(tiles(set.student[l]) / 64 + 1, std::min(tiles(set.student[l]) / 8 + 1, elements / (16 * (moment + 1))));
+    const int64_t span = (tiles(set.student[l]) + most - 1) / most * kTilePixels;
+    first_block.push_back(blocks.size());
+    if (regions.counted(l) > 0)
+      for (int64_t begin = 0; begin < set.student[l].pixels(); begin += span) {
+        blocks.push_back({l, begin, std::min(begin + span, set.student[l].pixels())});
+        moment_offset.push_back(moments_size);
+        moments_size += gradient ? moment : 0;
+      }
+    size = std::max(size, distances[l].scratch());
+  }
+  first_block.push_back(blocks.size());
+  std::vector<int64_t> kept_offset(1, 0);
+  for (const Map& map : set.student) kept_offset.push_back(kept_offset.back() + (masks + 1) * tiles(map) * kTilePixels);
+
+  Buffer<T> scratch(workers() * size), moments(moments_size);
+  std::vector<double> sums(blocks.size());
+  parallel(blocks.size(), [&](int64_t task, int64_t worker) {
+    const auto [l, begin, end] = blocks[task];
+    T* own = gradient ? moments.get() + moment_offset[task] : nullptr;
+    if (own) std::fill_n(own, distances[l].student_anchors.rows * padded(channels), T(0));
+    sums[task] = loops<T>().distance(distances[l], begin, end, kept ? kept + kept_offset[l] : nullptr, own,
+                                     scratch.get() + worker * size);
+  });
+  double total = 0;
+  for (size_t i = 0; i < blocks.size(); ++i) total += sums[i] / regions.counted(blocks[i].level);
+  if (gradient)
+    parallel(levels, [&](int64_t l, int64_t) {
+      T* out = gradient + l * masks * channels;
+      std::fill_n(out, masks * channels, T(0));
+      const int64_t count = first_block[l + 1] - first_block[l];
+      if (count > 0)
+        loops<T>().project(distances[l].student_anchors, moments.get() + moment_offset[first_block[l]], count,
+                           distances[l].student_anchors.rows * padded(channels), out);
+    });
+  return total;
+}
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
+template <class T>
+Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions_,
+                                                const Options<T>& options, bool save, int64_t kept_rows) {
+  const Regions regions(regions_, sets[0].student);
+  const int64_t masks = regions.masks(), levels = static_cast<int64_t>(sets[0].student.size());
+  const Layout layout(sets, masks);
+  const bool keep = save && masks + 1 <= kept_rows, save_gradient = save && !options.detach_anchors;
+  Tensor kept = make({keep ? layout.kept : 0}, kScalarType<T>);
+  Tensor gradients = make({save_gradient ? layout.gradients : 0}, kScalarType<T>);
+  Tensor log_sums = make({save ? layout.sums : 0}, kScalarType<T>);
+  double anchor = 0, distance = 0, localization = 0;
+  for (size_t s = 0; s < sets.size(); ++s) {
+    const Set& set = sets[s];
+    const int64_t channels = set.channels(), table = set.pools() ? levels * masks * channels : 0;
+    Buffer<T> own_anchors(keep ? 0 : 2 * table), own_sums(save ? 0 : 2 * set.has(kLocalization) * [&] {
+      int64_t rows = 0;
+      for (const Map& map : set.student) rows += map.batch * map.channels;
+      return rows;
+    }());
+    T* student_anchors = keep ? data<T>(kept) + layout.anchors[s] : own_anchors.get();
+    T* teacher_anchors = student_anchors + table;
+    T* sums = save ? data<T>(log_sums) + layout.log_sums[s] : own_sums.get();
+    std::vector<double> divergence(levels * channels);
+    pool(set, regions, options, set.pools() ? student_anchors : nullptr, teacher_anchors, set.has(kLocalization) ? sums : nullptr,
+         divergence.data());
+    if (set.has(kAnchor))
+      for (int64_t l = 0; l < levels; ++l)
+        anchor += anchor_loss(regions.present(l), channels, student_anchors + l * masks * channels,
+                              teacher_anchors + l * masks * channels);
+    if (set.has(kDistance)) {
+      const BothDirections<T> directions(set, regions, student_anchors, teacher_anchors);
+      distance += distance_loss(set, regions, directions, options, keep ? data<T>(kept) + layout.coefficients[s] : nullptr,
+                                save_gradient ? data<T>(gradients) + layout.gradient[s] : nullptr);
+    }
+    if (set.has(kLocalization))
+      for (int64_t l = 0; l < levels; ++l) {
+        double sum = 0;
+        for (int64_t c = 0; c < channels; ++c) sum += divergence[l * channels + c];
+        const double rows = static_cast<double>(set.student[l].batch * channels);
+        if (rows > 0) localization += sum * options.localization_temperature * options.localization_temperature / rows;
+      }
+  }
+  const auto scalar = [](double value) {
+    Tensor out = make({}, kScalarType<T>);
+    *data<T>(out) = static_cast<T>(value);
+    return out;
+  };
+  return {scalar(anchor), scalar(distance), scalar(localization), {kept, gradients, log_sums}};
+}
+
+// The gradients of the three losses; a loss that nothing was computed from has none.
+struct Upstream {
+  std::optional<Tensor> anchor, distance, localization;
+};
+
+template <class T>
+T value(const std::optional<Tensor>& scalar) {
+  return scalar ? *data<T>(*scalar) : 0;
+}
+
+template <class T>
+void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>& gradient_maps, const Upstream& upstream,
+              const std::vector<Tensor>& regions_, const std::vector<Tensor>& saved, const Options<T>& options) {
+  const Regions regions(regions_, sets[0].student);
+  const int64_t masks = regions.masks(), levels = static_cast<int64_t>(sets[0].student.size());
+  const Layout layout(sets, masks);
+  const bool keep = saved[0].numel() > 0;
+  const T anchor_scale = value<T>(upstream.anchor), distance_scale = value<T>(upstream.distance);
+  for (size_t s = 0; s < sets.size(); ++s) {
+    Set set = sets[s];
+    set.parts &= (upstream.anchor ? kAnchor : 0) | (upstream.distance ? kDistance : 0) | (upstream.localization ? kLocalization : 0);
+    const int64_t channels = set.channels(), stride = masks * channels, table = set.pools() ? levels * stride : 0;
+    Buffer<T> own_anchors(keep ? 0 : 2 * table);
+    T* student_anchors = keep ? data<T>(saved[0]) + layout.anchors[s] : own_anchors.get();
+    T* teacher_anchors = student_anchors + table;
+    if (set.pools() && !keep) pool<T>(set, regions, options, student_anchors, teacher_anchors, nullptr, nullptr);
+
+    // What every pixel of a mask receives: the anchor's gradient over the area.
+    Buffer<T> spread(table);
+    const T* through_anchors = set.has(kDistance) && !options.detach_anchors ? data<T>(saved[1]) + layout.gradient[s] : nullptr;
+    if (set.pools())
+      parallel(levels, [&](int64_t l, int64_t) {
+        const double count = static_cast<double>(regions.present(l).size() * channels);
+        const T scale = set.has(kAnchor) && count > 0 ? static_cast<T>(2 * static_cast<double>(anchor_scale) / count) : 0;
+        for (const int32_t p : regions.present(l))
+          for (int64_t i = l * stride + p * channels; i < l * stride + (p + 1) * channels; ++i) {
+            T value = set.has(kAnchor) ? scale * (student_anchors[i] - teacher_anchors[i]) : 0;
+            if (through_anchors) value += distance_scale * through_anchors[i];
+            spread.get()[i] = value / static_cast<T>(regions.area(l)[p]);
+          }
+      });
+
+    std::vector<Distance<T>> distances(levels);
+    Buffer<T> scaled(set.has(kDistance) ? table : 0);
+    std::optional<BothDirections<T>> directions;
+    if (set.has(kDistance)) {
+      directions.emplace(set, regions, student_anchors, teacher_anchors);
+      distances = make_distances(set, regions, *directions, options);
+      parallel(levels, [&](int64_t l, int64_t) {
+        const Anchors<T>& anchors = distances[l].student_anchors;
+        for (int64_t i = 0; i < anchors.rows * channels; ++i) scaled.get()[l * stride + i] = distance_scale * anchors.direction[i];
+      });
+    }
+
+    std::vector<Backward<T>> tasks;
+    int64_t kept_offset = layout.coefficients[s], sums_offset = layout.log_sums[s], size = 0;
+    for (int64_t l = 0; l < levels; ++l) {
+      const Map& map = set.student[l];
+      Backward<T> task{};
+      task.student = map;
+      task.teacher = set.teacher[l];
+      task.gradient = gradient_maps[s][l];
+      task.runs = regions.runs(l);
+      task.spread = set.pools() ? spread.get() + l * stride : nullptr;
+      task.distance = distances[l];
+      task.with_distance = set.has(kDistance) && regions.counted(l) > 0;
+      task.scaled_direction = scaled.get() + l * stride;
+      task.kept = keep ? data<T>(saved[0]) + kept_offset : nullptr;
+      task.distance_scale = distance_scale;
+      task.extents = regions.extents(l);
+      task.log_sums = set.has(kLocalization) ? data<T>(saved[2]) + sums_offset : nullptr;
+      task.localization_scale = value<T>(upstream.localization) * options.localization_temperature / static_cast<T>(map.batch * channels);
+      task.inverse_temperature = 1 / options.localization_temperature;
+      kept_offset += (masks + 1) * tiles(map) * kTilePixels;
+      sums_offset += 2 * map.batch * channels;
+      size = std::max(size, task.scratch());
+      tasks.push_back(task);
+    }
+    const std::vector<Block> blocks = make_blocks(set.student, 4);
+    Buffer<T> scratch(workers() * size);
+    parallel(blocks.size(), [&](int64_t task, int64_t worker) {
+      const auto [l, begin, end] = blocks[task];
+      for (int64_t n = begin; n < end; n += kTilePixels)
+        loops<T>().backward(tasks[l], n, std::min(n + kTilePixels, end), scratch.get() + worker * size);
+    });
+  }
+}
+
+Outputs sea_loss(std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<int64_t> parts, std::vector<Tensor> regions,
+                 double distance_temperature, double localization_temperature, bool detach_anchors, bool save, int64_t kept_rows) {
+  const std::vector<Set> sets = make_sets(student, teacher, parts);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Options<T> options{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature), detach_anchors};
+    return forward<T>(sets, regions, options, save, kept_rows);
+  };
+  return any_double(student) || any_double(teacher) ? run(0.) : run(0.f);
+}
+
+std::vector<Tensor> sea_loss_backward(std::optional<Tensor> anchor, std::optional<Tensor> distance,
+                                      std::optional<Tensor> localization, std::vector<Tensor> student, std::vector<Tensor> teacher,
+                                      std::vector<int64_t> parts, std::vector<Tensor> regions, std::vector<Tensor> saved,
+                                      double distance_temperature, double localization_temperature, bool detach_anchors) {
+  const std::vector<Set> sets = make_sets(student, teacher, parts);
+  std::vector<Tensor> gradients;
+  for (const Tensor& map : student) gradients.push_back(make_gradient(map));
+  std::vector<std::vector<Map>> maps(sets.size());
+  for (size_t i = 0; i < gradients.size(); ++i) maps[i * sets.size() / gradients.size()].push_back(make_map(gradients[i]));
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Options<T> options{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature), detach_anchors};
+    backward<T>(sets, maps, {anchor, distance, localization}, regions, saved, options);
+  };
+  any_double(student) || any_double(teacher) ? run(0.) : run(0.f);
+  return gradients;
+}
+
+}  // namespace
+}  // namespace sea
+
+STABLE_TORCH_LIBRARY_IMPL(sea_kernels, CPU, library) {
+  library.impl("sea_loss", TORCH_BOX(&sea::sea_loss));
+  library.impl("sea_loss_backward", TORCH_BOX(&sea::sea_loss_backward));
+}

@@ -1,0 +1,140 @@
+// From torch's tensors to what the loops are given, and torch's thread pool.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <atomic>
+#include <vector>
+
+#include "loops/loops.h"
+
+namespace sea {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+constexpr ScalarType kScalarType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+inline Tensor make(std::vector<int64_t> sizes, ScalarType type) { return torch::stable::empty(sizes, type); }
+
+// Memory for the time of a call. It comes from torch's allocator, so that torch's tools see it.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : tensor_(make({size}, kScalarType<T>)) {}
+  T* get() const { return data<T>(tensor_); }
+
+ private:
+  Tensor tensor_;
+};
+
+inline Dtype dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      return Dtype::float32;
+  }
+}
+
+inline Map make_map(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  Map map{tensor.data_ptr(), dtype(tensor), sizes[0], sizes[1], sizes[2], sizes[3], {}};
+  for (int i = 0; i < 4; ++i) map.stride[i] = strides[i];
+  // The stride of a dimension of size 1 says nothing; make it one that lets pixels be walked evenly.
+  if (map.height == 1 && map.width == 1) map.stride[2] = map.stride[0];
+  if (map.width == 1) map.stride[3] = map.stride[2];
+  return map;
+}
+
+inline bool any_double(const std::vector<Tensor>& maps) {
+  for (const Tensor& map : maps)
+    if (map.scalar_type() == ScalarType::Double) return true;
+  return false;
+}
+
+// Calls f(task, worker) for every task. Which worker takes which task is left to chance; what a task computes must not
+// depend on it.
+template <class F>
+void parallel(int64_t tasks, F f) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t worker, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task, worker);
+  });
+}
+
+inline int64_t workers() { return torch::stable::get_num_threads(); }
+
+// The regions as the operators are handed them.
+class Regions {
+ public:
+  // tensors: classes [K], area [L, P], counted [L], extent [L, B, 2], bits [words, pixels]; or none
+  Regions(const std::vector<Tensor>& tensors, const std::vector<Map>& levels);
+
+  bool given() const { return area_ != nullptr; }
+  int64_t masks() const { return masks_; }
+  const float* area(int64_t level) const { return area_ + level * masks_; }
+  float counted(int64_t level) const { return counted_[level]; }
+  const Extent* extents(int64_t level) const { return given() ? extents_ + level * batch_ : nullptr; }
+  const Runs* runs(int64_t level) const { return given() ? &runs_[level] : nullptr; }
+  // Which masks of a level are not empty.
+  const std::vector<int32_t>& present(int64_t level) const { return present_[level]; }
+
+ private:
+  struct Storage {
+    std::vector<int64_t> begin, first;
+    std::vector<int32_t> masks;
+  };
+  int64_t masks_ = 0, batch_ = 0;
+  const float *area_ = nullptr, *counted_ = nullptr;
+  const Extent* extents_ = nullptr;
+  std::vector<Storage> storage_;
+  std::vector<Runs> runs_;
+  std::vector<std::vector<int32_t>> present_;
+};
+
+// The maps of one level of one set, cut into tasks of whole tiles.
+struct Block {
+  int64_t level, begin, end;
+};
+std::vector<Block> make_blocks(const std::vector<Map>& levels, int64_t tiles);
+
+// Room for the directions of a set's anchors; directions() of the loops fills them.
+template <class T>
+class Directions {
+ public:
+  Directions(const std::vector<Map>& levels, const Regions& regions)
+      : regions_(regions),
+        channels_(levels[0].channels),
+        rows_(padded(regions.masks())),
+        buffer_(static_cast<int64_t>(levels.size()) * rows_ * (2 * channels_ + 1)) {}
+
+  Anchors<T> operator[](int64_t level) const {
+    const auto& present = regions_.present(level);
+    T* direction = buffer_.get() + level * rows_ * (2 * channels_ + 1);
+    T* panels = direction + rows_ * channels_;
+    return {static_cast<int64_t>(present.size()), channels_, present.data(), direction, panels, panels + rows_ * channels_};
+  }
+
+ private:
+  const Regions& regions_;
+  int64_t channels_, rows_;
+  Buffer<T> buffer_;
+};
+
+// A gradient for a map: its strides where it is dense, else contiguous.
+Tensor make_gradient(const Tensor& like);
+
+}  // namespace sea

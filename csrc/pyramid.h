@@ -1,0 +1,27 @@
+// What every kernel is given: maps as pointers with strides, levels, and the parts of the loss. No torch here.
+#pragma once
+#include <cstdint>
+
+namespace sea {
+
+enum class Dtype : int32_t { float32, float64, float16, bfloat16 };
+
+// One feature map of one pyramid level.
+struct Map {
+  void* data;  // [batch, channels, height, width], any strides
+  Dtype dtype;
+  int64_t batch, channels, height, width;
+  int64_t stride[4];  // in elements
+
+  __attribute__((always_inline)) int64_t pixels() const { return batch * height * width; }
+};
+
+// Which losses one set of maps takes part in.
+enum Part : int64_t { kAnchor = 1, kDistance = 2, kLocalization = 4 };
+
+// Rows and columns of a level that lie inside an image.
+struct Extent {
+  int32_t rows, columns;
+};
+
+}  // namespace sea

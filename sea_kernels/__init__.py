@@ -1,0 +1,30 @@
+"""Fused kernels for the losses of SEA distillation (arXiv 2203.00862)."""
+
+from . import reference
+from .functional import (
+    anchor_cosine,
+    anchor_loss,
+    anchor_pool,
+    localization_alignment_loss,
+    sea_loss,
+    topological_distance_loss,
+)
+from .ops import backend, build_info
+from .reference import SEALoss
+from .regions import Regions
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Regions",
+    "SEALoss",
+    "anchor_cosine",
+    "anchor_loss",
+    "anchor_pool",
+    "backend",
+    "build_info",
+    "localization_alignment_loss",
+    "reference",
+    "sea_loss",
+    "topological_distance_loss",
+]

@@ -1,0 +1,276 @@
+"""The losses: checks, then one autograd function, then one operator.
+
+Every function gives the gradient of the student's maps (`anchor_pool`, `anchor_cosine`: of all their inputs). None
+synchronises with the device. Second derivatives are refused.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks, ops, reference
+from .reference import SEALoss
+from .regions import Regions
+
+Maps = Sequence[Tensor] | Sequence[Sequence[Tensor]]
+
+# What is kept for backward takes at most this share of the student's maps; where it would take more, backward computes
+# it again.
+_KEPT_SHARE = 8
+
+
+def _refuse_second_derivative(name: str) -> None:
+    # once_differentiable would silently drop this function's term under create_graph
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no second derivative: its backward cannot run with create_graph=True")
+
+
+class _AnchorPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, regions, *features):
+        ctx.save_for_backward(*regions, *features)
+        return torch.ops.sea_kernels.anchor_pool(features, regions)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        _refuse_second_derivative("anchor_pool")
+        regions, features = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        return None, *torch.ops.sea_kernels.anchor_pool_backward(gradient.contiguous(), features, regions)
+
+
+class _AnchorCosine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, regions, anchors, *features):
+        ctx.save_for_backward(*regions, anchors, *features)
+        return tuple(torch.ops.sea_kernels.anchor_cosine(features, anchors, regions))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        _refuse_second_derivative("anchor_cosine")
+        regions, anchors, features = ctx.saved_tensors[:5], ctx.saved_tensors[5], ctx.saved_tensors[6:]
+        out = torch.ops.sea_kernels.anchor_cosine_backward(gradients, features, anchors, regions)
+        return None, out[-1], *out[:-1]
+
+
+class _SEALoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parts, regions, teacher, options, save, *student):
+        share = sum(x.numel() * x.element_size() for x in student) // _KEPT_SHARE
+        size = 8 if any(x.dtype == torch.float64 for x in (*student, *teacher)) else 4
+        kept_rows = share // (size * max(ops.kept_elements(student, parts), 1)) if save else 0
+        *losses, saved = torch.ops.sea_kernels.sea_loss(student, teacher, parts, regions, *options, save, kept_rows)
+        ctx.parts, ctx.options, ctx.count = parts, options, (len(student), len(regions))
+        ctx.save_for_backward(*student, *teacher, *regions, *saved)
+        ctx.set_materialize_grads(False)
+        return tuple(losses)
+
+    @staticmethod
+    def backward(ctx, anchor, distance, localization):
+        _refuse_second_derivative("sea_loss")
+        maps, regions = ctx.count
+        tensors = ctx.saved_tensors
+        student, teacher = tensors[:maps], tensors[maps : 2 * maps]
+        gradients = torch.ops.sea_kernels.sea_loss_backward(
+            anchor, distance, localization, student, teacher, ctx.parts,
+            tensors[2 * maps : 2 * maps + regions], tensors[2 * maps + regions :], *ctx.options,
+        )  # fmt: skip
+        return None, None, None, None, None, *gradients
+
+
+def _losses(name, sets, regions, distance_temperature=0.1, localization_temperature=1.0, detach_anchors=False) -> SEALoss:
+    """sets: (student, teacher, part) of every set of maps."""
+    student = [x for maps, _, _ in sets for x in maps]
+    teacher = [x.detach() for _, maps, _ in sets for x in maps]
+    ops.require("sea_loss", student[0].device)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in student)
+    options = (distance_temperature, localization_temperature, detach_anchors)
+    tensors = regions.tensors() if regions is not None else []
+    return SEALoss(*_SEALoss.apply([part for _, _, part in sets], tensors, teacher, options, save, *student))
+
+
+def _pairs(student_name: str, student: Maps, teacher_name: str, teacher: Maps) -> list[tuple[list, list]]:
+    """The checked sets of maps: (student's, teacher's) of each."""
+    student, teacher = checks.pyramid(student_name, student), checks.pyramid(teacher_name, teacher)
+    checks.match(student_name, student, teacher_name, teacher)
+    return list(zip(student, teacher))
+
+
+def anchor_pool(features: Sequence[Tensor], regions: Regions) -> Tensor:
+    """Anchors: the mean of the features over every mask of every level, over the whole batch (SEA, arXiv 2203.00862).
+
+    `a[l, p] = sum_u m_p(u) F_l(u) / area[l, p]`, zero where the area is zero.
+
+    Args:
+        features: L maps `[B, C, H_l, W_l]` of one dtype (float32, float64, float16, bfloat16), any strides; NCHW and
+            channels_last are read as they lie.
+        regions: the masks, of the same levels and batch.
+
+    Returns:
+        `[L, P, C]`, float32 (float64 for float64 maps). Gradient flows to the features.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype or device.
+        RuntimeError: no kernel for the device; a second derivative.
+    """
+    if ops.current_backend() == "reference":
+        return reference.anchor_pool(features, regions)
+    features = checks.maps("features", features)
+    checks.regions("regions", regions, "features", [features])
+    ops.require("anchor_pool", features[0].device)
+    return _AnchorPool.apply(regions.tensors(), *features)
+
+
+def anchor_cosine(features: Sequence[Tensor], anchors: Tensor, regions: Regions) -> list[Tensor]:
+    """Cosines between every pixel, counted or not, and every anchor of its level (SEA, arXiv 2203.00862).
+
+    `cos(F_l(u), a[l, p])`; 0 for an empty anchor, and for a pixel or anchor of norm at most 1e-12, which then gets no
+    gradient.
+
+    Args:
+        features: L maps `[B, C, H_l, W_l]`, as for :func:`anchor_pool`.
+        anchors: `[L, P, C]`, any floating dtype.
+        regions: says which anchors are empty.
+
+    Returns:
+        L maps `[B, P, H_l, W_l]`, float32 (float64 if a map or the anchors are). Gradient flows to features and anchors.
+
+    Raises:
+        As :func:`anchor_pool`.
+    """
+    if ops.current_backend() == "reference":
+        return reference.anchor_cosine(features, anchors, regions)
+    features = checks.maps("features", features)
+    checks.regions("regions", regions, "features", [features])
+    checks.anchors("anchors", anchors, regions, features)
+    ops.require("anchor_cosine", features[0].device)
+    anchors = anchors.to(checks.compute_dtype(features, [anchors])).contiguous()
+    return list(_AnchorCosine.apply(regions.tensors(), anchors, *features))
+
+
+def anchor_loss(student: Maps, teacher: Maps, regions: Regions) -> Tensor:
+    """Anchor loss: squared difference of student's and teacher's anchors (SEA, arXiv 2203.00862).
+
+    `sum_l mean_{p: area > 0} mean_c (aS - aT)^2`, summed over the sets of maps. A level without a counted pixel adds 0.
+
+    Args:
+        student, teacher: L maps `[B, C, H_l, W_l]`, or a list of M such lists (one for each convolution of a branch).
+            Shapes must agree; each side has one dtype of its own (float32, float64, float16, bfloat16).
+        regions: the masks, of the same levels and batch.
+
+    Returns:
+        A scalar, float32 (float64 if any map is). Gradient flows to the student's maps, never to the teacher's.
+
+    Raises:
+        As :func:`anchor_pool`.
+    """
+    if ops.current_backend() == "reference":
+        return reference.anchor_loss(student, teacher, regions)
+    pairs = _pairs("student", student, "teacher", teacher)
+    checks.regions("regions", regions, "student", [s for s, _ in pairs])
+    return _losses("anchor_loss", [(s, t, ops.ANCHOR) for s, t in pairs], regions).anchor
+
+
+def topological_distance_loss(
+    student: Maps, teacher: Maps, regions: Regions, temperature: float = 0.1, detach_anchors: bool = False
+) -> Tensor:
+    """Topological distance loss: divergence of the pixels' distances to the anchors (SEA, arXiv 2203.00862).
+
+    With `q(u) = softmax_p(cos(F(u), a_p) / temperature)` over the non-empty anchors of the level, the student's with
+    its own anchors and the teacher's with the teacher's: `sum_l mean_u KL(qT(u) || qS(u))` over the counted pixels.
+
+    Args:
+        student, teacher, regions: as for :func:`anchor_loss`.
+        temperature: above 0; the default is ours.
+        detach_anchors: cut the gradient that reaches the student through its own anchors.
+
+    Returns, Raises:
+        As :func:`anchor_loss`.
+    """
+    if ops.current_backend() == "reference":
+        return reference.topological_distance_loss(student, teacher, regions, temperature, detach_anchors)
+    pairs = _pairs("student", student, "teacher", teacher)
+    checks.regions("regions", regions, "student", [s for s, _ in pairs])
+    temperature = checks.temperature("temperature", temperature)
+    sets = [(s, t, ops.DISTANCE) for s, t in pairs]
+    return _losses(
+        "topological_distance_loss", sets, regions, distance_temperature=temperature, detach_anchors=detach_anchors
+    ).distance
+
+
+def localization_alignment_loss(
+    student: Maps, teacher: Maps, regions: Regions | None = None, temperature: float = 1.0
+) -> Tensor:
+    """Localisation alignment loss: divergence of the spatial softmax of every channel (SEA, arXiv 2203.00862).
+
+    With `p[b, c] = softmax(X[b, c] / temperature)` over the positions:
+    `sum_l temperature^2 / (B C) sum_{b,c} KL(pT || pS)`.
+
+    Args:
+        student, teacher: as for :func:`anchor_loss`.
+        regions: given, positions beyond an image's own size are left out of the softmax.
+        temperature: above 0; the default is ours.
+
+    Returns, Raises:
+        As :func:`anchor_loss`.
+    """
+    if ops.current_backend() == "reference":
+        return reference.localization_alignment_loss(student, teacher, regions, temperature)
+    pairs = _pairs("student", student, "teacher", teacher)
+    if regions is not None:
+        checks.regions("regions", regions, "student", [s for s, _ in pairs])
+    temperature = checks.temperature("temperature", temperature)
+    sets = [(s, t, ops.LOCALIZATION) for s, t in pairs]
+    return _losses("localization_alignment_loss", sets, regions, localization_temperature=temperature).localization
+
+
+def sea_loss(
+    student_cls: Maps,
+    teacher_cls: Maps,
+    student_box: Maps,
+    teacher_box: Maps,
+    regions: Regions,
+    distance_temperature: float = 0.1,
+    localization_temperature: float = 1.0,
+    detach_anchors: bool = False,
+    distance_on_box: bool = False,
+) -> SEALoss:
+    """The three losses of SEA from the fewest passes over memory (arXiv 2203.00862).
+
+    Classification maps take part in the anchor and the distance loss, box maps in the anchor and the localisation loss
+    (and in the distance loss with `distance_on_box`). The values are those of the single functions, `anchor` being the
+    sum over both branches.
+
+    Args:
+        student_cls, teacher_cls, student_box, teacher_box: as for :func:`anchor_loss`; each has one dtype of its own.
+        regions: the masks, of the same levels and batch; also handed to the localisation loss.
+        distance_temperature, localization_temperature: above 0; the defaults are ours.
+        detach_anchors: cut the distance loss's gradient that reaches the student through its own anchors.
+        distance_on_box: box maps take part in the distance loss as well.
+
+    Returns:
+        Three scalars `(anchor, distance, localization)`, unweighted; float32 (float64 if any map is). Gradient flows to
+        the student's maps, never to the teacher's.
+
+    Raises:
+        As :func:`anchor_pool`.
+    """
+    if ops.current_backend() == "reference":
+        return reference.sea_loss(
+            student_cls, teacher_cls, student_box, teacher_box, regions,
+            distance_temperature, localization_temperature, detach_anchors, distance_on_box,
+        )  # fmt: skip
+    cls = _pairs("student_cls", student_cls, "teacher_cls", teacher_cls)
+    box = _pairs("student_box", student_box, "teacher_box", teacher_box)
+    checks.regions("regions", regions, "student_cls", [s for s, _ in cls])
+    checks.regions("regions", regions, "student_box", [s for s, _ in box])
+    box_part = ops.ANCHOR | ops.LOCALIZATION | (ops.DISTANCE if distance_on_box else 0)
+    sets = [(s, t, ops.ANCHOR | ops.DISTANCE) for s, t in cls] + [(s, t, box_part) for s, t in box]
+    return _losses(
+        "sea_loss",
+        sets,
+        regions,
+        checks.temperature("distance_temperature", distance_temperature),
+        checks.temperature("localization_temperature", localization_temperature),
+        detach_anchors,
+    )

@@ -1,0 +1,248 @@
+"""The operators: schemas, fakes, the library that implements them, and which backend runs.
+
+Schemas are defined here and only implemented in C++, so names and fakes exist where nothing was compiled. They have no
+defaults: with `Tensor[]` those break autograd's registration in some versions of torch.
+"""
+
+import json
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+if tuple(int(n) for n in re.match(r"(\d+)\.(\d+)", torch.__version__).groups()) < (2, 11):
+    raise ImportError(f"sea_kernels needs torch >= 2.11, and torch {torch.__version__} is installed")
+
+_BOXES = (
+    "Tensor boxes, Tensor labels, Tensor? batch_index, SymInt[] counts, Tensor? ignore_boxes, "
+    "Tensor? ignore_batch_index, SymInt[] ignore_counts, Tensor? image_sizes, SymInt[] image_size_list, "
+    "SymInt batch_size, SymInt[] level_shapes, float[] strides, SymInt num_classes, float center_ratio"
+)
+_REGIONS = "(Tensor classes, Tensor area, Tensor counted, Tensor extent, Tensor bits)"
+_SCHEMAS = {
+    "regions": f"({_BOXES}, bool validate) -> {_REGIONS}",
+    "rasterize": f"({_BOXES}) -> {_REGIONS}",
+    "anchor_pool": "(Tensor[] features, Tensor[] regions) -> Tensor",
+    "anchor_pool_backward": "(Tensor gradient, Tensor[] features, Tensor[] regions) -> Tensor[]",
+    "anchor_cosine": "(Tensor[] features, Tensor anchors, Tensor[] regions) -> Tensor[]",
+    "anchor_cosine_backward": "(Tensor[] gradients, Tensor[] features, Tensor anchors, Tensor[] regions) -> Tensor[]",
+    # Sets of maps, one after the other: parts[s] says which losses set s takes part in. What backward needs is saved with
+    # `save`; where P + 1 <= kept_rows that includes the anchors and coefficients, which it computes again otherwise.
+    "sea_loss": "(Tensor[] student, Tensor[] teacher, int[] parts, Tensor[] regions, float distance_temperature, "
+    "float localization_temperature, bool detach_anchors, bool save, SymInt kept_rows) -> "
+    "(Tensor anchor, Tensor distance, Tensor localization, Tensor[] saved)",
+    "sea_loss_backward": "(Tensor? anchor, Tensor? distance, Tensor? localization, Tensor[] student, Tensor[] teacher, "
+    "int[] parts, Tensor[] regions, Tensor[] saved, float distance_temperature, float localization_temperature, "
+    "bool detach_anchors) -> Tensor[]",
+    "build_info": "() -> str",
+}
+OPERATORS = tuple(_SCHEMAS)
+ANCHOR, DISTANCE, LOCALIZATION = 1, 2, 4  # parts
+
+_TILE = 64  # pixels of a tile of the CPU kernels; coefficients are kept in whole tiles
+
+_library = torch.library.Library("sea_kernels", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+
+
+# ------------------------------------------------------------------------------------------------------------ library
+
+
+def library_path() -> Path | None:
+    """Where the compiled library lies; None where there is none."""
+    path = Path(__file__).with_name("_C.so")
+    return path if path.exists() else None
+
+
+def build_info() -> dict:
+    """What was built: `cpu`, `cpu_available`, `cpu_in_use` (instruction sets), `cuda` (version or None), `architectures`."""
+    if LIBRARY_ERROR:
+        raise RuntimeError(LIBRARY_ERROR)
+    return json.loads(torch.ops.sea_kernels.build_info())
+
+
+def has_kernel(name: str, key: str) -> bool:
+    """Whether an operator is there for "CPU" or "CUDA"."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has(f"sea_kernels::{name}", key) or has(f"sea_kernels::{name}", "CompositeExplicitAutograd")
+
+
+def _load() -> str | None:
+    """Loads the library; the reason where that fails."""
+    path = library_path()
+    if path is None:
+        return "its library was not built (no sea_kernels/_C.so): run `pip install .` with a C++ compiler installed"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"its library does not load ({error}): run `pip install --force-reinstall .` with this torch"
+    info, wish = json.loads(torch.ops.sea_kernels.build_info()), os.environ.get("SEA_KERNELS_CPU")
+    if wish and wish not in info["cpu_available"]:
+        return f"SEA_KERNELS_CPU is {wish!r}; expected one of {', '.join(info['cpu_available'])}"
+    return None
+
+
+LIBRARY_ERROR = _load()
+
+
+def require(name: str, device: torch.device) -> None:
+    """Raises where an operator has no kernel for a device: there is no silent fall back."""
+    if LIBRARY_ERROR is None and has_kernel(name, device.type.upper()):
+        return
+    reason = LIBRARY_ERROR or f"this build has no {device.type} kernels (see `python -m sea_kernels`)"
+    raise RuntimeError(
+        f"sea_kernels cannot run {name} on {device}: {reason}. The same in plain PyTorch: "
+        'with sea_kernels.backend("reference"), or SEA_KERNELS_BACKEND=reference'
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ backend
+
+_BACKENDS = ("native", "reference")
+
+
+def _check_backend(name: str, source: str) -> str:
+    if name not in _BACKENDS:
+        raise ValueError(f"{source} is {name!r}; expected one of {', '.join(_BACKENDS)}")
+    return name
+
+
+# One value for the process, a plain global: torch.compile guards on it and compiles once more when it changes.
+_backend = _check_backend(os.environ.get("SEA_KERNELS_BACKEND", "native"), "SEA_KERNELS_BACKEND")
+
+
+def current_backend() -> str:
+    return _backend
+
+
+@contextmanager
+def backend(name: str):
+    """Within this context, for the whole process: "native" runs the compiled kernels, "reference" plain PyTorch.
+
+    The value is read in forward. SEA_KERNELS_BACKEND sets it from outside.
+    """
+    global _backend
+    before, _backend = _backend, _check_backend(name, "backend")
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+# ------------------------------------------------------------------------------------------------------- regions, fakes
+
+
+def _regions(*arguments):
+    from .regions import check_values
+
+    *rasterize, validate = arguments
+    if validate or arguments[0].device.type == "cpu":
+        check_values(*rasterize[:8], batch_size=rasterize[9], num_classes=rasterize[12])
+    return torch.ops.sea_kernels.rasterize(*rasterize)
+
+
+_library.impl("regions", _regions, "CompositeExplicitAutograd")
+
+
+def _fake(name):
+    return torch.library.register_fake(f"sea_kernels::{name}", lib=_library)
+
+
+def _fake_regions(
+    boxes, labels, batch_index, counts, ignore_boxes, ignore_batch_index, ignore_counts, image_sizes, image_size_list,
+    batch_size, level_shapes, strides, num_classes, center_ratio, validate=False,
+):  # fmt: skip
+    classes = torch.sym_min(labels.shape[0], num_classes)
+    masks, levels = 1 + 2 * classes, len(level_shapes) // 2
+    pixels = batch_size * sum(level_shapes[2 * i] * level_shapes[2 * i + 1] for i in range(levels))
+    return (
+        boxes.new_empty(classes, dtype=torch.int64),
+        boxes.new_empty(levels, masks, dtype=torch.float32),
+        boxes.new_empty(levels, dtype=torch.float32),
+        boxes.new_empty(levels, batch_size, 2, dtype=torch.int32),
+        boxes.new_empty((masks + 31) // 32, pixels, dtype=torch.int32),
+    )
+
+
+_fake("regions")(_fake_regions)
+_fake("rasterize")(_fake_regions)
+
+
+def _compute_dtype(tensors: list[Tensor]) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _gradient(x: Tensor) -> Tensor:
+    """A gradient for a map: its strides where it is dense, else contiguous."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape) if n != 1):
+        if stride != expected:
+            return x.new_empty(x.shape)
+        expected = expected * size
+    return torch.empty_like(x)
+
+
+@_fake("anchor_pool")
+def _(features, regions):
+    return features[0].new_empty(
+        len(features), regions[1].shape[1], features[0].shape[1], dtype=_compute_dtype(features)
+    )
+
+
+@_fake("anchor_pool_backward")
+def _(gradient, features, regions):
+    return [_gradient(x) for x in features]
+
+
+@_fake("anchor_cosine")
+def _(features, anchors, regions):
+    return [anchors.new_empty(x.shape[0], anchors.shape[1], *x.shape[2:]) for x in features]
+
+
+@_fake("anchor_cosine_backward")
+def _(gradients, features, anchors, regions):
+    return [*(_gradient(x) for x in features), anchors.new_empty(anchors.shape)]
+
+
+def kept_elements(student: list[Tensor], parts: list[int]) -> int:
+    """Elements that are kept for backward for each of P + 1 rows: coefficients of every pixel, and anchors."""
+    levels, total = len(student) // len(parts), 0
+    for i, x in enumerate(student):
+        part = parts[i // levels]
+        if part & DISTANCE:
+            total = total + (x.shape[0] * x.shape[2] * x.shape[3] + _TILE - 1) // _TILE * _TILE
+        if part & (ANCHOR | DISTANCE):
+            total = total + 2 * x.shape[1]
+    return total
+
+
+@_fake("sea_loss")
+def _(student, teacher, parts, regions, distance_temperature, localization_temperature, detach_anchors, save, kept_rows):
+    new = lambda *shape: student[0].new_empty(*shape, dtype=_compute_dtype(student + teacher))  # noqa: E731
+    masks, levels = regions[1].shape[1] if regions else 0, len(student) // len(parts)
+    # masks + 1 where that is at most kept_rows, else 0; without a branch, which would compile a graph for either side
+    rows = torch.sym_max(0, torch.sym_min(masks + 1, (masks + 1) * (kept_rows - masks)))
+    gradient = log_sums = 0
+    for i, x in enumerate(student):
+        part = parts[i // levels]
+        gradient = gradient + (masks * x.shape[1] if part & DISTANCE else 0)
+        log_sums = log_sums + (2 * x.shape[0] * x.shape[1] if part & LOCALIZATION else 0)
+    return (
+        new(()),
+        new(()),
+        new(()),
+        [
+            new(rows * kept_elements(student, parts) if save else 0),
+            new(gradient if save and not detach_anchors else 0),
+            new(log_sums if save else 0),
+        ],
+    )
+
+
+@_fake("sea_loss_backward")
+def _(anchor, distance, localization, student, *rest):
+    return [_gradient(x) for x in student]

@@ -1,0 +1,356 @@
+"""The specification in code: every function of the package in plain PyTorch, on any device.
+
+Nothing here synchronises with the host. Maps are taken as `[B, C, N]` with `N = H * W` pixels, masks as `[B, P, N]`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .regions import Regions
+
+__all__ = [
+    "Regions",
+    "SEALoss",
+    "anchor_cosine",
+    "anchor_loss",
+    "anchor_pool",
+    "localization_alignment_loss",
+    "sea_loss",
+    "topological_distance_loss",
+]
+
+Maps = Sequence[Tensor] | Sequence[Sequence[Tensor]]
+
+
+class SEALoss(NamedTuple):
+    """The three losses of one step, unweighted scalars."""
+
+    anchor: Tensor
+    distance: Tensor
+    localization: Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------- regions
+
+
+def _inside(first: Tensor, end: Tensor, size: int) -> Tensor:
+    """bool [..., size]: which u of 0 .. size - 1 have first <= u < end; they may be huge, so clamped as floats"""
+    u = torch.arange(size, device=first.device)
+    return (u >= first.clamp(0, size).long().unsqueeze(-1)) & (u < end.clamp(0, size).long().unsqueeze(-1))
+
+
+def _cover(boxes: Tensor, shape: tuple[int, int], stride: tuple[Tensor, Tensor]) -> Tensor:
+    """bool [G, H, W]: the pixels that each box covers"""
+    x1, y1, x2, y2 = boxes.unbind(1)
+    (h, w), (sy, sx) = shape, stride
+    top, left = (y1 / sy).floor(), (x1 / sx).floor()
+    rows = _inside(top, torch.maximum((y2 / sy).ceil(), top + 1), h)
+    columns = _inside(left, torch.maximum((x2 / sx).ceil(), left + 1), w)
+    return rows.unsqueeze(2) & columns.unsqueeze(1)
+
+
+def _image_of(batch_index: Tensor | None, counts: Sequence[int], device: torch.device) -> Tensor:
+    if batch_index is not None:
+        return batch_index
+    return torch.cat([torch.full((n,), b, device=device) for b, n in enumerate(counts)])
+
+
+def _usable(boxes: Tensor, image: Tensor, batch_size: int) -> Tensor:
+    """bool [G]: finite, not inverted, of an image of the batch; anything else is skipped"""
+    in_batch = (image >= 0) & (image < batch_size)
+    return in_batch & boxes.isfinite().all(1) & (boxes[:, 2:] >= boxes[:, :2]).all(1)
+
+
+def rasterize(
+    boxes: Tensor,
+    labels: Tensor,
+    batch_index: Tensor | None,
+    counts: Sequence[int],
+    ignore_boxes: Tensor | None,
+    ignore_batch_index: Tensor | None,
+    ignore_counts: Sequence[int],
+    image_sizes: Tensor | None,
+    image_size_list: Sequence[int],
+    batch_size: int,
+    level_shapes: Sequence[int],
+    strides: Sequence[float],
+    num_classes: int,
+    center_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """The operator `rasterize`: (classes, area, counted, extent, dense masks of every level), as in `Regions`."""
+    device = boxes.device
+    image = _image_of(batch_index, counts, device)
+    usable = (labels >= 0) & (labels < num_classes) & _usable(boxes, image, batch_size)
+
+    # A skipped row points at the spare entry `num_classes`, an absent category at the spare entry K.
+    capacity = min(boxes.shape[0], num_classes)
+    labels = torch.where(usable, labels, num_classes)
+    present = torch.zeros(num_classes + 1, dtype=torch.bool, device=device).scatter(0, labels, True)
+    rank = torch.where(present[:-1], present[:-1].cumsum(0) - 1, capacity)
+    classes = torch.full((capacity + 1,), -1, device=device)
+    classes = classes.scatter(0, rank, torch.arange(num_classes, device=device))[:-1]
+    # Row of (centre mask of the box's category, its image) among P x B. A skipped row has no pixel, so any row will do.
+    slot = (1 + 2 * torch.where(usable, rank[labels.clamp(max=num_classes - 1)], 0)) * batch_size
+    slot = slot + torch.where(usable, image, 0)
+
+    x1, y1, x2, y2 = boxes.unbind(1)
+    cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
+    rx, ry = center_ratio * (x2 - x1) / 2, center_ratio * (y2 - y1) / 2
+    centers = torch.stack([cx - rx, cy - ry, cx + rx, cy + ry], dim=1)
+    has_center = centers.isfinite().all(1)  # may overflow
+    boxes = torch.where(usable.unsqueeze(1), boxes, 0)
+    centers = torch.where(has_center.unsqueeze(1), centers, 0)
+
+    if ignore_boxes is not None:
+        ignore_image = _image_of(ignore_batch_index, ignore_counts, device)
+        ignore = _usable(ignore_boxes, ignore_image, batch_size)
+        ignore_boxes = torch.where(ignore.unsqueeze(1), ignore_boxes, 0)
+        ignore_image = torch.where(ignore, ignore_image, 0)
+    if (
+        image_sizes is None and len(image_size_list) > 0
+    ):  # filled by value: a tensor from a list would be a copy to the device
+        image_sizes = torch.cat([boxes.new_full((1,), n) for n in image_size_list]).view(batch_size, 2)
+
+    area, counted, extent, dense = [], [], [], []
+    for i in range(len(level_shapes) // 2):
+        h, w = level_shapes[2 * i : 2 * i + 2]
+        # Tensors, because a division by a Python number may be a multiplication by its reciprocal.
+        stride = tuple(boxes.new_full((), s) for s in strides[2 * i : 2 * i + 2])
+
+        if image_sizes is None:
+            ends = [boxes.new_full((batch_size,), n) for n in (h, w)]
+        else:
+            sizes = image_sizes.to(boxes.dtype).unbind(1)
+            ends = [(size / s).ceil().clamp(0, n) for size, s, n in zip(sizes, stride, (h, w))]
+        zero = torch.zeros_like(ends[0])
+        in_image = _inside(zero, ends[0], h).unsqueeze(2) & _inside(zero, ends[1], w).unsqueeze(1)
+
+        box = _cover(boxes, (h, w), stride) & usable.view(-1, 1, 1)
+        center = _cover(centers, (h, w), stride) & has_center.view(-1, 1, 1) & box
+        # The sum of bools is their union.
+        masks = torch.zeros((1 + 2 * capacity) * batch_size, h, w, dtype=torch.bool, device=device)
+        masks = masks.index_add(0, slot, center).index_add(0, slot + batch_size, box & ~center)
+        masks = masks.view(1 + 2 * capacity, batch_size, h, w) & in_image
+        in_box = masks.any(0)
+        background = in_image & ~in_box
+        if ignore_boxes is not None:
+            crowd = _cover(ignore_boxes, (h, w), stride) & ignore.view(-1, 1, 1)
+            background = background & ~torch.zeros_like(background).index_add(0, ignore_image, crowd)
+        masks = torch.cat([background.unsqueeze(0), masks[1:]])
+
+        dense.append(masks)
+        area.append(masks.sum((1, 2, 3)).to(torch.float32))
+        counted.append((in_box | background).sum().to(torch.float32))
+        extent.append(torch.stack(ends, dim=1).to(torch.int32))
+    return classes, torch.stack(area), torch.stack(counted), torch.stack(extent), tuple(dense)
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+
+
+def _masks(regions: Regions, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Of every level the masks as weights [B, P, N], and whether a pixel lies in any of them, bool [B, 1, N]."""
+    masks = [regions.masks(i).flatten(2).transpose(0, 1) for i in range(len(regions.level_shapes))]
+    return [(m.to(dtype), m.any(1, keepdim=True)) for m in masks]
+
+
+def _pixels(maps: list[Tensor], masks: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    """[B, C, N] of every level, with zero at the pixels of no mask, which must not be read (0 * NaN is NaN)."""
+    return [torch.where(any_mask, x.flatten(2).to(dtype), 0) for x, (_, any_mask) in zip(maps, masks)]
+
+
+def _pool(pixels: list[Tensor], masks: list[tuple[Tensor, Tensor]], regions: Regions) -> Tensor:
+    """[L, P, C]: a[l, p] = sum_u m_p(u) F_l(u) / area[l, p], zero where the area is zero"""
+    with torch.autocast(pixels[0].device.type, enabled=False):
+        sums = torch.stack([torch.einsum("bpn,bcn->bpc", m, x).sum(0) for x, (m, _) in zip(pixels, masks)])
+    area = regions.area.to(sums.dtype).unsqueeze(-1)
+    return torch.where(area > 0, sums / area.clamp(min=1), 0)
+
+
+def _inverse_norm(x: Tensor, dim: int) -> Tensor:
+    """1 / |x|, and 0 without a gradient where |x| <= 1e-12; NaN stays NaN"""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    zero = norm <= 1e-12
+    return torch.where(zero, 0, 1 / torch.where(zero, 1, norm))
+
+
+def _cosine(x: Tensor, anchors: Tensor) -> Tensor:
+    """[B, P, N]: cos(F(u), a_p) of one level; x [B, C, N], anchors [P, C]"""
+    h = anchors * _inverse_norm(anchors, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.bmm(h.expand(x.shape[0], -1, -1), x) * _inverse_norm(x, 1)
+
+
+def _kl(student: Tensor, teacher: Tensor, left_out: Tensor | None, dim: int) -> Tensor:
+    """Sum of all KL(softmax(teacher) || softmax(student)), the softmax being over the entries of `dim` not left out.
+
+    Where all are left out both distributions are uniform: their divergence is 0.
+    """
+    if left_out is not None:
+        lowest = torch.finfo(student.dtype).min  # not -inf: 0 * (inf - inf) would be NaN
+        student, teacher = student.masked_fill(left_out, lowest), teacher.masked_fill(left_out, lowest)
+    log_s, log_t = student.log_softmax(dim), teacher.log_softmax(dim)
+    return (log_t.exp() * (log_t - log_s)).sum()
+
+
+def _pool_pair(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    masks: list[tuple[Tensor, Tensor]],
+    regions: Regions,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """(student's pixels, teacher's pixels, student's anchors, teacher's anchors) of one set of maps"""
+    s, t = _pixels(student, masks, dtype), _pixels([x.detach() for x in teacher], masks, dtype)
+    return s, t, _pool(s, masks, regions), _pool(t, masks, regions)
+
+
+def _anchor_term(student: Tensor, teacher: Tensor, regions: Regions) -> Tensor:
+    """sum_l mean_{p: area > 0} mean_c (aS - aT)^2; anchors [L, P, C]"""
+    present = regions.area > 0
+    errors = torch.where(present, (student - teacher).square().mean(2), 0).sum(1)
+    return (errors / present.sum(1).clamp(min=1)).sum()
+
+
+def _distance_term(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    student_anchors: Tensor,
+    teacher_anchors: Tensor,
+    regions: Regions,
+    temperature: float,
+) -> Tensor:
+    """sum_l mean_u KL(qT(u) || qS(u)); an uncounted pixel is zero on both sides, so both q are uniform there"""
+    loss = 0
+    empty = (regions.area == 0).unsqueeze(-1)
+    for i, (s, t) in enumerate(zip(student, teacher)):
+        z_s, z_t = _cosine(s, student_anchors[i]) / temperature, _cosine(t, teacher_anchors[i]) / temperature
+        loss = loss + _kl(z_s, z_t, empty[i], dim=1) / regions.counted[i].clamp(min=1)
+    return loss
+
+
+def _localization_term(
+    student: list[Tensor], teacher: list[Tensor], regions: Regions | None, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """sum_l temperature^2 / (B*C) * sum_{b,c} KL(pT || pS), p = softmax over the positions of X / temperature"""
+    loss = 0
+    for i, (s, t) in enumerate(zip(student, teacher)):
+        beyond = None
+        if regions is not None:
+            rows, columns = regions.extent[i].unbind(1)
+            zero = torch.zeros_like(rows)
+            beyond = ~(_inside(zero, rows, s.shape[2]).unsqueeze(2) & _inside(zero, columns, s.shape[3]).unsqueeze(1))
+            beyond = beyond.flatten(1).unsqueeze(1)
+        z_s, z_t = s.flatten(2).to(dtype) / temperature, t.detach().flatten(2).to(dtype) / temperature
+        loss = loss + _kl(z_s, z_t, beyond, dim=2) * (temperature**2 / max(s.shape[0] * s.shape[1], 1))
+    return loss
+
+
+def _sets(
+    student_name: str, student: Maps, teacher_name: str, teacher: Maps
+) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    student, teacher = checks.pyramid(student_name, student), checks.pyramid(teacher_name, teacher)
+    checks.match(student_name, student, teacher_name, teacher)
+    return student, teacher
+
+
+# ------------------------------------------------------------------------------------------------- public functions
+
+
+def anchor_pool(features: Sequence[Tensor], regions: Regions) -> Tensor:
+    """See :func:`sea_kernels.anchor_pool`."""
+    features = checks.maps("features", features)
+    checks.regions("regions", regions, "features", [features])
+    dtype = checks.compute_dtype(features)
+    masks = _masks(regions, dtype)
+    return _pool(_pixels(features, masks, dtype), masks, regions)
+
+
+def anchor_cosine(features: Sequence[Tensor], anchors: Tensor, regions: Regions) -> list[Tensor]:
+    """See :func:`sea_kernels.anchor_cosine`."""
+    features = checks.maps("features", features)
+    checks.regions("regions", regions, "features", [features])
+    checks.anchors("anchors", anchors, regions, features)
+    dtype = checks.compute_dtype(features, [anchors])
+    anchors = torch.where(regions.area.unsqueeze(-1) > 0, anchors.to(dtype), 0)
+    return [_cosine(x.flatten(2).to(dtype), a).unflatten(2, x.shape[2:]) for x, a in zip(features, anchors)]
+
+
+def anchor_loss(student: Maps, teacher: Maps, regions: Regions) -> Tensor:
+    """See :func:`sea_kernels.anchor_loss`."""
+    student, teacher = _sets("student", student, "teacher", teacher)
+    checks.regions("regions", regions, "student", student)
+    dtype = checks.compute_dtype(*student, *teacher)
+    masks, loss = _masks(regions, dtype), 0
+    for s, t in zip(student, teacher):
+        _, _, a_s, a_t = _pool_pair(s, t, masks, regions, dtype)
+        loss = loss + _anchor_term(a_s, a_t, regions)
+    return loss
+
+
+def topological_distance_loss(
+    student: Maps, teacher: Maps, regions: Regions, temperature: float = 0.1, detach_anchors: bool = False
+) -> Tensor:
+    """See :func:`sea_kernels.topological_distance_loss`."""
+    student, teacher = _sets("student", student, "teacher", teacher)
+    checks.regions("regions", regions, "student", student)
+    temperature = checks.temperature("temperature", temperature)
+    dtype = checks.compute_dtype(*student, *teacher)
+    masks, loss = _masks(regions, dtype), 0
+    for s, t in zip(student, teacher):
+        s, t, a_s, a_t = _pool_pair(s, t, masks, regions, dtype)
+        loss = loss + _distance_term(s, t, a_s.detach() if detach_anchors else a_s, a_t, regions, temperature)
+    return loss
+
+
+def localization_alignment_loss(
+    student: Maps, teacher: Maps, regions: Regions | None = None, temperature: float = 1.0
+) -> Tensor:
+    """See :func:`sea_kernels.localization_alignment_loss`."""
+    student, teacher = _sets("student", student, "teacher", teacher)
+    if regions is not None:
+        checks.regions("regions", regions, "student", student)
+    temperature = checks.temperature("temperature", temperature)
+    dtype = checks.compute_dtype(*student, *teacher)
+    return sum(_localization_term(s, t, regions, temperature, dtype) for s, t in zip(student, teacher))
+
+
+def sea_loss(
+    student_cls: Maps,
+    teacher_cls: Maps,
+    student_box: Maps,
+    teacher_box: Maps,
+    regions: Regions,
+    distance_temperature: float = 0.1,
+    localization_temperature: float = 1.0,
+    detach_anchors: bool = False,
+    distance_on_box: bool = False,
+) -> SEALoss:
+    """See :func:`sea_kernels.sea_loss`."""
+    student_cls, teacher_cls = _sets("student_cls", student_cls, "teacher_cls", teacher_cls)
+    student_box, teacher_box = _sets("student_box", student_box, "teacher_box", teacher_box)
+    checks.regions("regions", regions, "student_cls", student_cls)
+    checks.regions("regions", regions, "student_box", student_box)
+    distance_temperature = checks.temperature("distance_temperature", distance_temperature)
+    localization_temperature = checks.temperature("localization_temperature", localization_temperature)
+
+    dtype = checks.compute_dtype(*student_cls, *teacher_cls, *student_box, *teacher_box)
+    masks, anchor, distance = _masks(regions, dtype), 0, 0
+    localization = sum(
+        _localization_term(s, t, regions, localization_temperature, dtype) for s, t in zip(student_box, teacher_box)
+    )
+    for student, teacher, with_distance in (
+        (student_cls, teacher_cls, True),
+        (student_box, teacher_box, distance_on_box),
+    ):
+        for s, t in zip(student, teacher):
+            s, t, a_s, a_t = _pool_pair(s, t, masks, regions, dtype)
+            anchor = anchor + _anchor_term(a_s, a_t, regions)
+            if with_distance:
+                a_s = a_s.detach() if detach_anchors else a_s
+                distance = distance + _distance_term(s, t, a_s, a_t, regions, distance_temperature)
+    return SEALoss(anchor, distance, localization)

@@ -1,0 +1,190 @@
+"""Builds sea_kernels/_C.so, one library for every Python and every torch from 2.11 on (torch's stable C++ ABI).
+
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; SEA_KERNELS_CUDA=auto|1|0 (auto: where nvcc is found), CUDA_HOME,
+TORCH_CUDA_ARCH_LIST. Everything else about the package stands in pyproject.toml.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata, util
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+COMMON = ["-O3", "-fPIC", "-fvisibility=hidden", "-Icsrc"]
+ISA_FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0+PTX"]  # a cubin runs on later minor versions of its major one
+
+
+def fail(reason):
+    raise SystemExit(f"sea_kernels {reason}")
+
+
+def environment_list(name):
+    return shlex.split(os.environ.get(name, ""))
+
+
+def output(*command):
+    """What a command prints, or None where it cannot be run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout + done.stderr
+
+
+def find_compiler():
+    """The compiler as a list of words, and the machine it compiles for (not always this one)."""
+    for candidate in [environment_list("CXX")] if os.environ.get("CXX") else [["g++"], ["c++"], ["clang++"]]:
+        if target := output(*candidate, "-dumpmachine"):
+            return candidate, target.strip()
+    fail(f"needs a C++17 compiler: {os.environ.get('CXX') or 'g++'} cannot be run; install g++ or set CXX")
+
+
+def find_torch():
+    """Torch's folder and its (major, minor) version; torch itself is not imported."""
+    try:
+        version = metadata.version("torch")
+        folder = Path(util.find_spec("torch").origin).parent
+    except (metadata.PackageNotFoundError, AttributeError):
+        fail("needs torch >= 2.11 to build, and none is installed: pip install 'torch>=2.11'")
+    numbers = tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups()))
+    if numbers < (2, 11):
+        fail(f"needs torch >= 2.11, and torch {version} is installed: pip install -U 'torch>=2.11'")
+    return folder, numbers
+
+
+def find_cuda(sources):
+    """(nvcc, reason): one of them is None."""
+    wanted = os.environ.get("SEA_KERNELS_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        fail(f"reads SEA_KERNELS_CUDA as auto, 1 or 0; it is {wanted!r}")
+    if wanted == "0":
+        return None, "SEA_KERNELS_CUDA=0 when it was built"
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+    if not nvcc and wanted == "1":
+        fail("was asked for CUDA (SEA_KERNELS_CUDA=1), but nvcc is neither in CUDA_HOME/bin nor on PATH")
+    if not nvcc:
+        return None, "nvcc was not found when it was built (set CUDA_HOME and install again)"
+    return (nvcc, None) if sources else (None, "this version has no CUDA kernels")
+
+
+def gencode(nvcc):
+    """One -gencode for each architecture of TORCH_CUDA_ARCH_LIST, or of our own list as far as this nvcc knows it."""
+    known = output(nvcc, "--list-gpu-arch") or ""
+    wanted = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()) or [""]
+    if wanted == [""]:
+        wanted = [a for a in DEFAULT_ARCHITECTURES if "compute_" + a.replace(".", "").removesuffix("+PTX") in known]
+    flags = []
+    for architecture in wanted:
+        if not (match := re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", architecture)):
+            fail(f"reads TORCH_CUDA_ARCH_LIST as numbers such as '8.0;9.0a;12.0+PTX'; it has {architecture!r}")
+        number = match[1] + match[2]
+        codes = [f"sm_{number}"] + [f"compute_{number}"] * bool(match[3])
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return flags, wanted
+
+
+def steps(folder):
+    """The build as a list of (output, inputs, command); the last one links."""
+    compiler, target = find_compiler()
+    torch, version = find_torch()
+    cuda_sources = sorted(Path("csrc/cuda").glob("*.cu"))
+    nvcc, why_not = find_cuda(cuda_sources)
+    isas = list(ISA_FLAGS) if target.startswith("x86_64") else ["baseline"]
+    torch_flags = [
+        "-std=c++20" if version >= (2, 14) else "-std=c++17",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        *("-isystem", str(torch / "include")),
+    ]
+    info = {"cuda": None, "architectures": [], "why_no_cuda": why_not}
+    libraries = ["-L" + str(torch / "lib"), "-ltorch_cpu"]
+    if nvcc:
+        codes, info["architectures"] = gencode(nvcc)
+        info["cuda"] = re.search(r"release ([\d.]+)", output(nvcc, "--version"))[1]
+        top = Path(re.search(r"TOP=(.*)", output(nvcc, "--dryrun", "none.o", "-o", "none"))[1])  # nvcc may be a wrapper
+        if not (runtime := [*top.glob("lib*/libcudart_static.a"), *top.glob("targets/*/lib/libcudart_static.a")]):
+            fail(f"found nvcc, but no libcudart_static.a under {top}: install the CUDA runtime's static library")
+        libraries += [f"-L{runtime[0].parent}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+    cpu_flags = [*COMMON, *["-DSEA_X86"] * (len(isas) > 1)]
+    info_flag = "-DSEA_BUILD_INFO=" + json.dumps(json.dumps(info)[1:-1])  # a C string: members of a JSON object
+    result = []
+
+    def compile_step(source, name, command):
+        out = folder / f"{name}.o"
+        result.append((out, [source], [*command, "-MD", "-MF", f"{out}.d", "-c", source, "-o", out]))
+
+    for isa in isas:
+        source = Path("csrc/cpu/loops/isa.cpp")
+        flags = [*cpu_flags, "-std=c++17", "-ffp-contract=fast", f"-DSEA_ISA={isa}", *ISA_FLAGS[isa]]
+        compile_step(source, f"isa_{isa}", [*compiler, *flags, *environment_list("CXXFLAGS")])
+    for source in sorted(Path("csrc/cpu").glob("*.cpp")):
+        flags = [*cpu_flags, "-ffp-contract=off", *torch_flags, info_flag]
+        compile_step(source, f"cpu_{source.stem}", [*compiler, *flags, *environment_list("CXXFLAGS")])
+    for source in cuda_sources if nvcc else []:
+        host = ["-ccbin", shlex.join(compiler), "--compiler-options", "-fPIC,-fvisibility=hidden"]
+        compile_step(source, f"cuda_{source.stem}", [nvcc, "-O3", "-Icsrc", "-DUSE_CUDA", *torch_flags, *codes, *host])
+    objects = [out for out, _, _ in result]
+    link = [*compiler, "-shared", *objects, *environment_list("LDFLAGS"), *libraries, "-o", folder / "_C.so"]
+    cuda = f"CUDA {info['cuda']} ({' '.join(info['architectures'])})" if nvcc else f"no CUDA: {why_not}"
+    print(f"sea_kernels: CPU ({' '.join(isas)}), {cuda}; torch {version[0]}.{version[1]}, {target}", flush=True)
+    return [*result, (folder / "_C.so", objects, link)]
+
+
+def run_all(build, folder):
+    """Runs the steps, in parallel; with ninja only those whose sources, headers or flags changed."""
+    jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    build = [(out, inputs, shlex.join(map(str, command))) for out, inputs, command in build]
+    folder.mkdir(parents=True, exist_ok=True)
+    if ninja and output(ninja, "--version"):
+        lines = [f"builddir = {folder}", "rule run", " command = $command", " description = $out"]
+        lines += [" depfile = $out.d", " deps = gcc", "rule link", " command = $command", " description = $out"]
+        for out, inputs, command in build:
+            rule = "link" if out.suffix == ".so" else "run"
+            lines += [f"build {out}: {rule} {' '.join(map(str, inputs))}", " command = " + command.replace("$", "$$")]
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        ok = subprocess.run([ninja, "-f", folder / "build.ninja", "-j", str(jobs)]).returncode == 0
+    else:
+        with ThreadPoolExecutor(jobs) as pool:
+            ok = all(list(pool.map(lambda step: subprocess.run(step[2], shell=True).returncode == 0, build[:-1])))
+        ok = ok and subprocess.run(build[-1][2], shell=True).returncode == 0
+    if not ok:
+        fail("did not compile: the compiler's own words are above")
+
+
+class BuildLibrary(build_ext):
+    def get_ext_filename(self, fullname):  # not a Python module: no ABI tag in its name
+        return fullname.replace(".", os.sep) + ".so"
+
+    def build_extension(self, extension):
+        folder = Path("build/objects")
+        run_all(steps(folder), folder)
+        out = Path(self.get_ext_fullpath(extension.name))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.unlink(missing_ok=True)  # never write into a library that a process has mapped
+        shutil.copy(folder / "_C.so", out)
+
+
+class AnyPythonWheel(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("sea_kernels._C", [])],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
+)
