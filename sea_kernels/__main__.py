@@ -28,8 +28,8 @@ def report() -> str:
         "operator": "CPU  CUDA",
     }
     for name in KERNELS:
-        cells = [f"no: {why}" if error or not ops.has_kernel(name, device) else "yes" for device, why in why_not.items()]
-        lines[name] = "  ".join(cells)
+        runs = {device: not error and ops.has_kernel(name, device) for device in why_not}
+        lines[name] = "  ".join("yes" if runs[device] else f"no: {why}" for device, why in why_not.items())
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in lines.items())
 

@@ -77,6 +77,10 @@ def match(student_name: str, student: list[list[Tensor]], teacher_name: str, tea
         if len(s) != len(t):
             where = "" if len(student) == 1 else f"[{m}]"
             raise ValueError(f"{teacher_name}{where} has {len(t)} levels; expected {len(s)}, as {student_name}{where}")
+        if len(s) != len(student[0]):
+            raise ValueError(
+                f"{student_name}[{m}] has {len(s)} levels; expected {len(student[0])}, as {student_name}[0]"
+            )
         for i, (x, y) in enumerate(zip(s, t)):
             if x.device != y.device:
                 raise ValueError(

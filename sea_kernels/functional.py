@@ -15,9 +15,9 @@ from .regions import Regions
 
 Maps = Sequence[Tensor] | Sequence[Sequence[Tensor]]
 
-# What is kept for backward takes at most this share of the student's maps; where it would take more, backward computes
-# it again.
-_KEPT_SHARE = 8
+# Coefficients and anchors are kept for backward while they take at most 2/15 of the student's maps; else backward computes
+# them again. With the rest that is kept this stays under 15%.
+_KEPT_SHARE = (2, 15)
 
 
 def _refuse_second_derivative(name: str) -> None:
@@ -56,7 +56,7 @@ class _AnchorCosine(torch.autograd.Function):
 class _SEALoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parts, regions, teacher, options, save, *student):
-        share = sum(x.numel() * x.element_size() for x in student) // _KEPT_SHARE
+        share = sum(x.numel() * x.element_size() for x in student) * _KEPT_SHARE[0] // _KEPT_SHARE[1]
         size = 8 if any(x.dtype == torch.float64 for x in (*student, *teacher)) else 4
         kept_rows = share // (size * max(ops.kept_elements(student, parts), 1)) if save else 0
         *losses, saved = torch.ops.sea_kernels.sea_loss(student, teacher, parts, regions, *options, save, kept_rows)

@@ -142,6 +142,8 @@ def _regions(*arguments):
     *rasterize, validate = arguments
     if validate or arguments[0].device.type == "cpu":
         check_values(*rasterize[:8], batch_size=rasterize[9], num_classes=rasterize[12])
+    # packed boxes are often columns of one tensor; the kernels read them as rows
+    rasterize = [x.contiguous() if isinstance(x, Tensor) else x for x in rasterize]
     return torch.ops.sea_kernels.rasterize(*rasterize)
 
 

@@ -169,6 +169,7 @@ class Regions:
         flat_shapes = [n for shape in shapes for n in shape]
         grid = (sizes, size_list, batch_size, flat_shapes, num_strides, num_classes, float(center_ratio))
         if ops.current_backend() == "native":
+            ops.require("rasterize", packed.device)
             return Regions(*torch.ops.sea_kernels.regions(*rows, *grid, validate), None, shapes, batch_size)
 
         from . import reference

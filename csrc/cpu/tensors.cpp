@@ -1,5 +1,7 @@
 #include "tensors.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <numeric>
 
@@ -74,9 +76,17 @@ std::vector<Block> make_blocks(const std::vector<Map>& levels, int64_t tiles) {
 }
 
 Tensor make_gradient(const Tensor& like) {
-  if (is_dense(like)) return torch::stable::empty_like(like);
   const auto sizes = like.sizes();
-  return make({sizes.begin(), sizes.end()}, like.scalar_type());
+  Tensor out = is_dense(like) ? torch::stable::empty_like(like) : make({sizes.begin(), sizes.end()}, like.scalar_type());
+#ifdef MADV_HUGEPAGE
+  // Fresh memory of this size comes page by page from the kernel, which costs as much as computing what is written to it:
+  // ask for large pages. Where the kernel has none to give nothing is lost.
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr()), end = begin + out.numel() * out.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return out;
 }
 
 }  // namespace sea

@@ -137,7 +137,7 @@ inline void add_moments(int64_t rows, int64_t channels, const T* coefficients, c
   const int64_t width = (channels + kPadding - 1) / kPadding * kPadding;
   for (int64_t i = channels < width ? 0 : kTilePixels; i < kTilePixels; ++i)
     for (int64_t c = channels; c < width; ++c) turned[i * width + c] = 0;
-  gather(kTilePixels, channels, tile, 1, kTilePixels, turned, width);
+  gather(kTilePixels, channels, tile, 1, kTilePixels, 0, turned, width);
   multiply(rows, width, kTilePixels, coefficients, 1, kTilePixels, kBlockRows * kTilePixels, turned, width, moments, width);
 }
 

@@ -3,6 +3,9 @@
 #pragma once
 #include "../../pyramid.h"
 #include "vec.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 namespace sea {
 namespace SEA_ISA {
@@ -55,6 +58,53 @@ inline void narrow(double x, Small& out) {
   narrow(static_cast<float>(x), out);
 }
 
+// One vector of any type as the type computed in, and back. The last argument only says which type that is.
+template <class In, class T>
+inline Vec<T> read(const In* p, T) {
+  T block[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) block[i] = static_cast<T>(widen(p[i]));
+  return load(block);
+}
+template <class Out, class T>
+inline void write(Out* p, Vec<T> x, T) {
+  T block[kLanes<T>];
+  store(block, x);
+  for (int i = 0; i < kLanes<T>; ++i) narrow(block[i], p[i]);
+}
+template <class T>
+inline Vec<T> read(const T* p, T) {
+  return load(p);
+}
+template <class T>
+inline void write(T* p, Vec<T> x, T) {
+  store(p, x);
+}
+
+typedef uint16_t Bits16 __attribute__((vector_size(SEA_VECTOR_BYTES / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(SEA_VECTOR_BYTES)));
+inline Vec<float> read(const BFloat16* p, float) {
+  Bits16 bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return bit_cast<Vec<float>>(__builtin_convertvector(bits, Bits32) << 16);
+}
+inline void write(BFloat16* p, Vec<float> x, float) {
+  const Bits32 bits = bit_cast<Bits32>(x), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Bits32 quiet = rounded - rounded + 0x7fc0u;
+  const Bits16 out = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, Bits16);
+  std::memcpy(p, &out, sizeof out);
+}
+#if defined(__AVX512F__)
+inline Vec<float> read(const Half* p, float) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void write(Half* p, Vec<float> x, float) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+inline Vec<float> read(const Half* p, float) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void write(Half* p, Vec<float> x, float) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
 // Calls f with a null pointer of the element type.
 template <class F>
 inline void visit(Dtype dtype, F f) {
@@ -70,56 +120,70 @@ inline void visit(Dtype dtype, F f) {
   }
 }
 
-// out[r, c] = in[r, c] for a dense row-major out. Rows or columns of `in` that are contiguous are read as vectors.
+// Asks for the cache lines of `count` elements. Where the rows of a tile lie far apart no hardware prefetcher follows them.
+template <bool kWrite, class T>
+inline void prefetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i, kWrite, 2);
+}
+
+// out[r, c] = in[r, c] for a dense row-major out. Rows or columns of `in` that are contiguous are read as vectors. What lies
+// `ahead` elements further on, in the next tile, is asked for.
 template <class In, class T>
-inline void gather(int64_t rows, int64_t columns, const In* in, int64_t in_row, int64_t in_column, T* out, int64_t out_row) {
+inline void gather(int64_t rows, int64_t columns, const In* in, int64_t in_row, int64_t in_column, int64_t ahead, T* out,
+                   int64_t out_row) {
   constexpr int n = kLanes<T>;
+  int64_t done_rows = 0, done_columns = 0;
   if (in_column == 1) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; ++c) out[r * out_row + c] = static_cast<T>(widen(in[r * in_row + c]));
-    return;
-  }
-  const int64_t square_rows = in_row == 1 ? rows / n * n : 0, square_columns = in_row == 1 ? columns / n * n : 0;
-  for (int64_t c = 0; c < square_columns; c += n)
-    for (int64_t r = 0; r < square_rows; r += n) {
-      T block[n][n];
-      Vec<T> vectors[n];
-      for (int i = 0; i < n; ++i) {
-        for (int j = 0; j < n; ++j) block[i][j] = static_cast<T>(widen(in[r + j + (c + i) * in_column]));
-        vectors[i] = load(block[i]);
-      }
-      transpose<T>(vectors);
-      for (int j = 0; j < n; ++j) store(out + (r + j) * out_row + c, vectors[j]);
+    done_rows = rows;
+    done_columns = columns / n * n;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (ahead) prefetch<false>(in + r * in_row + ahead, columns);
+      for (int64_t c = 0; c < done_columns; c += n) store(out + r * out_row + c, read(in + r * in_row + c, T()));
     }
+  } else if (in_row == 1) {
+    done_rows = rows / n * n;
+    done_columns = columns / n * n;
+    for (int64_t c = 0; c < done_columns; c += n) {
+      for (int i = 0; ahead && i < n; ++i) prefetch<false>(in + (c + i) * in_column + ahead, rows);
+      for (int64_t r = 0; r < done_rows; r += n) {
+        Vec<T> square[n];
+        for (int i = 0; i < n; ++i) square[i] = read(in + r + (c + i) * in_column, T());
+        transpose<T>(square);
+        for (int j = 0; j < n; ++j) store(out + (r + j) * out_row + c, square[j]);
+      }
+    }
+  }
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < square_rows ? square_columns : 0; c < columns; ++c)
+    for (int64_t c = r < done_rows ? done_columns : 0; c < columns; ++c)
       out[r * out_row + c] = static_cast<T>(widen(in[r * in_row + c * in_column]));
 }
 
 // The way back: out[r, c] = in[r, c] for a dense row-major in.
 template <class T, class Out>
-inline void scatter(int64_t rows, int64_t columns, const T* in, int64_t in_row, Out* out, int64_t out_row,
-                    int64_t out_column) {
+inline void scatter(int64_t rows, int64_t columns, const T* in, int64_t in_row, Out* out, int64_t out_row, int64_t out_column,
+                    int64_t ahead) {
   constexpr int n = kLanes<T>;
+  int64_t done_rows = 0, done_columns = 0;
   if (out_column == 1) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; ++c) narrow(in[r * in_row + c], out[r * out_row + c]);
-    return;
-  }
-  const int64_t square_rows = out_row == 1 ? rows / n * n : 0, square_columns = out_row == 1 ? columns / n * n : 0;
-  for (int64_t c = 0; c < square_columns; c += n)
-    for (int64_t r = 0; r < square_rows; r += n) {
-      T block[n];
-      Vec<T> vectors[n];
-      for (int j = 0; j < n; ++j) vectors[j] = load(in + (r + j) * in_row + c);
-      transpose<T>(vectors);
-      for (int i = 0; i < n; ++i) {
-        store(block, vectors[i]);
-        for (int j = 0; j < n; ++j) narrow(block[j], out[r + j + (c + i) * out_column]);
-      }
+    done_rows = rows;
+    done_columns = columns / n * n;
+    for (int64_t r = 0; r < rows; ++r) {
+      prefetch<true>(out + r * out_row + ahead, columns);
+      for (int64_t c = 0; c < done_columns; c += n) write(out + r * out_row + c, load(in + r * in_row + c), T());
     }
+  } else if (out_row == 1) {
+    done_rows = rows / n * n;
+    done_columns = columns / n * n;
+    for (int64_t c = 0; c < done_columns; c += n)
+      for (int64_t r = 0; r < done_rows; r += n) {
+        Vec<T> square[n];
+        for (int j = 0; j < n; ++j) square[j] = load(in + (r + j) * in_row + c);
+        transpose<T>(square);
+        for (int i = 0; i < n; ++i) write(out + r + (c + i) * out_column, square[i], T());
+      }
+  }
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < square_rows ? square_columns : 0; c < columns; ++c)
+    for (int64_t c = r < done_rows ? done_columns : 0; c < columns; ++c)
       narrow(in[r * in_row + c], out[r * out_row + c * out_column]);
 }
 
@@ -162,7 +226,7 @@ inline void read_channels(const Map& map, int64_t begin, int64_t end, T* tile, i
   visit(map.dtype, [&](auto* type) {
     const auto* data = static_cast<decltype(type)>(map.data);
     stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
-      gather(map.channels, count, data + offset, map.stride[1], map.stride[3], tile + at, tile_row);
+      gather(map.channels, count, data + offset, map.stride[1], map.stride[3], count * map.stride[3], tile + at, tile_row);
     });
   });
 }
@@ -174,7 +238,7 @@ inline void read_pixels(const Map& map, int64_t begin, int64_t end, int64_t c0, 
   visit(map.dtype, [&](auto* type) {
     const auto* data = static_cast<decltype(type)>(map.data) + c0 * map.stride[1];
     stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
-      gather(count, channels, data + offset, map.stride[3], map.stride[1], tile + at * tile_row, tile_row);
+      gather(count, channels, data + offset, map.stride[3], map.stride[1], count * map.stride[3], tile + at * tile_row, tile_row);
     });
   });
 }
@@ -185,7 +249,7 @@ inline void write_channels(const Map& map, int64_t begin, int64_t end, const T* 
   visit(map.dtype, [&](auto* type) {
     auto* data = static_cast<decltype(type)>(map.data);
     stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
-      scatter(map.channels, count, tile + at, tile_row, data + offset, map.stride[1], map.stride[3]);
+      scatter(map.channels, count, tile + at, tile_row, data + offset, map.stride[1], map.stride[3], count * map.stride[3]);
     });
   });
 }

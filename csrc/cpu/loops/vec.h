@@ -56,11 +56,12 @@ inline V maximum(V x, V m) {
   return x > m ? x : m;
 }
 
-// e^x to 2 ulp: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor polynomial. -inf gives 0, NaN stays NaN.
+// e^x to 2 ulp for x <= 88: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor polynomial. -inf gives 0; NaN and inf
+// are handed through.
 inline Vec<float> exp(Vec<float> x) {
   using I = VectorOf<float>::index;
-  const Vec<float> low = splat(-87.3f), high = splat(88.7f);
-  const Vec<float> clamped = x < low ? low : (x > high ? high : x);
+  const Vec<float> low = splat(-87.3f);
+  const Vec<float> clamped = x > low ? x : low;
   const Vec<float> shifter = splat(0x1.8p23f);
   const Vec<float> shifted = clamped * 0x1.715476p0f + shifter;
   const Vec<float> n = shifted - shifter;
@@ -78,8 +79,8 @@ inline Vec<float> exp(Vec<float> x) {
   std::memcpy(&exponent, &shifted, sizeof exponent);
   bits += exponent << 23;
   std::memcpy(&p, &bits, sizeof p);
-  p = x < low ? Vec<float>{} : p;
-  return x > high ? splat(INFINITY) : p;
+  p = x > low ? p : Vec<float>{};
+  return x <= 88.f ? p : x;
 }
 
 inline Vec<double> exp(Vec<double> x) {
