@@ -1,0 +1,212 @@
+"""Clocks and meters: time, memory, kernel launches and synchronisations of one training step, and the machine's rates.
+
+A *step* is `step(inputs, mark) -> (losses, gradients)`; it calls `mark()` once, between its forward and its backward.
+"""
+
+import gc
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports each of its starts and stops
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+
+@dataclass
+class Times:
+    """Milliseconds of each repeat."""
+
+    forward: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)  # forward and backward
+
+
+def interleave(steps, inputs, device, repeats, progress=lambda k: None):
+    """`repeats` samples of each of the named `steps`, in turns, so that a slow minute of the machine hits them all.
+
+    Every run takes the next of `inputs`, so that no step finds its input in the cache. On a GPU a sample is the mean of
+    as many runs as 20 ms hold, with no synchronisation in between: that is how a training loop queues them.
+    """
+    times = {name: Times() for name in steps}
+    runs = dict.fromkeys(steps, 1)
+    if device.type == "cuda":
+        for name, step in steps.items():
+            _, once = _sample_cuda(step, inputs, len(inputs))
+            runs[name] = max(len(inputs), min(200, round(20 / once)))
+    for k in range(repeats):
+        progress(k)
+        for j, (name, step) in enumerate(steps.items()):
+            if device.type == "cuda":
+                forward, whole = _sample_cuda(step, inputs, runs[name])
+            else:
+                forward, whole = _sample_cpu(step, inputs[(j + k) % len(inputs)])
+            times[name].step.append(whole)
+            if forward is not None:
+                times[name].forward.append(forward)
+    return times
+
+
+def _sample_cpu(step, inputs):
+    middle = []
+    start = time.perf_counter()
+    step(inputs, lambda: middle.append(time.perf_counter()))
+    end = time.perf_counter()
+    return ((middle[0] - start) * 1e3 if middle else None), (end - start) * 1e3
+
+
+def _sample_cuda(step, inputs, runs):
+    """With CUDA events: mean milliseconds of forward (None if the step does not mark it) and of the whole."""
+    forwards = []
+
+    def event():
+        e = torch.cuda.Event(enable_timing=True)
+        e.record()
+        return e
+
+    torch.cuda.synchronize()
+    start = event()
+    for i in range(runs):
+        first, middle = event(), []
+        step(inputs[i % len(inputs)], lambda middle=middle: middle.append(event()))
+        forwards += [(first, m) for m in middle]
+    end = event()
+    torch.cuda.synchronize()
+    forward = sum(a.elapsed_time(b) for a, b in forwards) / len(forwards) if forwards else None
+    return forward, start.elapsed_time(end) / runs
+
+
+def memory(step, inputs, device):
+    """(peak, kept) bytes of one run of the step.
+
+    kept: what forward allocated and what is still alive when backward begins.
+    peak: the most that was alive at one time, the returned gradients themselves left out from their allocation on.
+    What was there before (the input maps of both sides) counts in neither.
+
+    Both come from the profiler's log of torch's allocators, which sees inside operators and compiled code alike, on the
+    CPU (where torch has no counter) and on the GPU. What C++ code takes by malloc is not seen.
+    """
+    gc.collect()
+    gc.disable()  # a collection in the middle of the step would be a difference between two runs
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
+            _, gradients = step(inputs, _mark)
+    finally:
+        gc.enable()
+    events, todo = [], list(log.profiler.kineto_results.experimental_event_tree())
+    while todo:
+        event = todo.pop()
+        todo += event.children
+        if event.name == _MARK:
+            events.append((event.start_time_ns, None, 0))
+        elif event.name == "[memory]" and event.extra_fields.device.type == device.type:
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    events.sort(key=lambda e: e[0])
+
+    results = {g.untyped_storage().data_ptr() for g in gradients}
+    last = {ptr: i for i, (_, ptr, size) in enumerate(events) if size > 0 and ptr in results}
+    return _account(events, set(last.values()))
+
+
+_MARK = "end of forward"
+
+
+def _mark():
+    with record_function(_MARK):
+        pass
+
+
+def _account(events, results):
+    """(peak, kept) of a log in order of time.
+
+    events: (time, pointer, bytes: negative when freed), or (time, None, 0) for the mark; results: those to leave out.
+    """
+    live: dict[int, int] = {}
+    total = left_out = peak = kept = 0
+    for i, (_, ptr, size) in enumerate(events):
+        if ptr is None:
+            kept = total
+        elif size > 0:
+            live[ptr] = size
+            total += size
+            left_out += size if i in results else 0
+        else:
+            total -= live.pop(ptr, 0)  # 0: it was allocated before the log began
+        peak = max(peak, total - left_out)
+    return peak, kept
+
+
+def cuda_calls(step, inputs):
+    """(kernel launches, host synchronisations) of one run of the step; a replayed CUDA graph counts as one launch."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as log:
+        with record_function("the step"):
+            step(inputs, lambda: None)
+        torch.cuda.synchronize()
+    events = [e for e in log.profiler.kineto_results.events() if e.device_type() == DeviceType.CPU]
+    (begin, end), *_ = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == "the step"]
+    names = [e.name() for e in events if begin <= e.start_ns() <= end]
+    launches = sum("LaunchKernel" in n or "GraphLaunch" in n for n in names)
+    return launches, sum((n.startswith("cuda") and "Synchronize" in n) or n == "cudaMemcpy" for n in names)
+
+
+def cache_bytes(device):
+    """The last cache before memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(s[:-1]) * {"K": 2**10, "M": 2**20}[s[-1]] for s in sizes), default=32 * 2**20)
+
+
+def copy_bandwidth(device, size):
+    """Bytes a second, read and written, of copying `size` bytes (median of 7)."""
+    source, target = torch.zeros(size // 4, device=device), torch.zeros(size // 4, device=device)
+    return 2 * size / _median_seconds(lambda: target.copy_(source), device)
+
+
+def gemm_rate(device, dtype, n):
+    """Operations a second of an n x n x n matrix product (median of 7)."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device)
+
+
+def rates(device, dtype, small=False):
+    """What the machine does when it does nothing else, per second: bytes copied, operations of matrix products."""
+    size = 2**22 if small else min(max(2 * cache_bytes(device), 2**27), 2**29)
+    n = 256 if small else 8192 if device.type == "cuda" else 2048
+    # On a CPU our kernels compute in float32, whatever the maps are.
+    dtypes = {torch.float32, dtype} if device.type == "cuda" else {torch.float32}
+    out = {"copy": copy_bandwidth(device, size)}
+    return out | {f"gemm_{str(d).removeprefix('torch.')}": gemm_rate(device, d, n) for d in dtypes}
+
+
+def _median_seconds(call, device, repeats=7):
+    def step(inputs, mark):
+        call()
+
+    step(None, None)
+    return median(interleave({"": step}, [None], device, repeats)[""].step) / 1e3
+
+
+def median(values):
+    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
+
+
+def machine(device):
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
+    return {
+        "name": platform.node(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cache_mib": cache_bytes(device) / 2**20,
+        "system": platform.platform(),
+    }
