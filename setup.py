@@ -15,11 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata, util
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+import setuptools
 from setuptools.command.build_ext import build_ext
 
-COMMON = ["-O3", "-fPIC", "-fvisibility=hidden", "-Icsrc"]
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(f"sea_kernels needs setuptools >= 77 to build; {setuptools.__version__} is installed")
+
+from setuptools.command.bdist_wheel import bdist_wheel
+
 ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -32,7 +35,7 @@ def fail(reason):
     raise SystemExit(f"sea_kernels {reason}")
 
 
-def environment_list(name):
+def words(name):
     return shlex.split(os.environ.get(name, ""))
 
 
@@ -47,55 +50,64 @@ def output(*command):
 
 def find_compiler():
     """The compiler as a list of words, and the machine it compiles for (not always this one)."""
-    for candidate in [environment_list("CXX")] if os.environ.get("CXX") else [["g++"], ["c++"], ["clang++"]]:
+    for candidate in [words("CXX")] if os.environ.get("CXX") else [["g++"], ["c++"], ["clang++"]]:
         if target := output(*candidate, "-dumpmachine"):
             return candidate, target.strip()
     fail(f"needs a C++17 compiler: {os.environ.get('CXX') or 'g++'} cannot be run; install g++ or set CXX")
 
 
 def find_torch():
-    """Torch's folder and its (major, minor) version; torch itself is not imported."""
+    """Torch's folder and its version; torch itself is not imported."""
     try:
         version = metadata.version("torch")
         folder = Path(util.find_spec("torch").origin).parent
     except (metadata.PackageNotFoundError, AttributeError):
         fail("needs torch >= 2.11 to build, and none is installed: pip install 'torch>=2.11'")
-    numbers = tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups()))
-    if numbers < (2, 11):
+    if tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups())) < (2, 11):
         fail(f"needs torch >= 2.11, and torch {version} is installed: pip install -U 'torch>=2.11'")
-    return folder, numbers
+    return folder, version
 
 
-def find_cuda(sources):
-    """(nvcc, reason): one of them is None."""
+def find_nvcc(sources):
+    """(nvcc, None), or (None, why CUDA is left out)."""
     wanted = os.environ.get("SEA_KERNELS_CUDA") or "auto"
     if wanted not in ("auto", "0", "1"):
         fail(f"reads SEA_KERNELS_CUDA as auto, 1 or 0; it is {wanted!r}")
     if wanted == "0":
         return None, "SEA_KERNELS_CUDA=0 when it was built"
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
-    if not nvcc and wanted == "1":
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    found = nvcc and output(nvcc, "--version")
+    if not found and wanted == "1":
         fail("was asked for CUDA (SEA_KERNELS_CUDA=1), but nvcc is neither in CUDA_HOME/bin nor on PATH")
-    if not nvcc:
+    if not found:
         return None, "nvcc was not found when it was built (set CUDA_HOME and install again)"
     return (nvcc, None) if sources else (None, "this version has no CUDA kernels")
 
 
-def gencode(nvcc):
-    """One -gencode for each architecture of TORCH_CUDA_ARCH_LIST, or of our own list as far as this nvcc knows it."""
-    known = output(nvcc, "--list-gpu-arch") or ""
-    wanted = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()) or [""]
-    if wanted == [""]:
-        wanted = [a for a in DEFAULT_ARCHITECTURES if "compute_" + a.replace(".", "").removesuffix("+PTX") in known]
+def architectures(nvcc):
+    """TORCH_CUDA_ARCH_LIST, or our own list as far as this nvcc knows it, and the -gencode flags that this means."""
+    names = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if names == [""]:
+        known = output(nvcc, "--list-gpu-arch").split()
+        names = [a for a in DEFAULT_ARCHITECTURES if f"compute_{a.removesuffix('+PTX').replace('.', '')}" in known]
     flags = []
-    for architecture in wanted:
-        if not (match := re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", architecture)):
-            fail(f"reads TORCH_CUDA_ARCH_LIST as numbers such as '8.0;9.0a;12.0+PTX'; it has {architecture!r}")
+    for name in names:
+        if not (match := re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)):
+            fail(f"reads TORCH_CUDA_ARCH_LIST as numbers such as '8.0;9.0a;12.0+PTX'; it has {name!r}")
         number = match[1] + match[2]
-        codes = [f"sm_{number}"] + [f"compute_{number}"] * bool(match[3])
-        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
-    return flags, wanted
+        for code in ["sm", "compute"] if match[3] else ["sm"]:
+            flags.append(f"-gencode=arch=compute_{number},code={code}_{number}")
+    return names, flags
+
+
+def cuda_runtime(nvcc):
+    """What to link. The folder is asked of nvcc, which may be a wrapper that lies elsewhere."""
+    top = Path(re.search(r"TOP=(.*)", output(nvcc, "--dryrun", "none.o", "-o", "none"))[1])
+    libraries = [*top.glob("lib*/libcudart_static.a"), *top.glob("targets/*/lib/libcudart_static.a")]
+    if not libraries:
+        fail(f"finds no libcudart_static.a under {top}: install the CUDA runtime, or build with SEA_KERNELS_CUDA=0")
+    return [f"-L{libraries[0].parent}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
 
 
 def steps(folder):
@@ -103,44 +115,38 @@ def steps(folder):
     compiler, target = find_compiler()
     torch, version = find_torch()
     cuda_sources = sorted(Path("csrc/cuda").glob("*.cu"))
-    nvcc, why_not = find_cuda(cuda_sources)
-    isas = list(ISA_FLAGS) if target.startswith("x86_64") else ["baseline"]
-    torch_flags = [
-        "-std=c++20" if version >= (2, 14) else "-std=c++17",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        *("-isystem", str(torch / "include")),
-    ]
-    info = {"cuda": None, "architectures": [], "why_no_cuda": why_not}
-    libraries = ["-L" + str(torch / "lib"), "-ltorch_cpu"]
+    nvcc, why_no_cuda = find_nvcc(cuda_sources)
+    info = {"cuda": None, "architectures": [], "why_no_cuda": why_no_cuda}
+    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if nvcc:
-        codes, info["architectures"] = gencode(nvcc)
         info["cuda"] = re.search(r"release ([\d.]+)", output(nvcc, "--version"))[1]
-        top = Path(re.search(r"TOP=(.*)", output(nvcc, "--dryrun", "none.o", "-o", "none"))[1])  # nvcc may be a wrapper
-        if not (runtime := [*top.glob("lib*/libcudart_static.a"), *top.glob("targets/*/lib/libcudart_static.a")]):
-            fail(f"found nvcc, but no libcudart_static.a under {top}: install the CUDA runtime's static library")
-        libraries += [f"-L{runtime[0].parent}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-    cpu_flags = [*COMMON, *["-DSEA_X86"] * (len(isas) > 1)]
-    info_flag = "-DSEA_BUILD_INFO=" + json.dumps(json.dumps(info)[1:-1])  # a C string: members of a JSON object
-    result = []
+        info["architectures"], gencode = architectures(nvcc)
+        libraries += cuda_runtime(nvcc)
 
-    def compile_step(source, name, command):
+    isas = list(ISA_FLAGS) if target.startswith("x86_64") else ["baseline"]
+    base = ["-std=c++17", "-O3", "-Icsrc"]
+    cxx = [*compiler, *base, "-fPIC", "-fvisibility=hidden", *["-DSEA_X86"] * (len(isas) > 1)]
+    torch_flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", torch / "include"]
+    info_flag = "-DSEA_BUILD_INFO=" + json.dumps(json.dumps(info)[1:-1])  # a C string: members of a JSON object
+    compiled = []  # (name, source, command)
+    for isa in isas:
+        command = [*cxx, "-ffp-contract=fast", f"-DSEA_ISA={isa}", *ISA_FLAGS[isa], *words("CXXFLAGS")]
+        compiled.append((f"isa_{isa}", Path("csrc/cpu/loops/isa.cpp"), command))
+    for source in sorted(Path("csrc/cpu").glob("*.cpp")):
+        command = [*cxx, "-ffp-contract=off", *torch_flags, info_flag, *words("CXXFLAGS")]
+        compiled.append((f"cpu_{source.stem}", source, command))
+    for source in cuda_sources if nvcc else []:
+        host = ["-ccbin", compiler[-1], "--compiler-options", "-fPIC,-fvisibility=hidden"]
+        compiled.append((f"cuda_{source.stem}", source, [nvcc, *base, "-DUSE_CUDA", *torch_flags, *gencode, *host]))
+
+    result = []
+    for name, source, command in compiled:
         out = folder / f"{name}.o"
         result.append((out, [source], [*command, "-MD", "-MF", f"{out}.d", "-c", source, "-o", out]))
-
-    for isa in isas:
-        source = Path("csrc/cpu/loops/isa.cpp")
-        flags = [*cpu_flags, "-std=c++17", "-ffp-contract=fast", f"-DSEA_ISA={isa}", *ISA_FLAGS[isa]]
-        compile_step(source, f"isa_{isa}", [*compiler, *flags, *environment_list("CXXFLAGS")])
-    for source in sorted(Path("csrc/cpu").glob("*.cpp")):
-        flags = [*cpu_flags, "-ffp-contract=off", *torch_flags, info_flag]
-        compile_step(source, f"cpu_{source.stem}", [*compiler, *flags, *environment_list("CXXFLAGS")])
-    for source in cuda_sources if nvcc else []:
-        host = ["-ccbin", shlex.join(compiler), "--compiler-options", "-fPIC,-fvisibility=hidden"]
-        compile_step(source, f"cuda_{source.stem}", [nvcc, "-O3", "-Icsrc", "-DUSE_CUDA", *torch_flags, *codes, *host])
     objects = [out for out, _, _ in result]
-    link = [*compiler, "-shared", *objects, *environment_list("LDFLAGS"), *libraries, "-o", folder / "_C.so"]
-    cuda = f"CUDA {info['cuda']} ({' '.join(info['architectures'])})" if nvcc else f"no CUDA: {why_not}"
-    print(f"sea_kernels: CPU ({' '.join(isas)}), {cuda}; torch {version[0]}.{version[1]}, {target}", flush=True)
+    link = [*compiler, "-shared", *objects, *words("LDFLAGS"), *libraries, "-o", folder / "_C.so"]
+    cuda = f"CUDA {info['cuda']} ({' '.join(info['architectures'])})" if nvcc else f"no CUDA: {why_no_cuda}"
+    print(f"sea_kernels: CPU ({' '.join(isas)}), {cuda}; torch {version}, {target}", flush=True)
     return [*result, (folder / "_C.so", objects, link)]
 
 
@@ -184,7 +190,7 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[Extension("sea_kernels._C", [])],
+setuptools.setup(
+    ext_modules=[setuptools.Extension("sea_kernels._C", [])],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
 )

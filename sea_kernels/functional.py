@@ -15,8 +15,8 @@ from .regions import Regions
 
 Maps = Sequence[Tensor] | Sequence[Sequence[Tensor]]
 
-# Coefficients and anchors are kept for backward while they take at most 2/15 of the student's maps; else backward computes
-# them again. With the rest that is kept this stays under 15%.
+# Coefficients and anchors are kept for backward while they take at most 2/15 of the student's maps, which with the rest
+# that is kept stays under 15%; else backward computes them again.
 _KEPT_SHARE = (2, 15)
 
 
@@ -78,7 +78,9 @@ class _SEALoss(torch.autograd.Function):
         return None, None, None, None, None, *gradients
 
 
-def _losses(name, sets, regions, distance_temperature=0.1, localization_temperature=1.0, detach_anchors=False) -> SEALoss:
+def _losses(
+    sets: list, regions: Regions | None, distance_temperature=0.1, localization_temperature=1.0, detach_anchors=False
+) -> SEALoss:
     """sets: (student, teacher, part) of every set of maps."""
     student = [x for maps, _, _ in sets for x in maps]
     teacher = [x.detach() for _, maps, _ in sets for x in maps]
@@ -133,7 +135,8 @@ def anchor_cosine(features: Sequence[Tensor], anchors: Tensor, regions: Regions)
         regions: says which anchors are empty.
 
     Returns:
-        L maps `[B, P, H_l, W_l]`, float32 (float64 if a map or the anchors are). Gradient flows to features and anchors.
+        L maps `[B, P, H_l, W_l]`, float32 (float64 if a map or the anchors are). Gradient flows to features and
+        anchors.
 
     Raises:
         As :func:`anchor_pool`.
@@ -168,7 +171,7 @@ def anchor_loss(student: Maps, teacher: Maps, regions: Regions) -> Tensor:
         return reference.anchor_loss(student, teacher, regions)
     pairs = _pairs("student", student, "teacher", teacher)
     checks.regions("regions", regions, "student", [s for s, _ in pairs])
-    return _losses("anchor_loss", [(s, t, ops.ANCHOR) for s, t in pairs], regions).anchor
+    return _losses([(s, t, ops.ANCHOR) for s, t in pairs], regions).anchor
 
 
 def topological_distance_loss(
@@ -193,9 +196,7 @@ def topological_distance_loss(
     checks.regions("regions", regions, "student", [s for s, _ in pairs])
     temperature = checks.temperature("temperature", temperature)
     sets = [(s, t, ops.DISTANCE) for s, t in pairs]
-    return _losses(
-        "topological_distance_loss", sets, regions, distance_temperature=temperature, detach_anchors=detach_anchors
-    ).distance
+    return _losses(sets, regions, distance_temperature=temperature, detach_anchors=detach_anchors).distance
 
 
 def localization_alignment_loss(
@@ -221,7 +222,7 @@ def localization_alignment_loss(
         checks.regions("regions", regions, "student", [s for s, _ in pairs])
     temperature = checks.temperature("temperature", temperature)
     sets = [(s, t, ops.LOCALIZATION) for s, t in pairs]
-    return _losses("localization_alignment_loss", sets, regions, localization_temperature=temperature).localization
+    return _losses(sets, regions, localization_temperature=temperature).localization
 
 
 def sea_loss(
@@ -267,7 +268,6 @@ def sea_loss(
     box_part = ops.ANCHOR | ops.LOCALIZATION | (ops.DISTANCE if distance_on_box else 0)
     sets = [(s, t, ops.ANCHOR | ops.DISTANCE) for s, t in cls] + [(s, t, box_part) for s, t in box]
     return _losses(
-        "sea_loss",
         sets,
         regions,
         checks.temperature("distance_temperature", distance_temperature),

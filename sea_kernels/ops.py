@@ -29,8 +29,8 @@ _SCHEMAS = {
     "anchor_pool_backward": "(Tensor gradient, Tensor[] features, Tensor[] regions) -> Tensor[]",
     "anchor_cosine": "(Tensor[] features, Tensor anchors, Tensor[] regions) -> Tensor[]",
     "anchor_cosine_backward": "(Tensor[] gradients, Tensor[] features, Tensor anchors, Tensor[] regions) -> Tensor[]",
-    # Sets of maps, one after the other: parts[s] says which losses set s takes part in. What backward needs is saved with
-    # `save`; where P + 1 <= kept_rows that includes the anchors and coefficients, which it computes again otherwise.
+    # Sets of maps, one after the other: parts[s] says which losses set s takes part in. `save` saves what backward
+    # needs; where P + 1 <= kept_rows that includes anchors and coefficients, which it computes again otherwise.
     "sea_loss": "(Tensor[] student, Tensor[] teacher, int[] parts, Tensor[] regions, float distance_temperature, "
     "float localization_temperature, bool detach_anchors, bool save, SymInt kept_rows) -> "
     "(Tensor anchor, Tensor distance, Tensor localization, Tensor[] saved)",
@@ -59,7 +59,7 @@ def library_path() -> Path | None:
 
 
 def build_info() -> dict:
-    """What was built: `cpu`, `cpu_available`, `cpu_in_use` (instruction sets), `cuda` (version or None), `architectures`."""
+    """What was built: instruction sets (`cpu`, `cpu_available`, `cpu_in_use`), `cuda`, `architectures`."""
     if LIBRARY_ERROR:
         raise RuntimeError(LIBRARY_ERROR)
     return json.loads(torch.ops.sea_kernels.build_info())
@@ -223,8 +223,8 @@ def kept_elements(student: list[Tensor], parts: list[int]) -> int:
 
 
 @_fake("sea_loss")
-def _(student, teacher, parts, regions, distance_temperature, localization_temperature, detach_anchors, save, kept_rows):
-    new = lambda *shape: student[0].new_empty(*shape, dtype=_compute_dtype(student + teacher))  # noqa: E731
+def _(student, teacher, parts, regions, _distance, _localization, detach_anchors, save, kept_rows):
+    dtype = _compute_dtype(student + teacher)
     masks, levels = regions[1].shape[1] if regions else 0, len(student) // len(parts)
     # masks + 1 where that is at most kept_rows, else 0; without a branch, which would compile a graph for either side
     rows = torch.sym_max(0, torch.sym_min(masks + 1, (masks + 1) * (kept_rows - masks)))
@@ -233,16 +233,10 @@ def _(student, teacher, parts, regions, distance_temperature, localization_tempe
         part = parts[i // levels]
         gradient = gradient + (masks * x.shape[1] if part & DISTANCE else 0)
         log_sums = log_sums + (2 * x.shape[0] * x.shape[1] if part & LOCALIZATION else 0)
-    return (
-        new(()),
-        new(()),
-        new(()),
-        [
-            new(rows * kept_elements(student, parts) if save else 0),
-            new(gradient if save and not detach_anchors else 0),
-            new(log_sums if save else 0),
-        ],
-    )
+    kept = rows * kept_elements(student, parts)
+    saved = (kept, 0 if detach_anchors else gradient, log_sums) if save else (0, 0, 0)
+    losses = (student[0].new_empty((), dtype=dtype) for _ in range(3))
+    return *losses, [student[0].new_empty(n, dtype=dtype) for n in saved]
 
 
 @_fake("sea_loss_backward")

@@ -110,9 +110,8 @@ def rasterize(
         ignore = _usable(ignore_boxes, ignore_image, batch_size)
         ignore_boxes = torch.where(ignore.unsqueeze(1), ignore_boxes, 0)
         ignore_image = torch.where(ignore, ignore_image, 0)
-    if (
-        image_sizes is None and len(image_size_list) > 0
-    ):  # filled by value: a tensor from a list would be a copy to the device
+    if image_sizes is None and len(image_size_list) > 0:
+        # Filled number by number: a tensor made of a list would be a copy to the device.
         image_sizes = torch.cat([boxes.new_full((1,), n) for n in image_size_list]).view(batch_size, 2)
 
     area, counted, extent, dense = [], [], [], []

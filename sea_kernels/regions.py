@@ -233,7 +233,7 @@ def _pack_bits(masks: Tensor) -> Tensor:
     flat = masks.flatten(1).to(torch.int64)
     flat = torch.nn.functional.pad(flat, (0, 0, 0, -flat.shape[0] % 32))
     shifts = torch.arange(32, device=flat.device).view(1, 32, 1)
-    return (flat.view(-1, 32, flat.shape[1]) << shifts).sum(1).to(torch.int32)
+    return (flat.unflatten(0, (flat.shape[0] // 32, 32)) << shifts).sum(1).to(torch.int32)
 
 
 def _shape(x: Tensor) -> str:

@@ -10,27 +10,18 @@ std::vector<Map> maps(const std::vector<Tensor>& tensors) {
   return out;
 }
 
-// Directions of given anchors [L, P, C].
 template <class T>
-Directions<T> directions(const Tensor& anchors, const std::vector<Map>& levels, const Regions& regions) {
-  Directions<T> out(levels, regions);
-  parallel(levels.size(), [&](int64_t l, int64_t) {
-    loops<T>().directions(data<T>(anchors) + l * regions.masks() * levels[l].channels, out[l]);
-  });
-  return out;
-}
-
-template <class T>
-std::vector<Tensor> forward(const std::vector<Tensor>& features, const Tensor& anchors, const std::vector<Tensor>& regions_) {
+std::vector<Tensor> forward(const std::vector<Tensor>& features, const Tensor& anchors,
+                            const std::vector<Tensor>& regions_) {
   const std::vector<Map> levels = maps(features);
   const Regions regions(regions_, levels);
-  const Directions<T> direction = directions<T>(anchors, levels, regions);
+  const PreparedAnchors<T> prepared(data<T>(anchors), levels, regions);
   std::vector<Tensor> out;
   std::vector<Cosine<T>> tasks;
   int64_t size = 0;
   for (size_t l = 0; l < levels.size(); ++l) {
     out.push_back(make({levels[l].batch, regions.masks(), levels[l].height, levels[l].width}, kScalarType<T>));
-    tasks.push_back({levels[l], make_map(out[l]), {}, {}, direction[l]});
+    tasks.push_back({levels[l], make_map(out[l]), {}, {}, prepared[l], nullptr});
     size = std::max(size, tasks[l].scratch());
   }
   const std::vector<Block> blocks = make_blocks(levels, 1);
@@ -42,18 +33,22 @@ std::vector<Tensor> forward(const std::vector<Tensor>& features, const Tensor& a
 }
 
 template <class T>
-std::vector<Tensor> backward(const std::vector<Tensor>& gradients, const std::vector<Tensor>& features, const Tensor& anchors,
-                             const std::vector<Tensor>& regions_) {
+std::vector<Tensor> backward(const std::vector<Tensor>& gradients, const std::vector<Tensor>& features,
+                             const Tensor& anchors, const std::vector<Tensor>& regions_) {
   const std::vector<Map> levels = maps(features);
   const Regions regions(regions_, levels);
-  const Directions<T> direction = directions<T>(anchors, levels, regions);
+  const PreparedAnchors<T> prepared(data<T>(anchors), levels, regions);
   const int64_t channels = levels[0].channels, masks = regions.masks();
+  Buffer<T> directions(static_cast<int64_t>(levels.size()) * masks * channels);
   std::vector<Tensor> out;
   std::vector<Cosine<T>> tasks;
   int64_t size = 0;
   for (size_t l = 0; l < levels.size(); ++l) {
     out.push_back(make_gradient(features[l]));
-    tasks.push_back({levels[l], make_map(gradients[l]), make_map(gradients[l]), make_map(out[l]), direction[l]});
+    T* direction = directions.get() + l * masks * channels;
+    loops<T>().directions(prepared[l], T(1), direction);
+    tasks.push_back(
+        {levels[l], make_map(gradients[l]), make_map(gradients[l]), make_map(out[l]), prepared[l], direction});
     size = std::max(size, tasks[l].scratch());
   }
   const std::vector<Block> blocks = make_blocks(levels, 64);
@@ -62,7 +57,8 @@ std::vector<Tensor> backward(const std::vector<Tensor>& gradients, const std::ve
   parallel(blocks.size(), [&](int64_t task, int64_t worker) {
     T* own = moments.get() + task * moment;
     std::fill_n(own, moment, T(0));
-    loops<T>().cosine_backward(tasks[blocks[task].level], blocks[task].begin, blocks[task].end, own, scratch.get() + worker * size);
+    loops<T>().cosine_backward(tasks[blocks[task].level], blocks[task].begin, blocks[task].end, own,
+                               scratch.get() + worker * size);
   });
   Tensor anchor_gradient = make({static_cast<int64_t>(levels.size()), masks, channels}, kScalarType<T>);
   parallel(levels.size(), [&](int64_t l, int64_t) {
@@ -71,7 +67,7 @@ std::vector<Tensor> backward(const std::vector<Tensor>& gradients, const std::ve
     // The blocks of a level lie together, `rows` rows of each `moment` are filled.
     int64_t first = 0, count = 0;
     for (const Block& block : blocks) (block.level < l ? first : count) += block.level <= l;
-    loops<T>().project(direction[l], moments.get() + first * moment, count, moment, gradient);
+    loops<T>().project(prepared[l], moments.get() + first * moment, count, moment, gradient);
   });
   out.push_back(anchor_gradient);
   return out;

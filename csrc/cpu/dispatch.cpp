@@ -1,4 +1,5 @@
-// Which instruction set runs, and the report of what was built. SEA_BUILD_INFO: what setup.py says of CUDA, members in JSON.
+// Which instruction set runs, and the report of what was built. SEA_BUILD_INFO: what setup.py says of CUDA, members in
+// JSON.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
@@ -36,7 +37,8 @@ const Isa* list() {
   static const Isa all[] = {
       {"baseline", true, &baseline::loops_float, &baseline::loops_double},
 #ifdef SEA_X86
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::loops_float, &avx2::loops_double},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::loops_float,
+       &avx2::loops_double},
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl"),
@@ -68,8 +70,8 @@ std::string build_info() {
     built += std::string(built.empty() ? "\"" : ", \"") + isa->name + "\"";
     if (isa->available) available += std::string(available.empty() ? "\"" : ", \"") + isa->name + "\"";
   }
-  return "{\"cpu\": [" + built + "], \"cpu_available\": [" + available + "], \"cpu_in_use\": \"" + in_use().name + "\", " +
-         SEA_BUILD_INFO + "}";
+  return "{\"cpu\": [" + built + "], \"cpu_available\": [" + available + "], \"cpu_in_use\": \"" + in_use().name +
+         "\", " + SEA_BUILD_INFO + "}";
 }
 
 }  // namespace

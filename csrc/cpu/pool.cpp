@@ -15,8 +15,17 @@ Tensor pool(const std::vector<Tensor>& features, const std::vector<Tensor>& regi
   std::vector<Pool<T>> pools;
   std::vector<std::pair<int64_t, int64_t>> tasks;  // level, block of channels
   for (int64_t l = 0; l < count; ++l) {
-    pools.push_back({levels[l], {}, regions.runs(l), regions.area(l), masks, data<T>(anchors) + l * masks * channels, nullptr, nullptr,
-                     nullptr, nullptr, 0});
+    pools.push_back({levels[l],
+                     {},
+                     regions.runs(l),
+                     regions.area(l),
+                     masks,
+                     data<T>(anchors) + l * masks * channels,
+                     nullptr,
+                     nullptr,
+                     nullptr,
+                     nullptr,
+                     0});
     for (int64_t block = 0; block < loop.pool_blocks(levels[l]); ++block) tasks.emplace_back(l, block);
   }
   const int64_t size = pools[0].scratch();
@@ -43,8 +52,8 @@ void pool_backward(const Tensor& anchors, const std::vector<Map>& levels, const 
   parallel(blocks.size(), [&](int64_t task, int64_t worker) {
     const auto [l, begin, end] = blocks[task];
     for (int64_t n = begin; n < end; n += kTilePixels)
-      loops<T>().spread(levels[l], *regions.runs(l), spread.get() + l * masks * channels, n, std::min(n + kTilePixels, end),
-                        scratch.get() + worker * size);
+      loops<T>().spread(levels[l], *regions.runs(l), spread.get() + l * masks * channels, n,
+                        std::min(n + kTilePixels, end), scratch.get() + worker * size);
   });
 }
 
@@ -59,7 +68,8 @@ std::vector<Tensor> anchor_pool_backward(Tensor gradient, std::vector<Tensor> fe
   for (const Tensor& map : features) out.push_back(make_gradient(map));
   for (const Tensor& map : out) levels.push_back(make_map(map));
   const Regions regions(regions_, levels);
-  any_double(features) ? pool_backward<double>(gradient, levels, regions) : pool_backward<float>(gradient, levels, regions);
+  any_double(features) ? pool_backward<double>(gradient, levels, regions)
+                       : pool_backward<float>(gradient, levels, regions);
   return out;
 }
 

@@ -1,5 +1,5 @@
-// Regions from boxes: categories present, one bit for every mask and pixel, areas. Built without contraction of floating
-// point: the raster rule is exact.
+// Regions from boxes: categories present, one bit for every mask and pixel, areas. Built without contraction of
+// floating point: the raster rule is exact.
 #include <algorithm>
 #include <cmath>
 
@@ -16,7 +16,8 @@ struct Interval {
 // floor(low / stride) .. max(ceil(high / stride), floor(low / stride) + 1) - 1, clipped to the map. NaN gives nothing.
 template <class T>
 Interval cover(T low, T high, T stride, int64_t size) {
-  const T first = std::floor(low / stride), last = std::max(std::ceil(high / stride), first + 1), limit = static_cast<T>(size);
+  const T first = std::floor(low / stride), last = std::max(std::ceil(high / stride), first + 1),
+          limit = static_cast<T>(size);
   if (!(first < limit) || !(last > 0)) return {0, 0};
   return {first > 0 ? static_cast<int64_t>(first) : 0, last < limit ? static_cast<int64_t>(last) : size};
 }
@@ -43,11 +44,12 @@ struct Level {
 
 template <class T>
 void rasterize(const Tensor& boxes, const std::vector<int64_t>& image,  // [G], -1: skip
-               const int64_t* label,                                      // [G]
-               const Tensor* ignore_boxes, const std::vector<int64_t>& ignore_image, const std::vector<double>& sizes,  // [2B] or none
+               const int64_t* label,                                    // [G]
+               const Tensor* ignore_boxes, const std::vector<int64_t>& ignore_image,
+               const std::vector<double>& sizes,  // [2B] or none
                int64_t batch, const std::vector<Level>& levels, const std::vector<double>& strides, double center_ratio,
-               const int64_t* classes, int64_t present, int64_t masks, float* area, float* counted, Extent* extents, int32_t* bits,
-               int64_t pixels) {
+               const int64_t* classes, int64_t present, int64_t masks, float* area, float* counted, Extent* extents,
+               int32_t* bits, int64_t pixels) {
   const T* box = data<T>(boxes);
   const T ratio = static_cast<T>(center_ratio);
   const int64_t words = (1 + 2 * present + 31) / 32, tasks = static_cast<int64_t>(levels.size()) * batch;
@@ -71,8 +73,7 @@ void rasterize(const Tensor& boxes, const std::vector<int64_t>& image,  // [G], 
     }
     extents[l * batch + b] = extent;
     int32_t* plane = bits + level.first + b * level.height * level.width;  // [words, pixels of the image]
-    for (int64_t w = 0; w < (masks + 31) / 32; ++w)
-      std::fill_n(plane + w * pixels, level.height * level.width, 0);
+    for (int64_t w = 0; w < (masks + 31) / 32; ++w) std::fill_n(plane + w * pixels, level.height * level.width, 0);
     const auto clip = [&](Rectangle r) {
       r.x.end = std::min<int64_t>(r.x.end, extent.columns);
       r.y.end = std::min<int64_t>(r.y.end, extent.rows);
@@ -93,7 +94,8 @@ void rasterize(const Tensor& boxes, const std::vector<int64_t>& image,  // [G], 
     for (const int64_t g : of_image[b]) {
       const T* c = box + 4 * g;
       const Rectangle outer = clip(cover(c, stride, level.height, level.width));
-      const T x = (c[0] + c[2]) / 2, y = (c[1] + c[3]) / 2, w = ratio * (c[2] - c[0]) / 2, h = ratio * (c[3] - c[1]) / 2;
+      const T x = (c[0] + c[2]) / 2, y = (c[1] + c[3]) / 2, w = ratio * (c[2] - c[0]) / 2,
+              h = ratio * (c[3] - c[1]) / 2;
       const T middle[4] = {x - w, y - h, x + w, y + h};
       Rectangle inner = clip(cover(middle, stride, level.height, level.width));
       inner.x = {std::max(inner.x.begin, outer.x.begin), std::min(inner.x.end, outer.x.end)};
@@ -146,10 +148,10 @@ std::vector<int64_t> images(const std::optional<Tensor>& index, const std::vecto
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
-    Tensor boxes, Tensor labels, std::optional<Tensor> batch_index, std::vector<int64_t> counts, std::optional<Tensor> ignore_boxes,
-    std::optional<Tensor> ignore_batch_index, std::vector<int64_t> ignore_counts, std::optional<Tensor> image_sizes,
-    std::vector<int64_t> image_size_list, int64_t batch_size, std::vector<int64_t> level_shapes, std::vector<double> strides,
-    int64_t num_classes, double center_ratio) {
+    Tensor boxes, Tensor labels, std::optional<Tensor> batch_index, std::vector<int64_t> counts,
+    std::optional<Tensor> ignore_boxes, std::optional<Tensor> ignore_batch_index, std::vector<int64_t> ignore_counts,
+    std::optional<Tensor> image_sizes, std::vector<int64_t> image_size_list, int64_t batch_size,
+    std::vector<int64_t> level_shapes, std::vector<double> strides, int64_t num_classes, double center_ratio) {
   const int64_t total = labels.numel(), capacity = std::min(total, num_classes), masks = 1 + 2 * capacity;
   const int64_t* label = data<int64_t>(labels);
   std::vector<int64_t> image = images(batch_index, counts, batch_size);
@@ -171,18 +173,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
   const bool wide = boxes.scalar_type() == ScalarType::Double;
   std::vector<int64_t> found;
   for (int64_t g = 0; g < total; ++g) {
-    if (label[g] < 0 || label[g] >= num_classes || !(wide ? valid(data<double>(boxes) + 4 * g) : valid(data<float>(boxes) + 4 * g)))
+    if (label[g] < 0 || label[g] >= num_classes ||
+        !(wide ? valid(data<double>(boxes) + 4 * g) : valid(data<float>(boxes) + 4 * g)))
       image[g] = -1;
     if (image[g] >= 0) found.push_back(label[g]);
   }
   std::sort(found.begin(), found.end());
   found.erase(std::unique(found.begin(), found.end()), found.end());
-  std::fill(std::copy(found.begin(), found.end(), data<int64_t>(classes)), data<int64_t>(classes) + capacity, int64_t{-1});
+  std::fill(std::copy(found.begin(), found.end(), data<int64_t>(classes)), data<int64_t>(classes) + capacity,
+            int64_t{-1});
 
   const auto run = [&](auto zero) {
-    rasterize<decltype(zero)>(boxes, image, label, ignore_boxes ? &*ignore_boxes : nullptr, ignore_image, sizes, batch_size, levels,
-                              strides, center_ratio, data<int64_t>(classes), static_cast<int64_t>(found.size()), masks,
-                              data<float>(area), data<float>(counted), data<Extent>(extent), data<int32_t>(bits), pixels);
+    rasterize<decltype(zero)>(boxes, image, label, ignore_boxes ? &*ignore_boxes : nullptr, ignore_image, sizes,
+                              batch_size, levels, strides, center_ratio, data<int64_t>(classes),
+                              static_cast<int64_t>(found.size()), masks, data<float>(area), data<float>(counted),
+                              data<Extent>(extent), data<int32_t>(bits), pixels);
   };
   wide ? run(0.) : run(0.f);
   return {classes, area, counted, extent, bits};

@@ -1,5 +1,5 @@
-// The masks of one level as runs: stretches of pixels that lie in the same masks. A row of pixels is a handful of runs, so
-// what is done once a run is nearly free beside what is done once a pixel.
+// The masks of one level as runs: stretches of pixels that lie in the same masks. A row of pixels is a handful of runs,
+// so what is done once a run is nearly free beside what is done once a pixel.
 #pragma once
 #include <cstdint>
 

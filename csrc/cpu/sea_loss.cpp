@@ -1,5 +1,6 @@
-// The losses, fused: any number of sets of maps, each with the parts of the loss it takes part in. One set after the other
-// goes through all its steps, so that what they need in between is held for one set alone and is still near the processor.
+// The losses, fused: any number of sets of maps, each with the parts of the loss it takes part in. One set after the
+// other goes through all its steps, so that what they need in between is held for one set alone and is still near the
+// processor.
 #include "tensors.h"
 
 namespace sea {
@@ -15,7 +16,8 @@ struct Set {
   bool pools() const { return parts & (kAnchor | kDistance); }
 };
 
-std::vector<Set> make_sets(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher, const std::vector<int64_t>& parts) {
+std::vector<Set> make_sets(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher,
+                           const std::vector<int64_t>& parts) {
   std::vector<Set> sets;
   const size_t levels = student.size() / parts.size();
   for (size_t s = 0; s < parts.size(); ++s) {
@@ -32,8 +34,8 @@ int64_t tiles(const Map& map) { return (map.pixels() + kTilePixels - 1) / kTileP
 
 // Where the parts of a set lie in what is saved for backward. All sizes come from shapes alone.
 struct Layout {
-  // kept [P + 1, ...]: coefficients of the distances, then anchors. Empty where it would be too large: then both are computed
-  // again. gradient: of the student's anchors, from the distances. log_sums: of the localisation.
+  // kept [P + 1, ...]: coefficients of the distances, then anchors. Empty where it would be too large: then both are
+  // computed again. gradient: of the student's anchors, from the distances. log_sums: of the localisation.
   std::vector<int64_t> coefficients, anchors, gradient, log_sums;
   int64_t kept = 0, gradients = 0, sums = 0;
 
@@ -61,20 +63,32 @@ struct Options {
 // Pools one set and, where log_sums is given, does its localisation in the same pass.
 template <class T>
 void pool(const Set& set, const Regions& regions, const Options<T>& options,
-          T* student_anchors,  // [L, P, C]; null: not pooled
-          T* teacher_anchors,  // [L, P, C]
-          T* log_sums,         // [L][2, B, C]; null: no localisation
+          T* student_anchors,    // [L, P, C]; null: not pooled
+          T* teacher_anchors,    // [L, P, C]
+          T* log_sums,           // [L][2, B, C]; null: no localisation
           double* divergence) {  // [L, C]
   const int64_t masks = regions.masks(), channels = set.channels();
   std::vector<Pool<T>> pools;
   std::vector<std::pair<int64_t, int64_t>> tasks;  // level, block of channels
   for (size_t l = 0; l < set.student.size(); ++l) {
-    const int64_t at = l * masks * channels;
-    const Runs* runs = student_anchors ? regions.runs(l) : nullptr;
-    pools.push_back({set.student[l], set.teacher[l], runs, runs ? regions.area(l) : nullptr, runs ? masks : 0, student_anchors + at,
-                     teacher_anchors + at, regions.extents(l), log_sums, divergence + l * channels,
-                     1 / options.localization_temperature});
-    if (log_sums) log_sums += 2 * set.student[l].batch * channels;
+    Pool<T> task{};
+    task.student = set.student[l];
+    task.teacher = set.teacher[l];
+    if (student_anchors) {
+      task.runs = regions.runs(l);
+      task.area = regions.area(l);
+      task.masks = masks;
+      task.student_anchors = student_anchors + l * masks * channels;
+      task.teacher_anchors = teacher_anchors + l * masks * channels;
+    }
+    if (log_sums) {
+      task.extents = regions.extents(l);
+      task.log_sums = log_sums;
+      task.divergence = divergence + l * channels;
+      task.inverse_temperature = 1 / options.localization_temperature;
+      log_sums += 2 * set.student[l].batch * channels;
+    }
+    pools.push_back(task);
     for (int64_t block = 0; block < loops<T>().pool_blocks(set.student[l]); ++block) tasks.emplace_back(l, block);
   }
   const int64_t size = pools[0].scratch();
@@ -96,31 +110,13 @@ double anchor_loss(const std::vector<int32_t>& present, int64_t channels, const 
   return present.empty() || channels == 0 ? 0 : sum / static_cast<double>(present.size() * channels);
 }
 
-// Directions of the anchors of both sides of a set.
 template <class T>
-struct BothDirections {
-  Directions<T> student, teacher;
-
-  BothDirections(const Set& set, const Regions& regions, const T* student_anchors, const T* teacher_anchors)
-      : student(set.student, regions), teacher(set.teacher, regions) {
-    const int64_t levels = static_cast<int64_t>(set.student.size()), stride = regions.masks() * set.channels();
-    parallel(2 * levels, [&](int64_t task, int64_t) {
-      const int64_t l = task / 2;
-      if (task % 2)
-        loops<T>().directions(teacher_anchors + l * stride, teacher[l]);
-      else
-        loops<T>().directions(student_anchors + l * stride, student[l]);
-    });
-  }
-};
-
-template <class T>
-std::vector<Distance<T>> make_distances(const Set& set, const Regions& regions, const BothDirections<T>& directions,
-                                        const Options<T>& options) {
+std::vector<Distance<T>> make_distances(const Set& set, const Regions& regions, const PreparedAnchors<T>& student,
+                                        const PreparedAnchors<T>& teacher, const Options<T>& options) {
   std::vector<Distance<T>> out;
   for (size_t l = 0; l < set.student.size(); ++l) {
     const float counted = regions.counted(l);
-    out.push_back({set.student[l], set.teacher[l], regions.runs(l), directions.student[l], directions.teacher[l],
+    out.push_back({set.student[l], set.teacher[l], regions.runs(l), student[l], teacher[l],
                    counted > 0 ? 1 / static_cast<T>(counted) : 0, 1 / options.distance_temperature});
   }
   return out;
@@ -128,18 +124,22 @@ std::vector<Distance<T>> make_distances(const Set& set, const Regions& regions, 
 
 // Distances of one set; the gradient of its anchors is accumulated in the same pass.
 template <class T>
-double distance_loss(const Set& set, const Regions& regions, const BothDirections<T>& directions, const Options<T>& options,
+double distance_loss(const Set& set, const Regions& regions, const PreparedAnchors<T>& student,
+                     const PreparedAnchors<T>& teacher, const Options<T>& options,
                      T* kept,        // [L][tiles, rows + 1, kTilePixels]; null: nothing is kept
                      T* gradient) {  // [L, P, C]; null: none
-  const std::vector<Distance<T>> distances = make_distances(set, regions, directions, options);
+  const std::vector<Distance<T>> distances = make_distances(set, regions, student, teacher, options);
   const int64_t masks = regions.masks(), channels = set.channels(), levels = static_cast<int64_t>(distances.size());
-  // Blocks of 8 tiles, larger ones where the partial sums of the anchors' gradient would take more than a sixteenth of the map.
+  // Blocks of 8 tiles, larger ones where the partial sums of the anchors' gradient would take more than a sixteenth of
+  // the map.
   std::vector<Block> blocks;
   std::vector<int64_t> first_block, moment_offset;
   int64_t moments_size = 0, size = 0;
   for (int64_t l = 0; l < levels; ++l) {
-    const int64_t moment = distances[l].student_anchors.rows * padded(channels), elements = set.student[l].pixels() * channels;
-    const int64_t most = std::max(tiles(set.student[l]) / 64 + 1, std::min(tiles(set.student[l]) / 8 + 1, elements / (16 * (moment + 1))));
+    const int64_t moment = distances[l].student_anchors.rows * padded(channels),
+                  elements = set.student[l].pixels() * channels;
+    const int64_t most = std::max(tiles(set.student[l]) / 96 + 1,
+                                  std::min(tiles(set.student[l]) / 8 + 1, elements / (16 * (moment + 1))));
     const int64_t span = (tiles(set.student[l]) + most - 1) / most * kTilePixels;
     first_block.push_back(blocks.size());
     if (regions.counted(l) > 0)
@@ -180,8 +180,8 @@ double distance_loss(const Set& set, const Regions& regions, const BothDirection
 using Outputs = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 template <class T>
-Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions_,
-                                                const Options<T>& options, bool save, int64_t kept_rows) {
+Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions_, const Options<T>& options, bool save,
+                int64_t kept_rows) {
   const Regions regions(regions_, sets[0].student);
   const int64_t masks = regions.masks(), levels = static_cast<int64_t>(sets[0].student.size());
   const Layout layout(sets, masks);
@@ -202,15 +202,17 @@ Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions
     T* teacher_anchors = student_anchors + table;
     T* sums = save ? data<T>(log_sums) + layout.log_sums[s] : own_sums.get();
     std::vector<double> divergence(levels * channels);
-    pool(set, regions, options, set.pools() ? student_anchors : nullptr, teacher_anchors, set.has(kLocalization) ? sums : nullptr,
-         divergence.data());
+    pool(set, regions, options, set.pools() ? student_anchors : nullptr, teacher_anchors,
+         set.has(kLocalization) ? sums : nullptr, divergence.data());
     if (set.has(kAnchor))
       for (int64_t l = 0; l < levels; ++l)
         anchor += anchor_loss(regions.present(l), channels, student_anchors + l * masks * channels,
                               teacher_anchors + l * masks * channels);
     if (set.has(kDistance)) {
-      const BothDirections<T> directions(set, regions, student_anchors, teacher_anchors);
-      distance += distance_loss(set, regions, directions, options, keep ? data<T>(kept) + layout.coefficients[s] : nullptr,
+      const PreparedAnchors<T> student(student_anchors, set.student, regions),
+          teacher(teacher_anchors, set.teacher, regions);
+      distance += distance_loss(set, regions, student, teacher, options,
+                                keep ? data<T>(kept) + layout.coefficients[s] : nullptr,
                                 save_gradient ? data<T>(gradients) + layout.gradient[s] : nullptr);
     }
     if (set.has(kLocalization))
@@ -240,8 +242,9 @@ T value(const std::optional<Tensor>& scalar) {
 }
 
 template <class T>
-void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>& gradient_maps, const Upstream& upstream,
-              const std::vector<Tensor>& regions_, const std::vector<Tensor>& saved, const Options<T>& options) {
+void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>& gradient_maps,
+              const Upstream& upstream, const std::vector<Tensor>& regions_, const std::vector<Tensor>& saved,
+              const Options<T>& options) {
   const Regions regions(regions_, sets[0].student);
   const int64_t masks = regions.masks(), levels = static_cast<int64_t>(sets[0].student.size());
   const Layout layout(sets, masks);
@@ -249,7 +252,8 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
   const T anchor_scale = value<T>(upstream.anchor), distance_scale = value<T>(upstream.distance);
   for (size_t s = 0; s < sets.size(); ++s) {
     Set set = sets[s];
-    set.parts &= (upstream.anchor ? kAnchor : 0) | (upstream.distance ? kDistance : 0) | (upstream.localization ? kLocalization : 0);
+    set.parts &= (upstream.anchor ? kAnchor : 0) | (upstream.distance ? kDistance : 0) |
+                 (upstream.localization ? kLocalization : 0);
     const int64_t channels = set.channels(), stride = masks * channels, table = set.pools() ? levels * stride : 0;
     Buffer<T> own_anchors(keep ? 0 : 2 * table);
     T* student_anchors = keep ? data<T>(saved[0]) + layout.anchors[s] : own_anchors.get();
@@ -258,11 +262,13 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
 
     // What every pixel of a mask receives: the anchor's gradient over the area.
     Buffer<T> spread(table);
-    const T* through_anchors = set.has(kDistance) && !options.detach_anchors ? data<T>(saved[1]) + layout.gradient[s] : nullptr;
+    const T* through_anchors =
+        set.has(kDistance) && !options.detach_anchors ? data<T>(saved[1]) + layout.gradient[s] : nullptr;
     if (set.pools())
       parallel(levels, [&](int64_t l, int64_t) {
         const double count = static_cast<double>(regions.present(l).size() * channels);
-        const T scale = set.has(kAnchor) && count > 0 ? static_cast<T>(2 * static_cast<double>(anchor_scale) / count) : 0;
+        const T scale =
+            set.has(kAnchor) && count > 0 ? static_cast<T>(2 * static_cast<double>(anchor_scale) / count) : 0;
         for (const int32_t p : regions.present(l))
           for (int64_t i = l * stride + p * channels; i < l * stride + (p + 1) * channels; ++i) {
             T value = set.has(kAnchor) ? scale * (student_anchors[i] - teacher_anchors[i]) : 0;
@@ -272,14 +278,14 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
       });
 
     std::vector<Distance<T>> distances(levels);
-    Buffer<T> scaled(set.has(kDistance) ? table : 0);
-    std::optional<BothDirections<T>> directions;
+    Buffer<T> directions(set.has(kDistance) ? table : 0);
+    std::optional<PreparedAnchors<T>> student, teacher;
     if (set.has(kDistance)) {
-      directions.emplace(set, regions, student_anchors, teacher_anchors);
-      distances = make_distances(set, regions, *directions, options);
+      student.emplace(student_anchors, set.student, regions);
+      teacher.emplace(teacher_anchors, set.teacher, regions);
+      distances = make_distances(set, regions, *student, *teacher, options);
       parallel(levels, [&](int64_t l, int64_t) {
-        const Anchors<T>& anchors = distances[l].student_anchors;
-        for (int64_t i = 0; i < anchors.rows * channels; ++i) scaled.get()[l * stride + i] = distance_scale * anchors.direction[i];
+        loops<T>().directions(distances[l].student_anchors, distance_scale, directions.get() + l * stride);
       });
     }
 
@@ -295,12 +301,15 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
       task.spread = set.pools() ? spread.get() + l * stride : nullptr;
       task.distance = distances[l];
       task.with_distance = set.has(kDistance) && regions.counted(l) > 0;
-      task.scaled_direction = scaled.get() + l * stride;
-      task.kept = keep ? data<T>(saved[0]) + kept_offset : nullptr;
-      task.distance_scale = distance_scale;
+      if (task.with_distance) {
+        task.direction = directions.get() + l * stride;
+        task.kept = keep ? data<T>(saved[0]) + kept_offset : nullptr;
+        task.distance_scale = distance_scale;
+      }
       task.extents = regions.extents(l);
       task.log_sums = set.has(kLocalization) ? data<T>(saved[2]) + sums_offset : nullptr;
-      task.localization_scale = value<T>(upstream.localization) * options.localization_temperature / static_cast<T>(map.batch * channels);
+      task.localization_scale =
+          value<T>(upstream.localization) * options.localization_temperature / static_cast<T>(map.batch * channels);
       task.inverse_temperature = 1 / options.localization_temperature;
       kept_offset += (masks + 1) * tiles(map) * kTilePixels;
       sums_offset += 2 * map.batch * channels;
@@ -317,29 +326,35 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
   }
 }
 
-Outputs sea_loss(std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<int64_t> parts, std::vector<Tensor> regions,
-                 double distance_temperature, double localization_temperature, bool detach_anchors, bool save, int64_t kept_rows) {
+Outputs sea_loss(std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<int64_t> parts,
+                 std::vector<Tensor> regions, double distance_temperature, double localization_temperature,
+                 bool detach_anchors, bool save, int64_t kept_rows) {
   const std::vector<Set> sets = make_sets(student, teacher, parts);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const Options<T> options{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature), detach_anchors};
+    const Options<T> options{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature),
+                             detach_anchors};
     return forward<T>(sets, regions, options, save, kept_rows);
   };
   return any_double(student) || any_double(teacher) ? run(0.) : run(0.f);
 }
 
 std::vector<Tensor> sea_loss_backward(std::optional<Tensor> anchor, std::optional<Tensor> distance,
-                                      std::optional<Tensor> localization, std::vector<Tensor> student, std::vector<Tensor> teacher,
-                                      std::vector<int64_t> parts, std::vector<Tensor> regions, std::vector<Tensor> saved,
-                                      double distance_temperature, double localization_temperature, bool detach_anchors) {
+                                      std::optional<Tensor> localization, std::vector<Tensor> student,
+                                      std::vector<Tensor> teacher, std::vector<int64_t> parts,
+                                      std::vector<Tensor> regions, std::vector<Tensor> saved,
+                                      double distance_temperature, double localization_temperature,
+                                      bool detach_anchors) {
   const std::vector<Set> sets = make_sets(student, teacher, parts);
   std::vector<Tensor> gradients;
   for (const Tensor& map : student) gradients.push_back(make_gradient(map));
   std::vector<std::vector<Map>> maps(sets.size());
-  for (size_t i = 0; i < gradients.size(); ++i) maps[i * sets.size() / gradients.size()].push_back(make_map(gradients[i]));
+  for (size_t i = 0; i < gradients.size(); ++i)
+    maps[i * sets.size() / gradients.size()].push_back(make_map(gradients[i]));
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const Options<T> options{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature), detach_anchors};
+    const Options<T> options{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature),
+                             detach_anchors};
     backward<T>(sets, maps, {anchor, distance, localization}, regions, saved, options);
   };
   any_double(student) || any_double(teacher) ? run(0.) : run(0.f);

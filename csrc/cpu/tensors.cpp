@@ -64,7 +64,8 @@ Regions::Regions(const std::vector<Tensor>& tensors, const std::vector<Map>& lev
       if (this->area(l)[p] > 0) present_[l].push_back(static_cast<int32_t>(p));
   });
   for (const Storage& level : storage_)
-    runs_.push_back({static_cast<int64_t>(level.begin.size()) - 1, level.begin.data(), level.first.data(), level.masks.data()});
+    runs_.push_back(
+        {static_cast<int64_t>(level.begin.size()) - 1, level.begin.data(), level.first.data(), level.masks.data()});
 }
 
 std::vector<Block> make_blocks(const std::vector<Map>& levels, int64_t tiles) {
@@ -77,10 +78,11 @@ std::vector<Block> make_blocks(const std::vector<Map>& levels, int64_t tiles) {
 
 Tensor make_gradient(const Tensor& like) {
   const auto sizes = like.sizes();
-  Tensor out = is_dense(like) ? torch::stable::empty_like(like) : make({sizes.begin(), sizes.end()}, like.scalar_type());
+  Tensor out =
+      is_dense(like) ? torch::stable::empty_like(like) : make({sizes.begin(), sizes.end()}, like.scalar_type());
 #ifdef MADV_HUGEPAGE
-  // Fresh memory of this size comes page by page from the kernel, which costs as much as computing what is written to it:
-  // ask for large pages. Where the kernel has none to give nothing is lost.
+  // Fresh memory of this size comes page by page from the kernel, which costs as much as computing what is written to
+  // it: ask for large pages. Where the kernel has none to give nothing is lost.
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr()), end = begin + out.numel() * out.element_size();
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;

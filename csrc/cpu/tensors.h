@@ -111,25 +111,33 @@ struct Block {
 };
 std::vector<Block> make_blocks(const std::vector<Map>& levels, int64_t tiles);
 
-// Room for the directions of a set's anchors; directions() of the loops fills them.
+// The anchors [L, P, C] of one side of a set, prepared for the distances.
 template <class T>
-class Directions {
+class PreparedAnchors {
  public:
-  Directions(const std::vector<Map>& levels, const Regions& regions)
+  PreparedAnchors(const T* anchors, const std::vector<Map>& levels, const Regions& regions)
       : regions_(regions),
+        anchors_(anchors),
         channels_(levels[0].channels),
         rows_(padded(regions.masks())),
-        buffer_(static_cast<int64_t>(levels.size()) * rows_ * (2 * channels_ + 1)) {}
+        buffer_(static_cast<int64_t>(levels.size()) * rows_ * (channels_ + 1)) {
+    parallel(levels.size(), [&](int64_t l, int64_t) { loops<T>().prepare((*this)[l]); });
+  }
 
   Anchors<T> operator[](int64_t level) const {
     const auto& present = regions_.present(level);
-    T* direction = buffer_.get() + level * rows_ * (2 * channels_ + 1);
-    T* panels = direction + rows_ * channels_;
-    return {static_cast<int64_t>(present.size()), channels_, present.data(), direction, panels, panels + rows_ * channels_};
+    T* base = buffer_.get() + level * rows_ * (channels_ + 1);
+    return {static_cast<int64_t>(present.size()),
+            channels_,
+            present.data(),
+            anchors_ + level * regions_.masks() * channels_,
+            base,
+            base + rows_};
   }
 
  private:
   const Regions& regions_;
+  const T* anchors_;
   int64_t channels_, rows_;
   Buffer<T> buffer_;
 };

@@ -38,12 +38,12 @@ void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
   const int64_t channels = task.student.channels;
   const bool counts = task.runs && !task.runs->skips(begin, end);
   const int64_t rows = task.with_distance ? task.distance.student_anchors.rows : 0;
-  T* features = scratch;                             // [channels, kTilePixels]
-  T* tile = features + channels * kTilePixels;       // [channels, kTilePixels]
-  T* inverse_norm = tile + channels * kTilePixels;   // [kTilePixels]
-  T* student = inverse_norm + kTilePixels;           // [rows + 1, kTilePixels]
-  T* teacher = student + (rows + 1) * kTilePixels;   // [rows, kTilePixels]
-  T* other = teacher + rows * kTilePixels;           // [channels, kTilePixels], the last: loads may run over its end
+  T* features = scratch;                            // [channels, kTilePixels]
+  T* tile = features + channels * kTilePixels;      // [channels, kTilePixels]
+  T* inverse_norm = tile + channels * kTilePixels;  // [kTilePixels]
+  T* student = inverse_norm + kTilePixels;          // [rows + 1, kTilePixels]
+  T* teacher = student + (rows + 1) * kTilePixels;  // [rows, kTilePixels]
+  T* other = teacher + rows * kTilePixels;          // [channels, kTilePixels], the last: loads may run over its end
 
   if (task.with_distance && counts) {
     const T* coefficients_ = student;
@@ -53,7 +53,7 @@ void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
     } else {
       coefficients(task.distance, begin, end, features, inverse_norm, student, teacher);
     }
-    add_directions(rows, channels, coefficients_, task.scaled_direction, task.distance_scale, features, tile);
+    add_directions(rows, channels, coefficients_, task.direction, task.distance_scale, features, tile);
   } else {
     for (int64_t i = 0; i < channels * kTilePixels; ++i) tile[i] = 0;
   }

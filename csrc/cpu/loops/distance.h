@@ -2,8 +2,8 @@
 //
 // With f = F / |F|, h_p the unit anchors and e_p the gradient of the cosine f . h_p, a pixel receives
 //   dF = sum_p (e_p / |F|) h_p - (sum_p e_p f . h_p / |F|^2) F.
-// The coefficients in brackets, one a pixel and anchor and one a pixel, are all that backward needs beside F; they are also
-// what the anchors' gradient sums up: D_p = sum_u (e_p / |F|) F, da_p = (D_p - (D_p . h_p) h_p) / |a_p|.
+// The coefficients in brackets, one a pixel and anchor and one a pixel, are all that backward needs beside F; they are
+// also what the anchors' gradient sums up: D_p = sum_u (e_p / |F|) F, da_p = (D_p - (D_p . h_p) h_p) / |a_p|.
 #pragma once
 #include "loops.h"
 #include "tile.h"
@@ -14,20 +14,27 @@ namespace SEA_ISA {
 // Norms at most this have no direction. Written n <= kSmallest, so that NaN is not taken for zero.
 constexpr double kSmallest = 1e-12;
 
+// Fills inverse_norm and panels.
 template <class T>
-void directions(const T* anchors, const Anchors<T>& out) {  // anchors: [masks, channels]
+void prepare(const Anchors<T>& out) {
   for (int64_t r = 0; r < out.rows; ++r) {
-    const T* anchor = anchors + out.masks[r] * out.channels;
+    const T* anchor = out.anchors + out.masks[r] * out.channels;
     double square = 0;
     for (int64_t c = 0; c < out.channels; ++c) square += static_cast<double>(anchor[c]) * anchor[c];
     const T norm = static_cast<T>(std::sqrt(square));
     out.inverse_norm[r] = norm <= static_cast<T>(kSmallest) ? 0 : 1 / norm;
     T* panel = out.panels + r / kBlockRows * kBlockRows * out.channels + r % kBlockRows;
-    for (int64_t c = 0; c < out.channels; ++c) {
-      const T value = norm <= static_cast<T>(kSmallest) ? 0 : anchor[c] / norm;
-      out.direction[r * out.channels + c] = value;
-      panel[c * kBlockRows] = value;
-    }
+    for (int64_t c = 0; c < out.channels; ++c) panel[c * kBlockRows] = anchor[c] * out.inverse_norm[r];
+  }
+}
+
+// out[r, c] = scale * unit anchor
+template <class T>
+void directions(const Anchors<T>& anchors, T scale, T* out) {
+  for (int64_t r = 0; r < anchors.rows; ++r) {
+    const T* anchor = anchors.anchors + anchors.masks[r] * anchors.channels;
+    const T factor = scale * anchors.inverse_norm[r];
+    for (int64_t c = 0; c < anchors.channels; ++c) out[r * anchors.channels + c] = anchor[c] * factor;
   }
 }
 
@@ -66,8 +73,8 @@ inline void cosine_tile(const Anchors<T>& anchors,
                         T scale,
                         T* cosines) {  // [rows, kTilePixels]
   for (int64_t i = 0; i < anchors.rows * kTilePixels; ++i) cosines[i] = 0;
-  multiply(anchors.rows, kTilePixels, anchors.channels, anchors.panels, kBlockRows, 1, kBlockRows * anchors.channels, tile,
-           kTilePixels, cosines, kTilePixels);
+  multiply(anchors.rows, kTilePixels, anchors.channels, anchors.panels, kBlockRows, 1, kBlockRows * anchors.channels,
+           tile, kTilePixels, cosines, kTilePixels);
   for (int64_t r = 0; r < anchors.rows; ++r)
     for (int64_t n = 0; n < kTilePixels; ++n) cosines[r * kTilePixels + n] *= inverse_norm[n] * scale;
 }
@@ -118,10 +125,10 @@ inline double divergence_tile(const Distance<T>& task,
 // Scaled cosines, then coefficients, of one tile. Leaves the student's pixels in `tile`.
 template <class T>
 inline double coefficients(const Distance<T>& task, int64_t begin, int64_t end,
-                           T* tile,            // [channels, kTilePixels]
-                           T* inverse_norm,    // [kTilePixels]
-                           T* coefficients_,   // [rows + 1, kTilePixels]
-                           T* teacher) {       // [rows, kTilePixels]
+                           T* tile,           // [channels, kTilePixels]
+                           T* inverse_norm,   // [kTilePixels]
+                           T* coefficients_,  // [rows + 1, kTilePixels]
+                           T* teacher) {      // [rows, kTilePixels]
   read_counted(task.teacher, task.runs, begin, end, tile, inverse_norm);
   cosine_tile(task.teacher_anchors, tile, inverse_norm, task.inverse_temperature, teacher);
   read_counted(task.student, task.runs, begin, end, tile, inverse_norm);
@@ -138,7 +145,8 @@ inline void add_moments(int64_t rows, int64_t channels, const T* coefficients, c
   for (int64_t i = channels < width ? 0 : kTilePixels; i < kTilePixels; ++i)
     for (int64_t c = channels; c < width; ++c) turned[i * width + c] = 0;
   gather(kTilePixels, channels, tile, 1, kTilePixels, 0, turned, width);
-  multiply(rows, width, kTilePixels, coefficients, 1, kTilePixels, kBlockRows * kTilePixels, turned, width, moments, width);
+  multiply(rows, width, kTilePixels, coefficients, 1, kTilePixels, kBlockRows * kTilePixels, turned, width, moments,
+           width);
 }
 
 // Divergence of the pixels [begin, end), which begin on a tile.
@@ -173,15 +181,15 @@ void project(const Anchors<T>& anchors,
   const int64_t channels = anchors.channels, width = (channels + kPadding - 1) / kPadding * kPadding;
   for (int64_t r = 0; r < anchors.rows; ++r) {
     T* out = gradient + anchors.masks[r] * channels;
-    const T* direction = anchors.direction + r * channels;
+    const T* anchor = anchors.anchors + anchors.masks[r] * channels;
+    const T inverse = anchors.inverse_norm[r];
     double along = 0;
     for (int64_t c = 0; c < channels; ++c) {
       out[c] = 0;
       for (int64_t b = 0; b < blocks; ++b) out[c] += moments[b * block_stride + r * width + c];
-      along += static_cast<double>(out[c]) * direction[c];
+      along += static_cast<double>(out[c]) * (anchor[c] * inverse);
     }
-    for (int64_t c = 0; c < channels; ++c)
-      out[c] = (out[c] - static_cast<T>(along) * direction[c]) * anchors.inverse_norm[r];
+    for (int64_t c = 0; c < channels; ++c) out[c] = (out[c] - static_cast<T>(along) * (anchor[c] * inverse)) * inverse;
   }
 }
 
@@ -194,15 +202,16 @@ inline void add_directions(int64_t rows, int64_t channels, const T* coefficients
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t n = 0; n < kTilePixels; ++n)
       tile[c * kTilePixels + n] = scale * last[n] * features[c * kTilePixels + n];
-  multiply(channels, kTilePixels, rows, direction, channels, 1, kBlockRows, coefficients, kTilePixels, tile, kTilePixels);
+  multiply(channels, kTilePixels, rows, direction, channels, 1, kBlockRows, coefficients, kTilePixels, tile,
+           kTilePixels);
 }
 
 template <class T>
 void cosine(const Cosine<T>& task, int64_t begin, int64_t end, T* scratch) {
   T* tile = scratch;
   T* inverse_norm = tile + task.features.channels * kTilePixels;
-  T* cosines = inverse_norm + kTilePixels;                  // [rows, kTilePixels]
-  T* all = cosines + task.anchors.rows * kTilePixels;       // [masks, kTilePixels]
+  T* cosines = inverse_norm + kTilePixels;             // [rows, kTilePixels]
+  T* all = cosines + task.anchors.rows * kTilePixels;  // [masks, kTilePixels]
   read_counted<T>(task.features, nullptr, begin, end, tile, inverse_norm);
   cosine_tile(task.anchors, tile, inverse_norm, T(1), cosines);
   for (int64_t i = 0; i < task.cosines.channels * kTilePixels; ++i) all[i] = 0;
@@ -218,8 +227,8 @@ void cosine_backward(const Cosine<T>& task, int64_t begin, int64_t end,
   const int64_t rows = task.anchors.rows, channels = task.features.channels;
   T* tile = scratch;
   T* inverse_norm = tile + channels * kTilePixels;
-  T* cosines = inverse_norm + kTilePixels;                    // [rows + 1, kTilePixels]
-  T* upstream = cosines + (rows + 1) * kTilePixels;           // [masks, kTilePixels]
+  T* cosines = inverse_norm + kTilePixels;           // [rows + 1, kTilePixels]
+  T* upstream = cosines + (rows + 1) * kTilePixels;  // [masks, kTilePixels]
   T* gradient = upstream + task.cosines.channels * kTilePixels;
   T* turned = gradient + channels * kTilePixels;
   for (int64_t n = begin; n < end; n += kTilePixels) {
@@ -235,7 +244,7 @@ void cosine_backward(const Cosine<T>& task, int64_t begin, int64_t end,
         last[i] -= e * cosines[r * kTilePixels + i] * inverse_norm[i];
         cosines[r * kTilePixels + i] = e;
       }
-    add_directions(rows, channels, cosines, task.anchors.direction, T(1), tile, gradient);
+    add_directions(rows, channels, cosines, task.direction, T(1), tile, gradient);
     write_channels(task.gradient, n, stop, gradient, kTilePixels);
     add_moments(rows, channels, cosines, tile, turned, moments);
   }

@@ -7,8 +7,8 @@ namespace sea {
 namespace SEA_ISA {
 
 template <class T>
-constexpr Loops<T> kLoops = {pool_blocks<T>, pool<T>,     spread<T>, directions<T>, distance<T>,
-                             project<T>,     backward<T>, cosine<T>, cosine_backward<T>};
+constexpr Loops<T> kLoops = {pool_blocks<T>, pool<T>,    spread<T>,   prepare<T>, directions<T>,
+                             distance<T>,    project<T>, backward<T>, cosine<T>,  cosine_backward<T>};
 
 extern const Loops<float> loops_float = kLoops<float>;
 extern const Loops<double> loops_double = kLoops<double>;

@@ -5,7 +5,8 @@
 namespace sea {
 namespace SEA_ISA {
 
-// A running softmax of student and teacher: maximum and sum of exponentials, and the teacher's weighted sum of differences.
+// A running softmax of student and teacher: maximum and sum of exponentials, and the teacher's weighted sum of
+// differences.
 template <class T>
 struct Softmax {
   Vec<T> student_max = splat(T(-INFINITY)), student_sum{};
@@ -30,7 +31,8 @@ inline void softmax_tile(Softmax<T>& state, int64_t pixels, T inverse_temperatur
   state.difference *= teacher_scale;
   Vec<T> student_sum{}, teacher_sum{}, difference{};
   for (int64_t n = 0; n < pixels; ++n) {
-    const Vec<T> s = load(student + n * channels) * inverse_temperature, t = load(teacher + n * channels) * inverse_temperature;
+    const Vec<T> s = load(student + n * channels) * inverse_temperature,
+                 t = load(teacher + n * channels) * inverse_temperature;
     const Vec<T> weight = exp(t - teacher_max);
     student_sum += exp(s - student_max);
     teacher_sum += weight;

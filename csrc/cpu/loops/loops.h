@@ -1,5 +1,5 @@
-// What the vector loops are given and what they offer: the border between the operators, which know torch, and the loops,
-// which are compiled once for each instruction set. T is the type computed in: float, or double.
+// What the vector loops are given and what they offer: the border between the operators, which know torch, and the
+// loops, which are compiled once for each instruction set. T is the type computed in: float, or double.
 #pragma once
 #include "../../pyramid.h"
 #include "../runs.h"
@@ -16,28 +16,28 @@ inline int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPaddi
 // Pooling of one level of one set of maps, and in the same pass the softmax over positions.
 template <class T>
 struct Pool {
-  Map student, teacher;    // teacher.data is null where there is only one
-  const Runs* runs;        // null: no anchors
-  const float* area;       // [masks]
+  Map student, teacher;  // teacher.data is null where there is only one
+  const Runs* runs;      // null: no anchors
+  const float* area;     // [masks]
   int64_t masks;
-  T* student_anchors;      // [masks, channels]
-  T* teacher_anchors;      // [masks, channels]
-  const Extent* extents;   // [batch]; null: whole maps
-  T* log_sums;             // [2, batch, channels] student and teacher: log sum exp over positions; null: no localization
-  double* divergence;      // [channels] sum over the batch of KL(teacher || student)
+  T* student_anchors;     // [masks, channels]
+  T* teacher_anchors;     // [masks, channels]
+  const Extent* extents;  // [batch]; null: whole maps
+  T* log_sums;            // [2, batch, channels] student and teacher: log sum exp over positions; null: no localization
+  double* divergence;     // [channels] sum over the batch of KL(teacher || student)
   T inverse_temperature;
 
   int64_t scratch() const { return (2 * kTilePixels + 2 * masks) * kPadding; }
 };
 
-// The non-empty anchors of one level of one map, as directions.
+// The non-empty anchors of one level of one map.
 template <class T>
 struct Anchors {
   int64_t rows, channels;
   const int32_t* masks;  // [rows] which mask each is of
-  T* direction;          // [rows, channels] unit vectors; 0 where the anchor's norm is
-  T* panels;             // the same in blocks of rows, as the matrix product reads them: [blocks, channels, block rows]
-  T* inverse_norm;       // [rows]; 0 where the norm is
+  const T* anchors;      // [masks, channels]
+  T* inverse_norm;       // [rows] 0 where the norm is
+  T* panels;  // unit vectors in blocks of rows, as the matrix product reads them: [blocks, channels, block rows]
 };
 
 // KL divergence of the distances of student and teacher on one level, and its gradients.
@@ -46,11 +46,12 @@ struct Distance {
   Map student, teacher;
   const Runs* runs;
   Anchors<T> student_anchors, teacher_anchors;
-  T weight;               // 1 / counted pixels
+  T weight;  // 1 / counted pixels
   T inverse_temperature;
 
   int64_t scratch() const {
-    return (student.channels + 2 * (student_anchors.rows + 1) + 2) * kTilePixels + kTilePixels * padded(student.channels);
+    return (student.channels + 2 * (student_anchors.rows + 1) + 2) * kTilePixels +
+           kTilePixels * padded(student.channels);
   }
 };
 
@@ -58,15 +59,15 @@ struct Distance {
 template <class T>
 struct Backward {
   Map student, teacher, gradient;
-  const Runs* runs;                // null: no regions
-  const T* spread;                 // [masks, channels] what every pixel of a mask receives; null: nothing
-  Distance<T> distance;            // read where distance_scale is set
-  const T* scaled_direction;       // [rows, channels] directions of the student's anchors times the upstream gradient
-  const T* kept;                   // [tiles, rows + 1, kTilePixels] what distance() wrote; null: computed again
+  const Runs* runs;      // null: no regions
+  const T* spread;       // [masks, channels] what every pixel of a mask receives; null: nothing
+  Distance<T> distance;  // read where distance_scale is set
+  const T* direction;    // [rows, channels] the student's unit anchors times the upstream gradient
+  const T* kept;         // [tiles, rows + 1, kTilePixels] what distance() wrote; null: computed again
   bool with_distance;
-  T distance_scale;                // upstream gradient
-  const Extent* extents;           // [batch]; null: whole maps
-  const T* log_sums;               // [2, batch, channels]; null: no localization
+  T distance_scale;       // upstream gradient
+  const Extent* extents;  // [batch]; null: whole maps
+  const T* log_sums;      // [2, batch, channels]; null: no localization
   T localization_scale, inverse_temperature;
 
   int64_t scratch() const {
@@ -81,9 +82,11 @@ struct Cosine {
   Map features, cosines;           // cosines: T [batch, masks, height, width]
   Map gradient_cosines, gradient;  // backward only
   Anchors<T> anchors;
+  const T* direction;  // [rows, channels] the unit anchors; backward only
 
   int64_t scratch() const {
-    return (2 * features.channels + anchors.rows + cosines.channels + 2) * kTilePixels + kTilePixels * padded(features.channels);
+    return (2 * features.channels + anchors.rows + cosines.channels + 2) * kTilePixels +
+           kTilePixels * padded(features.channels);
   }
 };
 
@@ -92,7 +95,8 @@ struct Loops {
   int64_t (*pool_blocks)(const Map&);
   void (*pool)(const Pool<T>&, int64_t block, T* scratch);
   void (*spread)(const Map& gradient, const Runs&, const T* spread, int64_t begin, int64_t end, T* scratch);
-  void (*directions)(const T* anchors, const Anchors<T>&);
+  void (*prepare)(const Anchors<T>&);
+  void (*directions)(const Anchors<T>&, T scale, T* out);
   double (*distance)(const Distance<T>&, int64_t begin, int64_t end, T* kept, T* moments, T* scratch);
   void (*project)(const Anchors<T>&, const T* moments, int64_t blocks, int64_t block_stride, T* gradient);
   void (*backward)(const Backward<T>&, int64_t begin, int64_t end, T* scratch);

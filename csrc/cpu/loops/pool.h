@@ -42,7 +42,8 @@ template <class T>
 inline void write_means(const Pool<T>& task, const T* sums, int64_t width, int64_t c0, int64_t channels, T* anchors) {
   for (int64_t p = 0; p < task.masks; ++p)
     for (int64_t c = 0; c < channels; ++c)
-      anchors[p * task.student.channels + c0 + c] = task.area[p] > 0 ? sums[p * width + c] / static_cast<T>(task.area[p]) : 0;
+      anchors[p * task.student.channels + c0 + c] =
+          task.area[p] > 0 ? sums[p * width + c] / static_cast<T>(task.area[p]) : 0;
 }
 
 template <class T>

@@ -94,12 +94,16 @@ inline void write(BFloat16* p, Vec<float> x, float) {
   std::memcpy(p, &out, sizeof out);
 }
 #if defined(__AVX512F__)
-inline Vec<float> read(const Half* p, float) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec<float> read(const Half* p, float) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 inline void write(Half* p, Vec<float> x, float) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__F16C__)
-inline Vec<float> read(const Half* p, float) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec<float> read(const Half* p, float) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline void write(Half* p, Vec<float> x, float) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -120,17 +124,18 @@ inline void visit(Dtype dtype, F f) {
   }
 }
 
-// Asks for the cache lines of `count` elements. Where the rows of a tile lie far apart no hardware prefetcher follows them.
+// Asks for the cache lines of `count` elements. Where the rows of a tile lie far apart no hardware prefetcher follows
+// them.
 template <bool kWrite, class T>
 inline void prefetch(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i, kWrite, 2);
 }
 
-// out[r, c] = in[r, c] for a dense row-major out. Rows or columns of `in` that are contiguous are read as vectors. What lies
-// `ahead` elements further on, in the next tile, is asked for.
+// out[r, c] = in[r, c] for a dense row-major out. Rows or columns of `in` that are contiguous are read as vectors. What
+// lies `ahead` elements further on, in the next tile, is asked for.
 template <class In, class T>
-inline void gather(int64_t rows, int64_t columns, const In* in, int64_t in_row, int64_t in_column, int64_t ahead, T* out,
-                   int64_t out_row) {
+inline void gather(int64_t rows, int64_t columns, const In* in, int64_t in_row, int64_t in_column, int64_t ahead,
+                   T* out, int64_t out_row) {
   constexpr int n = kLanes<T>;
   int64_t done_rows = 0, done_columns = 0;
   if (in_column == 1) {
@@ -160,8 +165,8 @@ inline void gather(int64_t rows, int64_t columns, const In* in, int64_t in_row, 
 
 // The way back: out[r, c] = in[r, c] for a dense row-major in.
 template <class T, class Out>
-inline void scatter(int64_t rows, int64_t columns, const T* in, int64_t in_row, Out* out, int64_t out_row, int64_t out_column,
-                    int64_t ahead) {
+inline void scatter(int64_t rows, int64_t columns, const T* in, int64_t in_row, Out* out, int64_t out_row,
+                    int64_t out_column, int64_t ahead) {
   constexpr int n = kLanes<T>;
   int64_t done_rows = 0, done_columns = 0;
   if (out_column == 1) {
@@ -187,8 +192,8 @@ inline void scatter(int64_t rows, int64_t columns, const T* in, int64_t in_row, 
       narrow(in[r * in_row + c], out[r * out_row + c * out_column]);
 }
 
-// Calls f(column of the tile, pixels, offset of the first) for every stretch of the pixels [begin, end) of a map, counted
-// over batch and rows, whose addresses are evenly spaced by stride[3].
+// Calls f(column of the tile, pixels, offset of the first) for every stretch of the pixels [begin, end) of a map,
+// counted over batch and rows, whose addresses are evenly spaced by stride[3].
 template <class F>
 inline void stretches(const Map& map, int64_t begin, int64_t end, F f) {
   const int64_t image = map.height * map.width;
@@ -213,7 +218,8 @@ inline void inside(const Map& map, const Extent* extents, int64_t begin, int64_t
     const Extent extent = extents ? extents[b] : whole;
     const bool rows_join = extent.columns == map.width;
     int64_t next = b * image + (rows_join || y >= extent.rows ? image : (y + 1) * map.width);
-    int64_t stop = b * image + (rows_join ? extent.rows * map.width : y * map.width + (y < extent.rows ? extent.columns : 0));
+    int64_t stop =
+        b * image + (rows_join ? extent.rows * map.width : y * map.width + (y < extent.rows ? extent.columns : 0));
     if (stop > end) stop = end;
     if (n < stop) f(b, n, stop);
     n = next;
@@ -226,7 +232,8 @@ inline void read_channels(const Map& map, int64_t begin, int64_t end, T* tile, i
   visit(map.dtype, [&](auto* type) {
     const auto* data = static_cast<decltype(type)>(map.data);
     stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
-      gather(map.channels, count, data + offset, map.stride[1], map.stride[3], count * map.stride[3], tile + at, tile_row);
+      gather(map.channels, count, data + offset, map.stride[1], map.stride[3], count * map.stride[3], tile + at,
+             tile_row);
     });
   });
 }
@@ -238,7 +245,8 @@ inline void read_pixels(const Map& map, int64_t begin, int64_t end, int64_t c0, 
   visit(map.dtype, [&](auto* type) {
     const auto* data = static_cast<decltype(type)>(map.data) + c0 * map.stride[1];
     stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
-      gather(count, channels, data + offset, map.stride[3], map.stride[1], count * map.stride[3], tile + at * tile_row, tile_row);
+      gather(count, channels, data + offset, map.stride[3], map.stride[1], count * map.stride[3], tile + at * tile_row,
+             tile_row);
     });
   });
 }
@@ -249,7 +257,8 @@ inline void write_channels(const Map& map, int64_t begin, int64_t end, const T* 
   visit(map.dtype, [&](auto* type) {
     auto* data = static_cast<decltype(type)>(map.data);
     stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
-      scatter(map.channels, count, tile + at, tile_row, data + offset, map.stride[1], map.stride[3], count * map.stride[3]);
+      scatter(map.channels, count, tile + at, tile_row, data + offset, map.stride[1], map.stride[3],
+              count * map.stride[3]);
     });
   });
 }

@@ -56,8 +56,8 @@ inline V maximum(V x, V m) {
   return x > m ? x : m;
 }
 
-// e^x to 2 ulp for x <= 88: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor polynomial. -inf gives 0; NaN and inf
-// are handed through.
+// e^x to 2 ulp for x <= 88: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor polynomial. -inf gives 0; NaN and
+// inf are handed through.
 inline Vec<float> exp(Vec<float> x) {
   using I = VectorOf<float>::index;
   const Vec<float> low = splat(-87.3f);
@@ -90,9 +90,16 @@ inline Vec<double> exp(Vec<double> x) {
 
 template <class T, bool kHigh>
 inline Vec<T> interleave(Vec<T> a, Vec<T> b) {
+  constexpr int first = kHigh ? kLanes<T> / 2 : 0;
+#if defined(__clang__)
+  Vec<T> out;
+  for (int i = 0; i < kLanes<T>; ++i) out[i] = i % 2 ? b[first + i / 2] : a[first + i / 2];
+  return out;
+#else
   typename VectorOf<T>::index order;
-  for (int i = 0; i < kLanes<T>; ++i) order[i] = (kHigh ? kLanes<T> / 2 : 0) + i / 2 + (i % 2 ? kLanes<T> : 0);
+  for (int i = 0; i < kLanes<T>; ++i) order[i] = first + i / 2 + (i % 2 ? kLanes<T> : 0);
   return __builtin_shuffle(a, b, order);
+#endif
 }
 
 // Square transposition: log2(lanes) perfect shuffles of the rows.
@@ -139,8 +146,8 @@ inline void multiply_block(int64_t depth, const T* a, int64_t a_k, int64_t a_m, 
 
 // The rows that are left over, one template instance for each number of them.
 template <int kRows, int kVectors, class T>
-inline void multiply_rows(int64_t rows, int64_t depth, const T* a, int64_t a_k, int64_t a_m, const T* b, int64_t b_k, T* c,
-                          int64_t c_m) {
+inline void multiply_rows(int64_t rows, int64_t depth, const T* a, int64_t a_k, int64_t a_m, const T* b, int64_t b_k,
+                          T* c, int64_t c_m) {
   if constexpr (kRows > 0) {
     if (rows >= kRows) return multiply_block<kRows, kVectors>(depth, a, a_k, a_m, b, b_k, c, c_m);
     multiply_rows<kRows - 1, kVectors>(rows, depth, a, a_k, a_m, b, b_k, c, c_m);
@@ -150,8 +157,8 @@ inline void multiply_rows(int64_t rows, int64_t depth, const T* a, int64_t a_k, 
 // c[m, n] += sum_k a[k, m] b[k, n] for m < rows, k < depth, n < columns (a multiple of the lanes).
 // a is read in blocks of kBlockRows rows, a_block elements apart: kBlockRows * a_m where a is a plain matrix.
 template <class T>
-inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_k, int64_t a_m, int64_t a_block,
-                     const T* b, int64_t b_k, T* c, int64_t c_m) {
+inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_k, int64_t a_m,
+                     int64_t a_block, const T* b, int64_t b_k, T* c, int64_t c_m) {
   constexpr int pair = 2 * kLanes<T>;
   for (int64_t n = 0; n < columns; n += pair)
     for (int64_t m = 0; m < rows; m += kBlockRows) {
