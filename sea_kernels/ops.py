@@ -65,6 +65,7 @@ def build_info() -> dict:
     return json.loads(torch.ops.sea_kernels.build_info())
 
 
+@torch.compiler.assume_constant_result
 def has_kernel(name: str, key: str) -> bool:
     """Whether an operator is there for "CPU" or "CUDA"."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -91,7 +92,7 @@ LIBRARY_ERROR = _load()
 
 def require(name: str, device: torch.device) -> None:
     """Raises where an operator has no kernel for a device: there is no silent fall back."""
-    if LIBRARY_ERROR is None and has_kernel(name, device.type.upper()):
+    if LIBRARY_ERROR is None and device.type in ("cpu", "cuda") and has_kernel(name, device.type.upper()):
         return
     reason = LIBRARY_ERROR or f"this build has no {device.type} kernels (see `python -m sea_kernels`)"
     raise RuntimeError(

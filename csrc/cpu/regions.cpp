@@ -32,10 +32,13 @@ Rectangle cover(const T* box, const T* stride, int64_t height, int64_t width) { 
 }
 
 template <class T>
+bool finite(const T* box) {
+  return std::isfinite(box[0]) && std::isfinite(box[1]) && std::isfinite(box[2]) && std::isfinite(box[3]);
+}
+
+template <class T>
 bool valid(const T* box) {
-  for (int i = 0; i < 4; ++i)
-    if (!std::isfinite(box[i])) return false;
-  return box[2] >= box[0] && box[3] >= box[1];
+  return finite(box) && box[2] >= box[0] && box[3] >= box[1];
 }
 
 struct Level {
@@ -106,7 +109,7 @@ void rasterize(const Tensor& boxes, const std::vector<int64_t>& image,  // [G], 
         for (int64_t i = from; i < to; ++i) out[i] |= static_cast<int32_t>(1u << mask % 32);
       };
       for (int64_t row = outer.y.begin; row < outer.y.end; ++row) {
-        const bool through = row >= inner.y.begin && row < inner.y.end && !inner.x.empty();
+        const bool through = finite(middle) && row >= inner.y.begin && row < inner.y.end && !inner.x.empty();
         const Interval middle_columns = through ? inner.x : Interval{outer.x.begin, outer.x.begin};
         mark(2 + 2 * k, row, outer.x.begin, middle_columns.begin);
         mark(1 + 2 * k, row, middle_columns.begin, middle_columns.end);
