@@ -82,7 +82,10 @@ def _losses(
     sets: list, regions: Regions | None, distance_temperature=0.1, localization_temperature=1.0, detach_anchors=False
 ) -> SEALoss:
     """sets: (student, teacher, part) of every set of maps."""
-    student = [x for maps, _, _ in sets for x in maps]
+    student = []
+    for x in [x for maps, _, _ in sets for x in maps]:
+        # torch.compile does not trace a Function that is given one tensor twice, as of a map in both branches
+        student.append(x.view_as(x) if any(x is y for y in student) else x)
     teacher = [x.detach() for _, maps, _ in sets for x in maps]
     ops.require("sea_loss", student[0].device)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in student)

@@ -188,22 +188,17 @@ Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions
   const bool keep = save && masks + 1 <= kept_rows, save_gradient = save && !options.detach_anchors;
   Tensor kept = make({keep ? layout.kept : 0}, kScalarType<T>);
   Tensor gradients = make({save_gradient ? layout.gradients : 0}, kScalarType<T>);
-  Tensor log_sums = make({save ? layout.sums : 0}, kScalarType<T>);
+  Tensor log_sums = make({layout.sums}, kScalarType<T>);
   double anchor = 0, distance = 0, localization = 0;
   for (size_t s = 0; s < sets.size(); ++s) {
     const Set& set = sets[s];
     const int64_t channels = set.channels(), table = set.pools() ? levels * masks * channels : 0;
-    Buffer<T> own_anchors(keep ? 0 : 2 * table), own_sums(save ? 0 : 2 * set.has(kLocalization) * [&] {
-      int64_t rows = 0;
-      for (const Map& map : set.student) rows += map.batch * map.channels;
-      return rows;
-    }());
+    Buffer<T> own_anchors(keep ? 0 : 2 * table);
     T* student_anchors = keep ? data<T>(kept) + layout.anchors[s] : own_anchors.get();
     T* teacher_anchors = student_anchors + table;
-    T* sums = save ? data<T>(log_sums) + layout.log_sums[s] : own_sums.get();
     std::vector<double> divergence(levels * channels);
     pool(set, regions, options, set.pools() ? student_anchors : nullptr, teacher_anchors,
-         set.has(kLocalization) ? sums : nullptr, divergence.data());
+         set.has(kLocalization) ? data<T>(log_sums) + layout.log_sums[s] : nullptr, divergence.data());
     if (set.has(kAnchor))
       for (int64_t l = 0; l < levels; ++l)
         anchor += anchor_loss(regions.present(l), channels, student_anchors + l * masks * channels,
@@ -228,7 +223,10 @@ Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions
     *data<T>(out) = static_cast<T>(value);
     return out;
   };
-  return {scalar(anchor), scalar(distance), scalar(localization), {kept, gradients, log_sums}};
+  return {scalar(anchor),
+          scalar(distance),
+          scalar(localization),
+          {kept, gradients, save ? log_sums : make({0}, kScalarType<T>)}};
 }
 
 // The gradients of the three losses; a loss that nothing was computed from has none.
