@@ -119,7 +119,7 @@ class PreparedAnchors {
       : regions_(regions),
         anchors_(anchors),
         channels_(levels[0].channels),
-        rows_(padded(regions.masks())),
+        rows_(padded(regions.masks() + kMostBlockRows)),
         buffer_(static_cast<int64_t>(levels.size()) * rows_ * (channels_ + 1)) {
     parallel(levels.size(), [&](int64_t l, int64_t) { loops<T>().prepare((*this)[l]); });
   }

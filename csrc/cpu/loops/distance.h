@@ -11,6 +11,8 @@
 namespace sea {
 namespace SEA_ISA {
 
+static_assert(kBlockRows <= kMostBlockRows);
+
 // Norms at most this have no direction. Written n <= kSmallest, so that NaN is not taken for zero.
 constexpr double kSmallest = 1e-12;
 

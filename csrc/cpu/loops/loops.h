@@ -11,6 +11,9 @@ constexpr int64_t kTilePixels = 64;
 // Rows of scratch are this many elements longer than they must be, so that whole vectors may be read and written.
 constexpr int64_t kPadding = 64;
 
+// The matrix product reads anchors in whole blocks of rows: at most this many.
+constexpr int64_t kMostBlockRows = 12;
+
 inline int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
 // Pooling of one level of one set of maps, and in the same pass the softmax over positions.
