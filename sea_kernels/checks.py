@@ -3,8 +3,6 @@
 They look at types, shapes, dtypes and devices only, never at the values of a tensor, so they trace under torch.compile.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -138,11 +136,11 @@ def anchors(name: str, anchors: object, regions: Regions, maps: list[Tensor]) ->
 
 
 def temperature(name: str, value: object) -> float:
-    """A finite Python number above 0."""
+    """A Python number from 1e-6 to 1e6."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} is a {_type(value)}; expected a number")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value}; expected a finite number above 0")
+    if not 1e-6 <= value <= 1e6:  # beyond, scaled features leave the range of float32
+        raise ValueError(f"{name} is {value}; expected a number from 1e-6 to 1e6")
     return float(value)
 
 

@@ -26,42 +26,62 @@ def _refuse_second_derivative(name: str) -> None:
         raise RuntimeError(f"{name} has no second derivative: its backward cannot run with create_graph=True")
 
 
+def _needs_gradient(*tensors: Tensor) -> bool:
+    # Without one the operator is called as it is: nothing is saved; and torch.compile, where no input needs a gradient,
+    # may call the forward of a Function with variable arguments without its ctx.
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _save(ctx, *tensors: Tensor) -> None:
+    # save_for_backward refuses inference tensors, as the maps of a teacher often are: whether they changed nobody can tell
+    inference = [False if torch.compiler.is_compiling() else x.is_inference() for x in tensors]
+    ctx.inference = [x if yes else None for x, yes in zip(tensors, inference)]
+    ctx.save_for_backward(*[x for x, yes in zip(tensors, inference) if not yes])
+
+
+def _saved(ctx) -> list[Tensor]:
+    rest = iter(ctx.saved_tensors)
+    return [next(rest) if x is None else x for x in ctx.inference]
+
+
 class _AnchorPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, regions, *features):
-        ctx.save_for_backward(*regions, *features)
+        _save(ctx, *regions, *features)
         return torch.ops.sea_kernels.anchor_pool(features, regions)
 
     @staticmethod
     def backward(ctx, gradient):
         _refuse_second_derivative("anchor_pool")
-        regions, features = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        tensors = _saved(ctx)
+        regions, features = tensors[:5], tensors[5:]
         return None, *torch.ops.sea_kernels.anchor_pool_backward(gradient.contiguous(), features, regions)
 
 
 class _AnchorCosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, regions, anchors, *features):
-        ctx.save_for_backward(*regions, anchors, *features)
+        _save(ctx, *regions, anchors, *features)
         return tuple(torch.ops.sea_kernels.anchor_cosine(features, anchors, regions))
 
     @staticmethod
     def backward(ctx, *gradients):
         _refuse_second_derivative("anchor_cosine")
-        regions, anchors, features = ctx.saved_tensors[:5], ctx.saved_tensors[5], ctx.saved_tensors[6:]
+        tensors = _saved(ctx)
+        regions, anchors, features = tensors[:5], tensors[5], tensors[6:]
         out = torch.ops.sea_kernels.anchor_cosine_backward(gradients, features, anchors, regions)
         return None, out[-1], *out[:-1]
 
 
 class _SEALoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, regions, teacher, options, save, *student):
+    def forward(ctx, parts, regions, teacher, options, *student):
         share = sum(x.numel() * x.element_size() for x in student) * _KEPT_SHARE[0] // _KEPT_SHARE[1]
         size = 8 if any(x.dtype == torch.float64 for x in (*student, *teacher)) else 4
-        kept_rows = share // (size * max(ops.kept_elements(student, parts), 1)) if save else 0
-        *losses, saved = torch.ops.sea_kernels.sea_loss(student, teacher, parts, regions, *options, save, kept_rows)
+        kept_rows = share // (size * max(ops.kept_elements(student, parts), 1))
+        *losses, saved = torch.ops.sea_kernels.sea_loss(student, teacher, parts, regions, *options, True, kept_rows)
         ctx.parts, ctx.options, ctx.count = parts, options, (len(student), len(regions))
-        ctx.save_for_backward(*student, *teacher, *regions, *saved)
+        _save(ctx, *student, *teacher, *regions, *saved)
         ctx.set_materialize_grads(False)
         return tuple(losses)
 
@@ -69,13 +89,13 @@ class _SEALoss(torch.autograd.Function):
     def backward(ctx, anchor, distance, localization):
         _refuse_second_derivative("sea_loss")
         maps, regions = ctx.count
-        tensors = ctx.saved_tensors
+        tensors = _saved(ctx)
         student, teacher = tensors[:maps], tensors[maps : 2 * maps]
         gradients = torch.ops.sea_kernels.sea_loss_backward(
             anchor, distance, localization, student, teacher, ctx.parts,
             tensors[2 * maps : 2 * maps + regions], tensors[2 * maps + regions :], *ctx.options,
         )  # fmt: skip
-        return None, None, None, None, None, *gradients
+        return None, None, None, None, *gradients
 
 
 def _losses(
@@ -88,10 +108,11 @@ def _losses(
         student.append(x.view_as(x) if any(x is y for y in student) else x)
     teacher = [x.detach() for _, maps, _ in sets for x in maps]
     ops.require("sea_loss", student[0].device)
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in student)
-    options = (distance_temperature, localization_temperature, detach_anchors)
+    parts, options = [part for _, _, part in sets], (distance_temperature, localization_temperature, detach_anchors)
     tensors = regions.tensors() if regions is not None else []
-    return SEALoss(*_SEALoss.apply([part for _, _, part in sets], tensors, teacher, options, save, *student))
+    if not _needs_gradient(*student):
+        return SEALoss(*torch.ops.sea_kernels.sea_loss(student, teacher, parts, tensors, *options, False, 0)[:3])
+    return SEALoss(*_SEALoss.apply(parts, tensors, teacher, options, *student))
 
 
 def _pairs(student_name: str, student: Maps, teacher_name: str, teacher: Maps) -> list[tuple[list, list]]:
@@ -123,6 +144,8 @@ def anchor_pool(features: Sequence[Tensor], regions: Regions) -> Tensor:
     features = checks.maps("features", features)
     checks.regions("regions", regions, "features", [features])
     ops.require("anchor_pool", features[0].device)
+    if not _needs_gradient(*features):
+        return torch.ops.sea_kernels.anchor_pool(features, regions.tensors())
     return _AnchorPool.apply(regions.tensors(), *features)
 
 
@@ -151,6 +174,8 @@ def anchor_cosine(features: Sequence[Tensor], anchors: Tensor, regions: Regions)
     checks.anchors("anchors", anchors, regions, features)
     ops.require("anchor_cosine", features[0].device)
     anchors = anchors.to(checks.compute_dtype(features, [anchors])).contiguous()
+    if not _needs_gradient(anchors, *features):
+        return torch.ops.sea_kernels.anchor_cosine(features, anchors, regions.tensors())
     return list(_AnchorCosine.apply(regions.tensors(), anchors, *features))
 
 
@@ -187,7 +212,7 @@ def topological_distance_loss(
 
     Args:
         student, teacher, regions: as for :func:`anchor_loss`.
-        temperature: above 0; the default is ours.
+        temperature: 1e-6 to 1e6; the default is ours.
         detach_anchors: cut the gradient that reaches the student through its own anchors.
 
     Returns, Raises:
@@ -213,7 +238,7 @@ def localization_alignment_loss(
     Args:
         student, teacher: as for :func:`anchor_loss`.
         regions: given, positions beyond an image's own size are left out of the softmax.
-        temperature: above 0; the default is ours.
+        temperature: 1e-6 to 1e6; the default is ours.
 
     Returns, Raises:
         As :func:`anchor_loss`.
@@ -248,7 +273,7 @@ def sea_loss(
     Args:
         student_cls, teacher_cls, student_box, teacher_box: as for :func:`anchor_loss`; each has one dtype of its own.
         regions: the masks, of the same levels and batch; also handed to the localisation loss.
-        distance_temperature, localization_temperature: above 0; the defaults are ours.
+        distance_temperature, localization_temperature: 1e-6 to 1e6; the defaults are ours.
         detach_anchors: cut the distance loss's gradient that reaches the student through its own anchors.
         distance_on_box: box maps take part in the distance loss as well.
 

@@ -229,13 +229,13 @@ def _(student, teacher, parts, regions, _distance, _localization, detach_anchors
     masks, levels = regions[1].shape[1] if regions else 0, len(student) // len(parts)
     # masks + 1 where that is at most kept_rows, else 0; without a branch, which would compile a graph for either side
     rows = torch.sym_max(0, torch.sym_min(masks + 1, (masks + 1) * (kept_rows - masks)))
-    gradient = log_sums = 0
+    gradient = softmax = 0
     for i, x in enumerate(student):
         part = parts[i // levels]
         gradient = gradient + (masks * x.shape[1] if part & DISTANCE else 0)
-        log_sums = log_sums + (2 * x.shape[0] * x.shape[1] if part & LOCALIZATION else 0)
+        softmax = softmax + (4 * x.shape[0] * x.shape[1] if part & LOCALIZATION else 0)
     kept = rows * kept_elements(student, parts)
-    saved = (kept, 0 if detach_anchors else gradient, log_sums) if save else (0, 0, 0)
+    saved = (kept, 0 if detach_anchors else gradient, softmax) if save else (0, 0, 0)
     losses = (student[0].new_empty((), dtype=dtype) for _ in range(3))
     return *losses, [student[0].new_empty(n, dtype=dtype) for n in saved]
 

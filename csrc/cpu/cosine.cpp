@@ -21,13 +21,12 @@ std::vector<Tensor> forward(const std::vector<Tensor>& features, const Tensor& a
   int64_t size = 0;
   for (size_t l = 0; l < levels.size(); ++l) {
     out.push_back(make({levels[l].batch, regions.masks(), levels[l].height, levels[l].width}, kScalarType<T>));
-    tasks.push_back({levels[l], make_map(out[l]), {}, {}, prepared[l], nullptr});
+    tasks.push_back({levels[l], make_map(out[l]), {}, prepared[l], nullptr});
     size = std::max(size, tasks[l].scratch());
   }
   const std::vector<Block> blocks = make_blocks(levels, 1);
-  Buffer<T> scratch(workers() * size);
-  parallel(blocks.size(), [&](int64_t task, int64_t worker) {
-    loops<T>().cosine(tasks[blocks[task].level], blocks[task].begin, blocks[task].end, scratch.get() + worker * size);
+  parallel<T>(blocks.size(), size, [&](int64_t task, T* scratch) {
+    loops<T>().cosine(tasks[blocks[task].level], blocks[task].begin, blocks[task].end, scratch);
   });
   return out;
 }
@@ -47,27 +46,23 @@ std::vector<Tensor> backward(const std::vector<Tensor>& gradients, const std::ve
     out.push_back(make_gradient(features[l]));
     T* direction = directions.get() + l * masks * channels;
     loops<T>().directions(prepared[l], T(1), direction);
-    tasks.push_back(
-        {levels[l], make_map(gradients[l]), make_map(gradients[l]), make_map(out[l]), prepared[l], direction});
+    tasks.push_back({levels[l], make_map(gradients[l]), make_map(out[l]), prepared[l], direction});
     size = std::max(size, tasks[l].scratch());
   }
   const std::vector<Block> blocks = make_blocks(levels, 64);
   const int64_t moment = masks * padded(channels);
-  Buffer<T> scratch(workers() * size), moments(static_cast<int64_t>(blocks.size()) * moment);
-  parallel(blocks.size(), [&](int64_t task, int64_t worker) {
+  Buffer<T> moments(static_cast<int64_t>(blocks.size()) * moment);
+  parallel<T>(blocks.size(), size, [&](int64_t task, T* scratch) {
     T* own = moments.get() + task * moment;
     std::fill_n(own, moment, T(0));
-    loops<T>().cosine_backward(tasks[blocks[task].level], blocks[task].begin, blocks[task].end, own,
-                               scratch.get() + worker * size);
+    loops<T>().cosine_backward(tasks[blocks[task].level], blocks[task].begin, blocks[task].end, own, scratch);
   });
   Tensor anchor_gradient = make({static_cast<int64_t>(levels.size()), masks, channels}, kScalarType<T>);
-  parallel(levels.size(), [&](int64_t l, int64_t) {
+  const std::vector<int64_t> first = first_blocks(blocks, levels.size());
+  parallel(levels.size(), [&](int64_t l) {
     T* gradient = data<T>(anchor_gradient) + l * masks * channels;
     std::fill_n(gradient, masks * channels, T(0));
-    // The blocks of a level lie together, `rows` rows of each `moment` are filled.
-    int64_t first = 0, count = 0;
-    for (const Block& block : blocks) (block.level < l ? first : count) += block.level <= l;
-    loops<T>().project(prepared[l], moments.get() + first * moment, count, moment, gradient);
+    loops<T>().project(prepared[l], moments.get() + first[l] * moment, first[l + 1] - first[l], moment, gradient);
   });
   out.push_back(anchor_gradient);
   return out;

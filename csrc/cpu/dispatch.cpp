@@ -37,8 +37,8 @@ const Isa* list() {
   static const Isa all[] = {
       {"baseline", true, &baseline::loops_float, &baseline::loops_double},
 #ifdef SEA_X86
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::loops_float,
-       &avx2::loops_double},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+       &avx2::loops_float, &avx2::loops_double},
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl"),

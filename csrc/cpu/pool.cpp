@@ -11,28 +11,15 @@ Tensor pool(const std::vector<Tensor>& features, const std::vector<Tensor>& regi
   const Regions regions(regions_, levels);
   const int64_t count = static_cast<int64_t>(levels.size()), masks = regions.masks(), channels = levels[0].channels;
   Tensor anchors = make({count, masks, channels}, kScalarType<T>);
-  const auto& loop = loops<T>();
-  std::vector<Pool<T>> pools;
-  std::vector<std::pair<int64_t, int64_t>> tasks;  // level, block of channels
+  std::vector<Pool<T>> pools(count);
   for (int64_t l = 0; l < count; ++l) {
-    pools.push_back({levels[l],
-                     {},
-                     regions.runs(l),
-                     regions.area(l),
-                     masks,
-                     data<T>(anchors) + l * masks * channels,
-                     nullptr,
-                     nullptr,
-                     nullptr,
-                     nullptr,
-                     0});
-    for (int64_t block = 0; block < loop.pool_blocks(levels[l]); ++block) tasks.emplace_back(l, block);
+    pools[l].student = levels[l];
+    pools[l].runs = regions.runs(l);
+    pools[l].area = regions.area(l);
+    pools[l].masks = masks;
+    pools[l].student_anchors = data<T>(anchors) + l * masks * channels;
   }
-  const int64_t size = pools[0].scratch();
-  Buffer<T> scratch(workers() * size);
-  parallel(tasks.size(), [&](int64_t task, int64_t worker) {
-    loop.pool(pools[tasks[task].first], tasks[task].second, scratch.get() + worker * size);
-  });
+  run(pools);
   return anchors;
 }
 
@@ -47,13 +34,11 @@ void pool_backward(const Tensor& anchors, const std::vector<Map>& levels, const 
         spread.get()[at + c] = data<T>(anchors)[at + c] / static_cast<T>(regions.area(l)[p]);
     }
   const std::vector<Block> blocks = make_blocks(levels, 4);
-  const int64_t size = padded(channels) + channels * kTilePixels;
-  Buffer<T> scratch(workers() * size);
-  parallel(blocks.size(), [&](int64_t task, int64_t worker) {
+  parallel<T>(blocks.size(), padded(channels) + channels * kTilePixels, [&](int64_t task, T* scratch) {
     const auto [l, begin, end] = blocks[task];
     for (int64_t n = begin; n < end; n += kTilePixels)
       loops<T>().spread(levels[l], *regions.runs(l), spread.get() + l * masks * channels, n,
-                        std::min(n + kTilePixels, end), scratch.get() + worker * size);
+                        std::min(n + kTilePixels, end), scratch);
   });
 }
 

@@ -61,9 +61,9 @@ void rasterize(const Tensor& boxes, const std::vector<int64_t>& image,  // [G], 
     if (image[g] >= 0 && valid(box + 4 * g)) of_image[image[g]].push_back(g);
   for (size_t g = 0; g < ignore_image.size(); ++g)
     if (ignore_image[g] >= 0 && valid(data<T>(*ignore_boxes) + 4 * g)) ignored[ignore_image[g]].push_back(g);
-  std::vector<std::vector<int64_t>> areas(tasks, std::vector<int64_t>(2 + 2 * present, 0));  // the last: counted
+  std::vector<int64_t> areas(levels.size() * (2 + 2 * present), 0);  // [L, 2 + 2 present]; the last: counted
 
-  parallel(tasks, [&](int64_t task, int64_t) {
+  parallel(tasks, [&](int64_t task) {
     const int64_t l = task / batch, b = task % batch;
     const Level& level = levels[l];
     const T stride[2] = {static_cast<T>(strides[2 * l]), static_cast<T>(strides[2 * l + 1])};
@@ -116,7 +116,7 @@ void rasterize(const Tensor& boxes, const std::vector<int64_t>& image,  // [G], 
         mark(2 + 2 * k, row, middle_columns.end, outer.x.end);
       }
     }
-    std::vector<int64_t>& count = areas[task];
+    std::vector<int64_t> count(2 + 2 * present, 0);
     for (int64_t n = 0; n < level.height * level.width; ++n) {
       int32_t any = 0;
       for (int64_t v = 0; v < words; ++v) {
@@ -126,12 +126,12 @@ void rasterize(const Tensor& boxes, const std::vector<int64_t>& image,  // [G], 
       }
       count[1 + 2 * present] += any != 0;
     }
+    for (size_t p = 0; p < count.size(); ++p)
+      if (count[p]) __atomic_fetch_add(&areas[l * count.size() + p], count[p], __ATOMIC_RELAXED);
   });
 
   for (size_t l = 0; l < levels.size(); ++l) {
-    std::vector<int64_t> total(2 + 2 * present, 0);
-    for (int64_t b = 0; b < batch; ++b)
-      for (size_t p = 0; p < total.size(); ++p) total[p] += areas[l * batch + b][p];
+    const int64_t* total = areas.data() + l * (2 + 2 * present);
     for (int64_t p = 0; p < masks; ++p) area[l * masks + p] = p < 1 + 2 * present ? static_cast<float>(total[p]) : 0.f;
     counted[l] = static_cast<float>(total[1 + 2 * present]);
   }

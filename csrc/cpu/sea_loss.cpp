@@ -34,9 +34,10 @@ int64_t tiles(const Map& map) { return (map.pixels() + kTilePixels - 1) / kTileP
 
 // Where the parts of a set lie in what is saved for backward. All sizes come from shapes alone.
 struct Layout {
-  // kept [P + 1, ...]: coefficients of the distances, then anchors. Empty where it would be too large: then both are
-  // computed again. gradient: of the student's anchors, from the distances. log_sums: of the localisation.
-  std::vector<int64_t> coefficients, anchors, gradient, log_sums;
+  // kept: coefficients of the distances, then anchors, each with a row more than masks, so that one number tells
+  // whether both are small enough to be kept; empty where they are not, and computed again. gradient: of the student's
+  // anchors, from the distances. softmax: of the localisation.
+  std::vector<int64_t> coefficients, anchors, gradient, softmax;
   int64_t kept = 0, gradients = 0, sums = 0;
 
   Layout(const std::vector<Set>& sets, int64_t masks) {
@@ -48,8 +49,8 @@ struct Layout {
       kept += set.pools() ? 2 * levels * (masks + 1) * set.channels() : 0;
       gradient.push_back(gradients);
       gradients += set.has(kDistance) ? levels * masks * set.channels() : 0;
-      log_sums.push_back(sums);
-      for (const Map& map : set.student) sums += set.has(kLocalization) ? 2 * map.batch * map.channels : 0;
+      softmax.push_back(sums);
+      for (const Map& map : set.student) sums += set.has(kLocalization) ? 4 * map.batch * map.channels : 0;
     }
   }
 };
@@ -60,16 +61,15 @@ struct Options {
   bool detach_anchors;
 };
 
-// Pools one set and, where log_sums is given, does its localisation in the same pass.
+// Pools one set and, where softmax is given, does its localisation in the same pass.
 template <class T>
 void pool(const Set& set, const Regions& regions, const Options<T>& options,
           T* student_anchors,    // [L, P, C]; null: not pooled
           T* teacher_anchors,    // [L, P, C]
-          T* log_sums,           // [L][2, B, C]; null: no localisation
+          T* softmax,            // [L][4, B, C]; null: no localisation
           double* divergence) {  // [L, C]
   const int64_t masks = regions.masks(), channels = set.channels();
   std::vector<Pool<T>> pools;
-  std::vector<std::pair<int64_t, int64_t>> tasks;  // level, block of channels
   for (size_t l = 0; l < set.student.size(); ++l) {
     Pool<T> task{};
     task.student = set.student[l];
@@ -81,21 +81,16 @@ void pool(const Set& set, const Regions& regions, const Options<T>& options,
       task.student_anchors = student_anchors + l * masks * channels;
       task.teacher_anchors = teacher_anchors + l * masks * channels;
     }
-    if (log_sums) {
+    if (softmax) {
       task.extents = regions.extents(l);
-      task.log_sums = log_sums;
+      task.softmax = softmax;
       task.divergence = divergence + l * channels;
       task.inverse_temperature = 1 / options.localization_temperature;
-      log_sums += 2 * set.student[l].batch * channels;
+      softmax += 4 * set.student[l].batch * channels;
     }
     pools.push_back(task);
-    for (int64_t block = 0; block < loops<T>().pool_blocks(set.student[l]); ++block) tasks.emplace_back(l, block);
   }
-  const int64_t size = pools[0].scratch();
-  Buffer<T> scratch(workers() * size);
-  parallel(tasks.size(), [&](int64_t task, int64_t worker) {
-    loops<T>().pool(pools[tasks[task].first], tasks[task].second, scratch.get() + worker * size);
-  });
+  run(pools);
 }
 
 // mean_{p: area > 0} mean_c (aS - aT)^2 of one level
@@ -133,7 +128,7 @@ double distance_loss(const Set& set, const Regions& regions, const PreparedAncho
   // Blocks of 8 tiles, larger ones where the partial sums of the anchors' gradient would take more than a sixteenth of
   // the map.
   std::vector<Block> blocks;
-  std::vector<int64_t> first_block, moment_offset;
+  std::vector<int64_t> moment_offset;
   int64_t moments_size = 0, size = 0;
   for (int64_t l = 0; l < levels; ++l) {
     const int64_t moment = distances[l].student_anchors.rows * padded(channels),
@@ -141,7 +136,6 @@ double distance_loss(const Set& set, const Regions& regions, const PreparedAncho
     const int64_t most = std::max(tiles(set.student[l]) / 96 + 1,
                                   std::min(tiles(set.student[l]) / 8 + 1, elements / (16 * (moment + 1))));
     const int64_t span = (tiles(set.student[l]) + most - 1) / most * kTilePixels;
-    first_block.push_back(blocks.size());
     if (regions.counted(l) > 0)
       for (int64_t begin = 0; begin < set.student[l].pixels(); begin += span) {
         blocks.push_back({l, begin, std::min(begin + span, set.student[l].pixels())});
@@ -150,28 +144,27 @@ double distance_loss(const Set& set, const Regions& regions, const PreparedAncho
       }
     size = std::max(size, distances[l].scratch());
   }
-  first_block.push_back(blocks.size());
+  const std::vector<int64_t> first = first_blocks(blocks, levels);
   std::vector<int64_t> kept_offset(1, 0);
   for (const Map& map : set.student) kept_offset.push_back(kept_offset.back() + (masks + 1) * tiles(map) * kTilePixels);
 
-  Buffer<T> scratch(workers() * size), moments(moments_size);
+  Buffer<T> moments(moments_size);
   std::vector<double> sums(blocks.size());
-  parallel(blocks.size(), [&](int64_t task, int64_t worker) {
+  parallel<T>(blocks.size(), size, [&](int64_t task, T* scratch) {
     const auto [l, begin, end] = blocks[task];
     T* own = gradient ? moments.get() + moment_offset[task] : nullptr;
     if (own) std::fill_n(own, distances[l].student_anchors.rows * padded(channels), T(0));
-    sums[task] = loops<T>().distance(distances[l], begin, end, kept ? kept + kept_offset[l] : nullptr, own,
-                                     scratch.get() + worker * size);
+    sums[task] = loops<T>().distance(distances[l], begin, end, kept ? kept + kept_offset[l] : nullptr, own, scratch);
   });
   double total = 0;
   for (size_t i = 0; i < blocks.size(); ++i) total += sums[i] / regions.counted(blocks[i].level);
   if (gradient)
-    parallel(levels, [&](int64_t l, int64_t) {
+    parallel(levels, [&](int64_t l) {
       T* out = gradient + l * masks * channels;
       std::fill_n(out, masks * channels, T(0));
-      const int64_t count = first_block[l + 1] - first_block[l];
+      const int64_t count = first[l + 1] - first[l];
       if (count > 0)
-        loops<T>().project(distances[l].student_anchors, moments.get() + moment_offset[first_block[l]], count,
+        loops<T>().project(distances[l].student_anchors, moments.get() + moment_offset[first[l]], count,
                            distances[l].student_anchors.rows * padded(channels), out);
     });
   return total;
@@ -188,7 +181,7 @@ Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions
   const bool keep = save && masks + 1 <= kept_rows, save_gradient = save && !options.detach_anchors;
   Tensor kept = make({keep ? layout.kept : 0}, kScalarType<T>);
   Tensor gradients = make({save_gradient ? layout.gradients : 0}, kScalarType<T>);
-  Tensor log_sums = make({layout.sums}, kScalarType<T>);
+  Tensor softmax = make({layout.sums}, kScalarType<T>);
   double anchor = 0, distance = 0, localization = 0;
   for (size_t s = 0; s < sets.size(); ++s) {
     const Set& set = sets[s];
@@ -198,7 +191,7 @@ Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions
     T* teacher_anchors = student_anchors + table;
     std::vector<double> divergence(levels * channels);
     pool(set, regions, options, set.pools() ? student_anchors : nullptr, teacher_anchors,
-         set.has(kLocalization) ? data<T>(log_sums) + layout.log_sums[s] : nullptr, divergence.data());
+         set.has(kLocalization) ? data<T>(softmax) + layout.softmax[s] : nullptr, divergence.data());
     if (set.has(kAnchor))
       for (int64_t l = 0; l < levels; ++l)
         anchor += anchor_loss(regions.present(l), channels, student_anchors + l * masks * channels,
@@ -226,7 +219,7 @@ Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions
   return {scalar(anchor),
           scalar(distance),
           scalar(localization),
-          {kept, gradients, save ? log_sums : make({0}, kScalarType<T>)}};
+          {kept, gradients, save ? softmax : make({0}, kScalarType<T>)}};
 }
 
 // The gradients of the three losses; a loss that nothing was computed from has none.
@@ -235,7 +228,7 @@ struct Upstream {
 };
 
 template <class T>
-T value(const std::optional<Tensor>& scalar) {
+T scale(const std::optional<Tensor>& scalar) {
   return scalar ? *data<T>(*scalar) : 0;
 }
 
@@ -247,7 +240,7 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
   const int64_t masks = regions.masks(), levels = static_cast<int64_t>(sets[0].student.size());
   const Layout layout(sets, masks);
   const bool keep = saved[0].numel() > 0;
-  const T anchor_scale = value<T>(upstream.anchor), distance_scale = value<T>(upstream.distance);
+  const T anchor_scale = scale<T>(upstream.anchor), distance_scale = scale<T>(upstream.distance);
   for (size_t s = 0; s < sets.size(); ++s) {
     Set set = sets[s];
     set.parts &= (upstream.anchor ? kAnchor : 0) | (upstream.distance ? kDistance : 0) |
@@ -263,7 +256,7 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
     const T* through_anchors =
         set.has(kDistance) && !options.detach_anchors ? data<T>(saved[1]) + layout.gradient[s] : nullptr;
     if (set.pools())
-      parallel(levels, [&](int64_t l, int64_t) {
+      parallel(levels, [&](int64_t l) {
         const double count = static_cast<double>(regions.present(l).size() * channels);
         const T scale =
             set.has(kAnchor) && count > 0 ? static_cast<T>(2 * static_cast<double>(anchor_scale) / count) : 0;
@@ -282,13 +275,13 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
       student.emplace(student_anchors, set.student, regions);
       teacher.emplace(teacher_anchors, set.teacher, regions);
       distances = make_distances(set, regions, *student, *teacher, options);
-      parallel(levels, [&](int64_t l, int64_t) {
+      parallel(levels, [&](int64_t l) {
         loops<T>().directions(distances[l].student_anchors, distance_scale, directions.get() + l * stride);
       });
     }
 
     std::vector<Backward<T>> tasks;
-    int64_t kept_offset = layout.coefficients[s], sums_offset = layout.log_sums[s], size = 0;
+    int64_t kept_offset = layout.coefficients[s], sums_offset = layout.softmax[s], size = 0;
     for (int64_t l = 0; l < levels; ++l) {
       const Map& map = set.student[l];
       Backward<T> task{};
@@ -305,21 +298,20 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
         task.distance_scale = distance_scale;
       }
       task.extents = regions.extents(l);
-      task.log_sums = set.has(kLocalization) ? data<T>(saved[2]) + sums_offset : nullptr;
+      task.softmax = set.has(kLocalization) ? data<T>(saved[2]) + sums_offset : nullptr;
       task.localization_scale =
-          value<T>(upstream.localization) * options.localization_temperature / static_cast<T>(map.batch * channels);
+          scale<T>(upstream.localization) * options.localization_temperature / static_cast<T>(map.batch * channels);
       task.inverse_temperature = 1 / options.localization_temperature;
       kept_offset += (masks + 1) * tiles(map) * kTilePixels;
-      sums_offset += 2 * map.batch * channels;
+      sums_offset += 4 * map.batch * channels;
       size = std::max(size, task.scratch());
       tasks.push_back(task);
     }
     const std::vector<Block> blocks = make_blocks(set.student, 4);
-    Buffer<T> scratch(workers() * size);
-    parallel(blocks.size(), [&](int64_t task, int64_t worker) {
+    parallel<T>(blocks.size(), size, [&](int64_t task, T* scratch) {
       const auto [l, begin, end] = blocks[task];
       for (int64_t n = begin; n < end; n += kTilePixels)
-        loops<T>().backward(tasks[l], n, std::min(n + kTilePixels, end), scratch.get() + worker * size);
+        loops<T>().backward(tasks[l], n, std::min(n + kTilePixels, end), scratch);
     });
   }
 }

@@ -58,7 +58,7 @@ Regions::Regions(const std::vector<Tensor>& tensors, const std::vector<Map>& lev
   for (int64_t l = 0; l < count; ++l) offset[l + 1] = offset[l] + levels[l].pixels();
   storage_.resize(count);
   present_.resize(count);
-  parallel(count, [&](int64_t l, int64_t) {
+  parallel(count, [&](int64_t l) {
     find_runs(data<int32_t>(bits) + offset[l], words, bits.size(1), levels[l].pixels(), storage_[l]);
     for (int64_t p = 0; p < 1 + 2 * present; ++p)
       if (this->area(l)[p] > 0) present_[l].push_back(static_cast<int32_t>(p));
@@ -74,6 +74,13 @@ std::vector<Block> make_blocks(const std::vector<Map>& levels, int64_t tiles) {
     for (int64_t begin = 0; begin < levels[l].pixels(); begin += tiles * kTilePixels)
       blocks.push_back({static_cast<int64_t>(l), begin, std::min(begin + tiles * kTilePixels, levels[l].pixels())});
   return blocks;
+}
+
+std::vector<int64_t> first_blocks(const std::vector<Block>& blocks, int64_t levels) {
+  std::vector<int64_t> first(levels + 1, 0);
+  for (const Block& block : blocks) ++first[block.level + 1];
+  std::partial_sum(first.begin(), first.end(), first.begin());
+  return first;
 }
 
 Tensor make_gradient(const Tensor& like) {

@@ -65,17 +65,24 @@ inline bool any_double(const std::vector<Tensor>& maps) {
   return false;
 }
 
-// Calls f(task, worker) for every task. Which worker takes which task is left to chance; what a task computes must not
-// depend on it.
-template <class F>
-void parallel(int64_t tasks, F f) {
+// Calls f(task, scratch) for every task, with scratch of the given size. Which thread takes which task is left to
+// chance; what a task computes must not depend on it.
+template <class T, class F>
+void parallel(int64_t tasks, int64_t scratch_size, F f) {
+  const int64_t workers = torch::stable::get_num_threads();
+  const Buffer<T> scratch(workers * scratch_size);
+  T* const first = scratch.get();
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t worker, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task, worker);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      f(task, scratch_size > 0 ? first + worker * scratch_size : nullptr);
   });
 }
 
-inline int64_t workers() { return torch::stable::get_num_threads(); }
+template <class F>
+void parallel(int64_t tasks, F f) {
+  parallel<float>(tasks, 0, [&](int64_t task, float*) { f(task); });
+}
 
 // The regions as the operators are handed them.
 class Regions {
@@ -110,6 +117,19 @@ struct Block {
   int64_t level, begin, end;
 };
 std::vector<Block> make_blocks(const std::vector<Map>& levels, int64_t tiles);
+// [levels + 1] where the blocks of each level begin.
+std::vector<int64_t> first_blocks(const std::vector<Block>& blocks, int64_t levels);
+
+// Pools all channels of some levels.
+template <class T>
+void run(const std::vector<Pool<T>>& pools) {
+  std::vector<std::pair<int64_t, int64_t>> tasks;  // level, block of channels
+  for (size_t l = 0; l < pools.size(); ++l)
+    for (int64_t block = 0; block < loops<T>().pool_blocks(pools[l].student); ++block) tasks.emplace_back(l, block);
+  parallel<T>(tasks.size(), pools[0].scratch(), [&](int64_t task, T* scratch) {
+    loops<T>().pool(pools[tasks[task].first], tasks[task].second, scratch);
+  });
+}
 
 // The anchors [L, P, C] of one side of a set, prepared for the distances.
 template <class T>
@@ -121,7 +141,7 @@ class PreparedAnchors {
         channels_(levels[0].channels),
         rows_(padded(regions.masks() + kMostBlockRows)),
         buffer_(static_cast<int64_t>(levels.size()) * rows_ * (channels_ + 1)) {
-    parallel(levels.size(), [&](int64_t l, int64_t) { loops<T>().prepare((*this)[l]); });
+    parallel(levels.size(), [&](int64_t l) { loops<T>().prepare((*this)[l]); });
   }
 
   Anchors<T> operator[](int64_t level) const {

@@ -17,13 +17,14 @@ inline void add_localization(const Backward<T>& task, int64_t begin, int64_t end
   read_channels(task.student, begin, end, features, kTilePixels);
   read_channels(task.teacher, begin, end, other, kTilePixels);
   inside(task.student, task.extents, begin, end, [&](int64_t b, int64_t from, int64_t to) {
-    const T* student_log_sum = task.log_sums + b * channels;
-    const T* teacher_log_sum = student_log_sum + task.student.batch * channels;
+    const int64_t rows = task.student.batch * channels;
+    const T* softmax = task.softmax + b * channels;
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t n = from; n < to; n += lanes) {
         const int64_t at = c * kTilePixels + n - begin;
-        const Vec<T> student = exp(load(features + at) * task.inverse_temperature - student_log_sum[c]);
-        const Vec<T> teacher = exp(load(other + at) * task.inverse_temperature - teacher_log_sum[c]);
+        const Vec<T> student = exp(load(features + at) * task.inverse_temperature - softmax[c]) * softmax[rows + c];
+        const Vec<T> teacher =
+            exp(load(other + at) * task.inverse_temperature - softmax[2 * rows + c]) * softmax[3 * rows + c];
         const Vec<T> value = task.localization_scale * (student - teacher);
         if (n + lanes <= to)
           store(tile + at, load(tile + at) + value);
@@ -46,19 +47,19 @@ void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
   T* other = teacher + rows * kTilePixels;          // [channels, kTilePixels], the last: loads may run over its end
 
   if (task.with_distance && counts) {
-    const T* coefficients_ = student;
+    const T* coefficients = student;
     if (task.kept) {
-      coefficients_ = task.kept + begin * (rows + 1);
+      coefficients = task.kept + begin * (rows + 1);
       read_counted(task.student, task.runs, begin, end, features, inverse_norm);
     } else {
-      coefficients(task.distance, begin, end, features, inverse_norm, student, teacher);
+      compute_coefficients(task.distance, begin, end, features, inverse_norm, student, teacher);
     }
-    add_directions(rows, channels, coefficients_, task.direction, task.distance_scale, features, tile);
+    add_directions(rows, channels, coefficients, task.direction, task.distance_scale, features, tile);
   } else {
     for (int64_t i = 0; i < channels * kTilePixels; ++i) tile[i] = 0;
   }
   if (task.spread && counts) spread_tile(*task.runs, begin, end, task.spread, channels, other, tile);
-  if (task.log_sums) add_localization(task, begin, end, features, other, tile);
+  if (task.softmax) add_localization(task, begin, end, features, other, tile);
   write_channels(task.gradient, begin, end, tile, kTilePixels);
 }
 

@@ -103,8 +103,8 @@ inline double divergence_tile(const Distance<T>& task,
       const Vec<T> ws = exp(s - student_max), wt = exp(t - teacher_max);
       student_sum += ws;
       teacher_sum += wt;
-      student_mean += ws * s;
-      teacher_mean += wt * s;
+      student_mean += ws * (s - student_max);
+      teacher_mean += wt * (s - student_max);
       difference += wt * (t - s);
       store(zs + r * kTilePixels, ws);
       store(zt + r * kTilePixels, wt);
@@ -112,30 +112,34 @@ inline double divergence_tile(const Distance<T>& task,
     const Vec<T> student_scale = splat(T(1)) / student_sum, teacher_scale = splat(T(1)) / teacher_sum;
     const Vec<T> inverse = load(inverse_norm + n);
     const Vec<T> scale = inverse * (task.weight * task.inverse_temperature);
-    for (int64_t r = 0; r < rows; ++r)
-      store(zs + r * kTilePixels,
-            (load(zs + r * kTilePixels) * student_scale - load(zt + r * kTilePixels) * teacher_scale) * scale);
-    // s = z * temperature cancels the 1 / temperature of e
-    store(zs + rows * kTilePixels,
-          (teacher_mean * teacher_scale - student_mean * student_scale) * inverse * inverse * task.weight);
+    Vec<T> rest{};  // the e_r sum to 0 only up to rounding
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec<T> e = load(zs + r * kTilePixels) * student_scale - load(zt + r * kTilePixels) * teacher_scale;
+      rest += e;
+      store(zs + r * kTilePixels, e * scale);
+    }
+    // s = z * temperature cancels the 1 / temperature of e. The means are those of z - max: where all cosines are near
+    // 1 the sum of e_r z_r is far smaller than its terms.
+    const Vec<T> mean = teacher_mean * teacher_scale - student_mean * student_scale - rest * student_max;
+    store(zs + rows * kTilePixels, mean * inverse * inverse * task.weight);
     const Vec<T> divergence = difference * teacher_scale + (student_max - teacher_max);
-    for (int i = 0; i < kLanes<T>; ++i) total += divergence[i] + std::log(student_sum[i] * teacher_scale[i]);
+    for (int i = 0; i < kLanes<T>; ++i) total += divergence[i] + std::log(student_sum[i] / teacher_sum[i]);
   }
   return total;
 }
 
 // Scaled cosines, then coefficients, of one tile. Leaves the student's pixels in `tile`.
 template <class T>
-inline double coefficients(const Distance<T>& task, int64_t begin, int64_t end,
-                           T* tile,           // [channels, kTilePixels]
-                           T* inverse_norm,   // [kTilePixels]
-                           T* coefficients_,  // [rows + 1, kTilePixels]
-                           T* teacher) {      // [rows, kTilePixels]
+inline double compute_coefficients(const Distance<T>& task, int64_t begin, int64_t end,
+                                   T* tile,          // [channels, kTilePixels]
+                                   T* inverse_norm,  // [kTilePixels]
+                                   T* coefficients,  // [rows + 1, kTilePixels]
+                                   T* teacher) {     // [rows, kTilePixels]
   read_counted(task.teacher, task.runs, begin, end, tile, inverse_norm);
   cosine_tile(task.teacher_anchors, tile, inverse_norm, task.inverse_temperature, teacher);
   read_counted(task.student, task.runs, begin, end, tile, inverse_norm);
-  cosine_tile(task.student_anchors, tile, inverse_norm, task.inverse_temperature, coefficients_);
-  return divergence_tile(task, inverse_norm, coefficients_, teacher);
+  cosine_tile(task.student_anchors, tile, inverse_norm, task.inverse_temperature, coefficients);
+  return divergence_tile(task, inverse_norm, coefficients, teacher);
 }
 
 // moments[r, c] += sum_n coefficients[r, n] F[c, n]
@@ -143,7 +147,7 @@ template <class T>
 inline void add_moments(int64_t rows, int64_t channels, const T* coefficients, const T* tile,
                         T* turned,     // [kTilePixels, padded channels]
                         T* moments) {  // [rows, padded channels]
-  const int64_t width = (channels + kPadding - 1) / kPadding * kPadding;
+  const int64_t width = padded(channels);
   for (int64_t i = channels < width ? 0 : kTilePixels; i < kTilePixels; ++i)
     for (int64_t c = channels; c < width; ++c) turned[i * width + c] = 0;
   gather(kTilePixels, channels, tile, 1, kTilePixels, 0, turned, width);
@@ -168,7 +172,7 @@ double distance(const Distance<T>& task, int64_t begin, int64_t end,
     const int64_t stop = n + kTilePixels < end ? n + kTilePixels : end;
     if (task.runs->skips(n, stop)) continue;
     T* out = kept ? kept + n * (rows + 1) : student;
-    total += coefficients(task, n, stop, tile, inverse_norm, out, teacher);
+    total += compute_coefficients(task, n, stop, tile, inverse_norm, out, teacher);
     if (moments) add_moments(rows, task.student.channels, out, tile, turned, moments);
   }
   return total;
@@ -180,7 +184,7 @@ void project(const Anchors<T>& anchors,
              const T* moments,  // [blocks, block_stride], of which [rows, padded channels] is read
              int64_t blocks, int64_t block_stride,
              T* gradient) {  // [masks, channels]
-  const int64_t channels = anchors.channels, width = (channels + kPadding - 1) / kPadding * kPadding;
+  const int64_t channels = anchors.channels, width = padded(channels);
   for (int64_t r = 0; r < anchors.rows; ++r) {
     T* out = gradient + anchors.masks[r] * channels;
     const T* anchor = anchors.anchors + anchors.masks[r] * channels;
@@ -237,7 +241,7 @@ void cosine_backward(const Cosine<T>& task, int64_t begin, int64_t end,
     const int64_t stop = n + kTilePixels < end ? n + kTilePixels : end;
     read_counted<T>(task.features, nullptr, n, stop, tile, inverse_norm);
     cosine_tile(task.anchors, tile, inverse_norm, T(1), cosines);
-    read_channels(task.gradient_cosines, n, stop, upstream, kTilePixels);
+    read_channels(task.cosines, n, stop, upstream, kTilePixels);
     T* last = cosines + rows * kTilePixels;
     for (int64_t i = 0; i < kTilePixels; ++i) last[i] = 0;
     for (int64_t r = 0; r < rows; ++r)

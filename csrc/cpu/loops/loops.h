@@ -8,13 +8,13 @@ namespace sea {
 
 // Pixels of a tile: with 256 float32 channels a tile is 64 KiB.
 constexpr int64_t kTilePixels = 64;
-// Rows of scratch are this many elements longer than they must be, so that whole vectors may be read and written.
+// Rows of scratch are rounded up to a multiple of this, so that whole vectors may be read and written.
 constexpr int64_t kPadding = 64;
 
 // The matrix product reads anchors in whole blocks of rows: at most this many.
 constexpr int64_t kMostBlockRows = 12;
 
-inline int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
+__attribute__((always_inline)) inline int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
 // Pooling of one level of one set of maps, and in the same pass the softmax over positions.
 template <class T>
@@ -26,8 +26,8 @@ struct Pool {
   T* student_anchors;     // [masks, channels]
   T* teacher_anchors;     // [masks, channels]
   const Extent* extents;  // [batch]; null: whole maps
-  T* log_sums;            // [2, batch, channels] student and teacher: log sum exp over positions; null: no localization
-  double* divergence;     // [channels] sum over the batch of KL(teacher || student)
+  T* softmax;          // [4, batch, channels] maximum and 1 / sum of the student, of the teacher; null: no localization
+  double* divergence;  // [channels] KL(teacher || student) of every image is added
   T inverse_temperature;
 
   int64_t scratch() const { return (2 * kTilePixels + 2 * masks) * kPadding; }
@@ -64,13 +64,13 @@ struct Backward {
   Map student, teacher, gradient;
   const Runs* runs;      // null: no regions
   const T* spread;       // [masks, channels] what every pixel of a mask receives; null: nothing
-  Distance<T> distance;  // read where distance_scale is set
+  Distance<T> distance;  // read where with_distance
   const T* direction;    // [rows, channels] the student's unit anchors times the upstream gradient
   const T* kept;         // [tiles, rows + 1, kTilePixels] what distance() wrote; null: computed again
   bool with_distance;
   T distance_scale;       // upstream gradient
   const Extent* extents;  // [batch]; null: whole maps
-  const T* log_sums;      // [2, batch, channels]; null: no localization
+  const T* softmax;       // [4, batch, channels] as pool() wrote it; null: no localization
   T localization_scale, inverse_temperature;
 
   int64_t scratch() const {
@@ -82,8 +82,9 @@ struct Backward {
 // Cosines of one level, for anchor_cosine.
 template <class T>
 struct Cosine {
-  Map features, cosines;           // cosines: T [batch, masks, height, width]
-  Map gradient_cosines, gradient;  // backward only
+  Map features;
+  Map cosines;   // T [batch, masks, height, width]; in backward their gradient
+  Map gradient;  // backward only
   Anchors<T> anchors;
   const T* direction;  // [rows, channels] the unit anchors; backward only
 

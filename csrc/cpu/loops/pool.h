@@ -50,14 +50,14 @@ template <class T>
 void pool(const Pool<T>& task, int64_t block, T* scratch) {
   constexpr int n = kLanes<T>;
   const Map& map = task.student;
-  const bool pair = task.teacher.data != nullptr, softmax = task.log_sums != nullptr;
+  const bool pair = task.teacher.data != nullptr, softmax = task.softmax != nullptr;
   const int64_t width = pool_channels<T>(map), c0 = block * width, image = map.height * map.width;
+  const int64_t rows = map.batch * map.channels;
   const int64_t channels = c0 + width > map.channels ? map.channels - c0 : width;
   T* tiles[2] = {scratch, scratch + kTilePixels * width};
   T* sums[2] = {tiles[1] + kTilePixels * width, tiles[1] + (kTilePixels + task.masks) * width};
   for (T* p = scratch; p < sums[1] + task.masks * width; ++p) *p = 0;  // the tiles too: the last block is narrower
 
-  Vec<T> divergence[4] = {};
   for (int64_t b = 0; b < map.batch; ++b) {
     Softmax<T> state[4];
     bool any = false;
@@ -79,14 +79,18 @@ void pool(const Pool<T>& task, int64_t block, T* scratch) {
     }
     for (int64_t c = 0; softmax && any && c < channels; ++c) {
       const Softmax<T>& s = state[c / n];
-      const T student = s.student_max[c % n] + std::log(s.student_sum[c % n]);
-      const T teacher = s.teacher_max[c % n] + std::log(s.teacher_sum[c % n]);
-      task.log_sums[b * map.channels + c0 + c] = student;
-      task.log_sums[(map.batch + b) * map.channels + c0 + c] = teacher;
-      divergence[c / n][c % n] += s.difference[c % n] / s.teacher_sum[c % n] + (student - teacher);
+      const T student_max = s.student_max[c % n], student_sum = s.student_sum[c % n];
+      const T teacher_max = s.teacher_max[c % n], teacher_sum = s.teacher_sum[c % n];
+      // Not log sum exp: that is rounded at the size of the maximum, whatever the differences.
+      T* out = task.softmax + b * map.channels + c0 + c;
+      out[0] = student_max;
+      out[rows] = 1 / student_sum;
+      out[2 * rows] = teacher_max;
+      out[3 * rows] = 1 / teacher_sum;
+      task.divergence[c0 + c] +=
+          s.difference[c % n] / teacher_sum + ((student_max - teacher_max) + std::log(student_sum / teacher_sum));
     }
   }
-  for (int64_t c = 0; softmax && c < channels; ++c) task.divergence[c0 + c] = divergence[c / n][c % n];
   if (task.runs) {
     write_means(task, sums[0], width, c0, channels, task.student_anchors);
     if (pair) write_means(task, sums[1], width, c0, channels, task.teacher_anchors);

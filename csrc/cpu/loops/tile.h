@@ -81,7 +81,6 @@ inline void write(T* p, Vec<T> x, T) {
 }
 
 typedef uint16_t Bits16 __attribute__((vector_size(SEA_VECTOR_BYTES / 2)));
-typedef uint32_t Bits32 __attribute__((vector_size(SEA_VECTOR_BYTES)));
 inline Vec<float> read(const BFloat16* p, float) {
   Bits16 bits;
   std::memcpy(&bits, p, sizeof bits);

@@ -56,10 +56,11 @@ inline V maximum(V x, V m) {
   return x > m ? x : m;
 }
 
+typedef uint32_t Bits32 __attribute__((vector_size(SEA_VECTOR_BYTES)));
+
 // e^x to 2 ulp for x <= 88: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor polynomial. -inf gives 0; NaN and
-// inf are handed through.
+// what is larger are handed through.
 inline Vec<float> exp(Vec<float> x) {
-  using I = VectorOf<float>::index;
   const Vec<float> low = splat(-87.3f);
   const Vec<float> clamped = x > low ? x : low;
   const Vec<float> shifter = splat(0x1.8p23f);
@@ -74,7 +75,7 @@ inline Vec<float> exp(Vec<float> x) {
   p = p * r + 0.5f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-  I bits, exponent;
+  Bits32 bits, exponent;
   std::memcpy(&bits, &p, sizeof bits);
   std::memcpy(&exponent, &shifted, sizeof exponent);
   bits += exponent << 23;
