@@ -33,7 +33,7 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 def _save(ctx, *tensors: Tensor) -> None:
-    # save_for_backward refuses inference tensors, as the maps of a teacher often are: whether they changed nobody can tell
+    # save_for_backward refuses inference tensors, as the maps of a teacher often are: nobody can tell if they changed
     inference = [False if torch.compiler.is_compiling() else x.is_inference() for x in tensors]
     ctx.inference = [x if yes else None for x, yes in zip(tensors, inference)]
     ctx.save_for_backward(*[x for x, yes in zip(tensors, inference) if not yes])
