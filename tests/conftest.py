@@ -1,0 +1,26 @@
+"""Hypothesis profiles; the devices that the suite runs on: the CPU, and a GPU where the build has kernels for it."""
+
+import os
+
+import pytest
+from cases import CUDA
+
+from sea_kernels import ops
+
+try:
+    from hypothesis import settings
+except ImportError:  # test_smoke.py needs pytest and torch alone; what uses hypothesis imports it and fails
+    pass
+else:
+    settings.register_profile("dev", deadline=None, max_examples=40)
+    settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True, print_blob=True)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+
+def pytest_report_header():
+    return f"sea_kernels: {ops.LIBRARY_ERROR or ops.build_info()}"
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"] if CUDA else ["cpu"])
+def device(request):
+    return request.param

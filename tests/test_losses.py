@@ -1,0 +1,163 @@
+"""Every public function against the reference: values and gradients, in every dtype, by the rule of tolerance.py."""
+
+import cases
+import pytest
+import tolerance
+import torch
+from cases import BF16, F16, F32, F64, VARIANTS, make_inputs, make_regions, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sea_kernels as sk
+
+DTYPES = {  # student's, teacher's
+    "float32": (F32, F32),
+    "bfloat16, float32": (BF16, F32),
+    "bfloat16": (BF16, BF16),
+    "float16": (F16, F16),
+    "float32, float16": (F32, F16),
+    "float64": (F64, F64),
+    "float32, float64": (F32, F64),
+    "float64, bfloat16": (F64, BF16),
+}
+# Few categories and many channels: what backward needs is kept. Many categories and few channels: it is computed again.
+SIZES = {"kept": {"number": 3, "channels": 96}, "recomputed": {"number": 12, "channels": 24}}
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_native_is_as_exact_as_the_reference(variant, dtypes, size, device):
+    regions = make_regions(device, size["number"], levels=2, num_classes=20)
+    scalars, seeds = [], 16 if dtypes == (F32, F32) else 2
+    for seed in range(seeds):
+        inputs = make_inputs(regions, size["channels"], 24, 1, *dtypes, seed, device)
+        native, plain = run(variant, inputs, regions), run(variant, inputs, regions, "reference")
+        exact = run(variant, inputs.map(torch.Tensor.double), regions, "reference")
+        scalars.append([x[0] for x in (native, plain, exact)])
+        if native[0][0].dim() > 0:
+            for i, outputs in enumerate(zip(native[0], plain[0], exact[0])):
+                tolerance.assert_close(*outputs, tolerance.OUTPUT, f"output {i}")
+        for i, gradients in enumerate(zip(native[1], plain[1], exact[1])):
+            tolerance.assert_close(*gradients, tolerance.GRADIENT, f"gradient {i}")
+            if gradients[0] is not None and gradients[0].dtype in (BF16, F16):
+                tolerance.assert_relative(gradients[0], gradients[2], 0.01, f"gradient {i}")
+    if native[0][0].dim() == 0:
+        for i in range(len(native[0])):
+            rows = [[outputs[i] for outputs in seed] for seed in scalars]
+            tolerance.assert_scalars_close(*zip(*rows), f"output {i}")
+            if BF16 in dtypes or F16 in dtypes:
+                for actual, _, exact in rows:
+                    tolerance.assert_relative(actual, exact, 0.002, f"output {i}")
+
+
+def check_sixteen_seeds(variant, regions, device, change=lambda x: x, **options):
+    rows = []
+    for seed in range(16):
+        inputs = make_inputs(regions, device=device, seed=seed).map(change)
+        native, plain = (run(variant, inputs, regions, b, **options) for b in ("native", "reference"))
+        exact = run(variant, inputs.map(torch.Tensor.double), regions, "reference", **options)
+        rows.append([x[0][0] for x in (native, plain, exact)])
+        for i, gradients in enumerate(zip(native[1], plain[1], exact[1])):
+            tolerance.assert_close(*gradients, tolerance.GRADIENT, f"gradient {i}")
+    tolerance.assert_scalars_close(*zip(*rows))
+
+
+@pytest.fixture(scope="module")
+def one_level(device):
+    return make_regions(device, levels=1, shapes=[(10, 14)], strides=[16])
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0, 5.0])
+@pytest.mark.parametrize("variant", ["distance", "localization"])
+def test_temperatures(variant, temperature, one_level, device):
+    check_sixteen_seeds(variant, one_level, device, temperature=temperature)
+
+
+@pytest.mark.parametrize("mean", [30.0, 1000.0])
+@pytest.mark.parametrize("variant", ["anchor_loss", "localization"])
+def test_maps_far_from_zero(variant, mean, one_level, device):
+    """A softmax and a difference of means do not care for an offset, but rounding might."""
+    check_sixteen_seeds(variant, one_level, device, lambda x: x + mean)
+
+
+# ------------------------------------------------------------------------------------------------------------ any call
+
+
+@st.composite
+def scenarios(draw):
+    """A call in short: shapes, numbers and seeds; the values come from the seeds."""
+    levels = draw(st.integers(1, 5))
+    side = st.integers(1, 12)
+    return {
+        "shapes": [(draw(side), draw(side)) for _ in range(levels)],
+        "strides": [draw(st.sampled_from([8, 16, 13.3, (20, 9.5), 64])) for _ in range(levels)],
+        "batch": draw(st.integers(0, 3)),
+        "number": draw(st.sampled_from([0, 1, 2, 5, 13, 40])),
+        "num_classes": draw(st.sampled_from([1, 3, 20])),
+        "sets": draw(st.integers(1, 3)),
+        "channels": draw(st.sampled_from([1, 2, 3, 8, 15, 16, 17, 33, 64, 70])),
+        "box_channels": draw(st.sampled_from([1, 4, 16, 31])),
+        "temperature": draw(st.sampled_from([0.01, 0.1, 1.0, 5.0]) | st.floats(0.01, 5)),
+        "dtypes": draw(st.sampled_from(list(DTYPES.values()))),
+        "layouts": draw(st.tuples(st.sampled_from(list(cases.LAYOUTS)), st.sampled_from(list(cases.LAYOUTS)))),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def noise(inputs, regions, temperature):
+    """What rounding is multiplied by in the distance loss, where terms cancel (of one channel: all of them)."""
+    z, out = 1 / temperature, [1 / temperature]
+    for maps in inputs.cls + inputs.box:
+        with sk.backend("reference"):
+            anchors = sk.anchor_pool([x.double() for x in maps], regions)
+        for i, x in enumerate(maps):
+            pixels = x.double().norm(dim=1)[regions.masks(i).any(0)]
+            means = anchors[i].norm(dim=1)[regions.area[i] > 0]
+            for norms in (pixels, means):
+                norms = norms[norms > 1e-12]
+                if norms.numel():
+                    out.append(z / norms.min().item())
+    return max(out)
+
+
+def strides(x):
+    """Of a dimension of size 1 they mean nothing."""
+    return [s for s, n in zip(x.stride(), x.shape) if n > 1] if x.numel() else None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@given(scenario=scenarios())
+def test_any_call(variant, scenario, device):
+    check_call(variant, scenario, device)
+
+
+def check_call(variant, scenario, device):
+    keys = ("number", "batch", "num_classes", "seed", "shapes", "strides")
+    regions = make_regions(device, **{k: scenario[k] for k in keys})
+    keys = ("channels", "box_channels", "sets", "seed")
+    dtype, teacher_dtype = scenario["dtypes"]
+    inputs = make_inputs(
+        regions, dtype=dtype, teacher_dtype=teacher_dtype, device=device, **{k: scenario[k] for k in keys}
+    )
+    inputs = inputs.layout(*scenario["layouts"])
+    options, temperature = {}, scenario["temperature"]
+    if variant.startswith(("distance", "localization")) and variant != "localization, no regions":
+        options = {"temperature": temperature}
+    elif variant.startswith("sea_loss"):
+        options = {"distance_temperature": temperature, "localization_temperature": temperature}
+    native, plain = (run(variant, inputs, regions, backend, **options) for backend in ("native", "reference"))
+    exact = run(variant, inputs.map(torch.Tensor.double), regions, "reference", **options)
+    slack = 0.0
+    if variant.startswith(("distance", "sea_loss", "anchor_cosine")):
+        slack += 32 * noise(inputs, regions, temperature)
+    if variant.startswith(("localization", "sea_loss")):
+        slack += 64 * len(inputs.box) * len(scenario["shapes"]) * (1 + temperature**2)
+    slack *= torch.finfo(native[0][0].dtype).eps
+    for i, outputs in enumerate(zip(native[0], plain[0], exact[0])):
+        tolerance.assert_close(*outputs, tolerance.OUTPUT, f"output {i}", slack)
+    for i, gradients in enumerate(zip(native[1], plain[1], exact[1])):
+        tolerance.assert_close(*gradients, tolerance.GRADIENT, f"gradient {i}", slack)
+    for x, gradient in zip(inputs.leaves(), native[1]):
+        if gradient is not None:
+            assert gradient.dtype == x.dtype and strides(gradient) == strides(torch.empty_like(x))
