@@ -1,11 +1,10 @@
 // A tile: some pixels of a map, copied to a small dense buffer in the type that is computed in, and back. Layouts,
 // strides and 16-bit types end here: what computes on tiles knows none of them.
 #pragma once
+#include <type_traits>
+
 #include "../../pyramid.h"
 #include "vec.h"
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
 namespace sea {
 namespace SEA_ISA {
@@ -162,18 +161,28 @@ inline void gather(int64_t rows, int64_t columns, const In* in, int64_t in_row, 
       out[r * out_row + c] = static_cast<T>(widen(in[r * in_row + c * in_column]));
 }
 
-// The way back: out[r, c] = in[r, c] for a dense row-major in.
+// Maps from this size on are written past the caches.
+constexpr int64_t kLargeBytes = 4 << 20;
+
+// The way back: out[r, c] = in[r, c] for a dense row-major in. `large`: more than the caches hold, so that lines need
+// not be fetched before they are written; others are asked for `ahead`.
 template <class T, class Out>
 inline void scatter(int64_t rows, int64_t columns, const T* in, int64_t in_row, Out* out, int64_t out_row,
-                    int64_t out_column, int64_t ahead) {
+                    int64_t out_column, int64_t ahead, bool large) {
   constexpr int n = kLanes<T>;
   int64_t done_rows = 0, done_columns = 0;
   if (out_column == 1) {
     done_rows = rows;
     done_columns = columns / n * n;
     for (int64_t r = 0; r < rows; ++r) {
-      prefetch<true>(out + r * out_row + ahead, columns);
-      for (int64_t c = 0; c < done_columns; c += n) write(out + r * out_row + c, load(in + r * in_row + c), T());
+      Out* row = out + r * out_row;
+      if constexpr (std::is_same<Out, float>::value && std::is_same<T, float>::value)
+        if (large && reinterpret_cast<uintptr_t>(row) % SEA_VECTOR_BYTES == 0) {
+          for (int64_t c = 0; c < done_columns; c += n) stream(row + c, load(in + r * in_row + c));
+          continue;
+        }
+      prefetch<true>(row + ahead, columns);
+      for (int64_t c = 0; c < done_columns; c += n) write(row + c, load(in + r * in_row + c), T());
     }
   } else if (out_row == 1) {
     done_rows = rows / n * n;
@@ -255,9 +264,10 @@ template <class T>
 inline void write_channels(const Map& map, int64_t begin, int64_t end, const T* tile, int64_t tile_row) {
   visit(map.dtype, [&](auto* type) {
     auto* data = static_cast<decltype(type)>(map.data);
+    const bool large = map.pixels() * map.channels * static_cast<int64_t>(sizeof(*data)) >= kLargeBytes;
     stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
       scatter(map.channels, count, tile + at, tile_row, data + offset, map.stride[1], map.stride[3],
-              count * map.stride[3]);
+              count * map.stride[3], large);
     });
   });
 }
