@@ -167,7 +167,7 @@ def _fake_regions(
         boxes.new_empty(levels, masks, dtype=torch.float32),
         boxes.new_empty(levels, dtype=torch.float32),
         boxes.new_empty(levels, batch_size, 2, dtype=torch.int32),
-        boxes.new_empty((masks + 31) // 32, pixels, dtype=torch.int32),
+        boxes.new_empty((masks + 31) // 32 * pixels, dtype=torch.int32),
     )
 
 

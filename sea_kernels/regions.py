@@ -1,6 +1,7 @@
 """The masks of one batch: on every level a centre and an edge mask of each category present, and the background."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,8 +28,8 @@ class Regions:
     area: Tensor  # float32 [L, P]: pixels in each mask, over the whole batch
     counted: Tensor  # float32 [L]: pixels that lie in at least one mask
     extent: Tensor  # int32 [L, B, 2]: rows and columns of the level inside each image, clipped to the map
-    # int32 [ceil(P / 32), N]: bit p % 32 of bits[p // 32, n] says that pixel n is in mask p;
-    # n = (pixels of earlier levels) + (b * H_l + y) * W_l + x
+    # int32 [ceil(P / 32) * N]: bit p % 32 of bits[p // 32 * N + n] says that pixel n of all N is in mask p;
+    # n = (pixels of earlier levels) + (b * H_l + y) * W_l + x. Flat, as torch.compile would compile anew for one word
     bits: Tensor | None
     dense: tuple[Tensor, ...] | None  # what the reference builds instead of bits: bool [P, B, H_l, W_l] of every level
     level_shapes: tuple[tuple[int, int], ...]
@@ -40,14 +41,15 @@ class Regions:
             return self.dense[level]
         h, w = self.level_shapes[level]
         start = self.batch_size * sum(rows * cols for rows, cols in self.level_shapes[:level])
-        words = self.bits[:, start : start + self.batch_size * h * w]
+        pixels = self.batch_size * sum(rows * cols for rows, cols in self.level_shapes)
+        words = self.bits.view((self.area.shape[1] + 31) // 32, pixels)[:, start : start + self.batch_size * h * w]
         shifts = torch.arange(32, dtype=torch.int32, device=words.device).view(1, 32, 1)
         masks = (words.unsqueeze(1) >> shifts & 1).bool().flatten(0, 1)
         return masks[: self.area.shape[1]].view(self.area.shape[1], self.batch_size, h, w)
 
     def tensors(self) -> list[Tensor]:
         """`[classes, area, counted, extent, bits]`, what the native operators take."""
-        bits = self.bits if self.dense is None else torch.cat([_pack_bits(m) for m in self.dense], dim=1)
+        bits = self.bits if self.dense is None else torch.cat([_pack_bits(m) for m in self.dense], dim=1).flatten()
         return [self.classes, self.area, self.counted, self.extent, bits]
 
     @staticmethod
@@ -170,7 +172,8 @@ class Regions:
         grid = (sizes, size_list, batch_size, flat_shapes, num_strides, num_classes, float(center_ratio))
         if ops.current_backend() == "native":
             ops.require("rasterize", packed.device)
-            return Regions(*torch.ops.sea_kernels.regions(*rows, *grid, validate), None, shapes, batch_size)
+            found = Regions(*torch.ops.sea_kernels.regions(*rows, *grid, validate), None, shapes, batch_size)
+            return _mark_dynamic(found)
 
         from . import reference
 
@@ -178,6 +181,14 @@ class Regions:
             check_values(*rows, sizes, batch_size, num_classes)
         classes, area, counted, extent, dense = reference.rasterize(*rows, *grid)
         return Regions(classes, area, counted, extent, None, dense, shapes, batch_size)
+
+
+def _mark_dynamic(regions: Regions) -> Regions:
+    """Says to torch.compile that K changes: left to find out it compiles once more when K first needs another word."""
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        for x, dim in ((regions.classes, 0), (regions.area, 1), (regions.bits, 0)):
+            torch._dynamo.maybe_mark_dynamic(x, dim)
+    return regions
 
 
 def check_values(

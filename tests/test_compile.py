@@ -76,7 +76,7 @@ def test_every_function(name, device):
     """One graph for other values, other boxes in the same number; student bfloat16, teacher float32."""
     f = lambda inputs, regions: CALLS[name](inputs, regions)  # noqa: E731
     fast = compiled(f)
-    for seed in range(3):
+    for seed in range(2):
         regions = make_regions(device, seed=seed)
         inputs = make_inputs(regions, 12, 8, 1, BF16, F32, seed, device).map(lambda x: x.requires_grad_())
         assert_same(f, fast, (inputs, regions), inputs.leaves())
@@ -123,14 +123,13 @@ def test_regions_inside_and_outside(where, device):
     assert graphs(f) == 1
 
 
-NUMBERS = [0, 1, 2, 3, 7, 13, 15, 16, 17, 40, 79, 80, 81, 120, 300]
+NUMBERS = [0, 1, 2, 15, 16, 40, 80, 81, 300]  # 16: the masks fill a word; 80: all categories
 ORDERS = {"up": NUMBERS, "down": NUMBERS[::-1], "shuffled": NUMBERS[::2] + NUMBERS[1::2]}
 
 
 @compiles
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("dynamic", "order"), [(None, "up"), (None, "down"), (None, "shuffled"), (True, "down")])
 @pytest.mark.parametrize("where", ["inside", "argument"])
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 def test_three_graphs_for_all_numbers_of_packed_boxes(dynamic, where, order, device):
     """No box, one, and more: torch specialises 0 and 1. The number of categories and of words splits no graph.
 

@@ -165,7 +165,9 @@ def use():
 
 def python(code, **variables):
     environment = {**os.environ, "PYTHONPATH": str(Path(sk.__file__).parents[1]), **variables}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
+    )
 
 
 def test_backend_from_the_environment():

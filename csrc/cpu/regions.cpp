@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
   const int64_t count = static_cast<int64_t>(levels.size());
   Tensor classes = make({capacity}, ScalarType::Long), area = make({count, masks}, ScalarType::Float);
   Tensor counted = make({count}, ScalarType::Float), extent = make({count, batch_size, 2}, ScalarType::Int);
-  Tensor bits = make({(masks + 31) / 32, pixels}, ScalarType::Int);
+  Tensor bits = make({(masks + 31) / 32 * pixels}, ScalarType::Int);
 
   const bool wide = boxes.scalar_type() == ScalarType::Double;
   std::vector<int64_t> found;

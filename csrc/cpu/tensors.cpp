@@ -59,7 +59,7 @@ Regions::Regions(const std::vector<Tensor>& tensors, const std::vector<Map>& lev
   storage_.resize(count);
   present_.resize(count);
   parallel(count, [&](int64_t l) {
-    find_runs(data<int32_t>(bits) + offset[l], words, bits.size(1), levels[l].pixels(), storage_[l]);
+    find_runs(data<int32_t>(bits) + offset[l], words, offset[count], levels[l].pixels(), storage_[l]);
     for (int64_t p = 0; p < 1 + 2 * present; ++p)
       if (this->area(l)[p] > 0) present_[l].push_back(static_cast<int32_t>(p));
   });

@@ -87,7 +87,7 @@ void parallel(int64_t tasks, F f) {
 // The regions as the operators are handed them.
 class Regions {
  public:
-  // tensors: classes [K], area [L, P], counted [L], extent [L, B, 2], bits [words, pixels]; or none
+  // tensors: classes [K], area [L, P], counted [L], extent [L, B, 2], bits [words * pixels]; or none
   Regions(const std::vector<Tensor>& tensors, const std::vector<Map>& levels);
 
   bool given() const { return area_ != nullptr; }
