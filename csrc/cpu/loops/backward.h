@@ -22,9 +22,9 @@ inline void add_localization(const Backward<T>& task, int64_t begin, int64_t end
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t n = from; n < to; n += lanes) {
         const int64_t at = c * kTilePixels + n - begin;
-        const Vec<T> student = exp(load(features + at) * task.inverse_temperature - softmax[c]) * softmax[rows + c];
+        const Vec<T> student = exp((load(features + at) - softmax[c]) * task.inverse_temperature) * softmax[rows + c];
         const Vec<T> teacher =
-            exp(load(other + at) * task.inverse_temperature - softmax[2 * rows + c]) * softmax[3 * rows + c];
+            exp((load(other + at) - softmax[2 * rows + c]) * task.inverse_temperature) * softmax[3 * rows + c];
         const Vec<T> value = task.localization_scale * (student - teacher);
         if (n + lanes <= to)
           store(tile + at, load(tile + at) + value);

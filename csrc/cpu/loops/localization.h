@@ -6,7 +6,7 @@ namespace sea {
 namespace SEA_ISA {
 
 // A running softmax of student and teacher: maximum and sum of exponentials, and the teacher's weighted sum of
-// differences.
+// differences. Maxima and differences are those of the maps, before the temperature: subtracted first they are exact.
 template <class T>
 struct Softmax {
   Vec<T> student_max = splat(T(-INFINITY)), student_sum{};
@@ -22,19 +22,18 @@ inline void softmax_tile(Softmax<T>& state, int64_t pixels, T inverse_temperatur
                          int64_t channels) {
   Vec<T> student_max = state.student_max, teacher_max = state.teacher_max;
   for (int64_t n = 0; n < pixels; ++n) {
-    student_max = maximum(load(student + n * channels) * inverse_temperature, student_max);
-    teacher_max = maximum(load(teacher + n * channels) * inverse_temperature, teacher_max);
+    student_max = maximum(load(student + n * channels), student_max);
+    teacher_max = maximum(load(teacher + n * channels), teacher_max);
   }
-  const Vec<T> teacher_scale = exp(state.teacher_max - teacher_max);
-  state.student_sum *= exp(state.student_max - student_max);
+  const Vec<T> teacher_scale = exp((state.teacher_max - teacher_max) * inverse_temperature);
+  state.student_sum *= exp((state.student_max - student_max) * inverse_temperature);
   state.teacher_sum *= teacher_scale;
   state.difference *= teacher_scale;
   Vec<T> student_sum{}, teacher_sum{}, difference{};
   for (int64_t n = 0; n < pixels; ++n) {
-    const Vec<T> s = load(student + n * channels) * inverse_temperature,
-                 t = load(teacher + n * channels) * inverse_temperature;
-    const Vec<T> weight = exp(t - teacher_max);
-    student_sum += exp(s - student_max);
+    const Vec<T> s = load(student + n * channels), t = load(teacher + n * channels);
+    const Vec<T> weight = exp((t - teacher_max) * inverse_temperature);
+    student_sum += exp((s - student_max) * inverse_temperature);
     teacher_sum += weight;
     difference += weight * (t - s);
   }

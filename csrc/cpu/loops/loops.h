@@ -26,8 +26,8 @@ struct Pool {
   T* student_anchors;     // [masks, channels]
   T* teacher_anchors;     // [masks, channels]
   const Extent* extents;  // [batch]; null: whole maps
-  T* softmax;          // [4, batch, channels] maximum and 1 / sum of the student, of the teacher; null: no localization
-  double* divergence;  // [channels] KL(teacher || student) of every image is added
+  T* softmax;             // [4, batch, channels] student: maximum, 1 / sum; teacher likewise; null: no localization
+  double* divergence;     // [channels] KL(teacher || student) of every image is added
   T inverse_temperature;
 
   int64_t scratch() const { return (2 * kTilePixels + 2 * masks) * kPadding; }

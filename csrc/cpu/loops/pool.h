@@ -88,7 +88,8 @@ void pool(const Pool<T>& task, int64_t block, T* scratch) {
       out[2 * rows] = teacher_max;
       out[3 * rows] = 1 / teacher_sum;
       task.divergence[c0 + c] +=
-          s.difference[c % n] / teacher_sum + ((student_max - teacher_max) + std::log(student_sum / teacher_sum));
+          (s.difference[c % n] / teacher_sum + (student_max - teacher_max)) * task.inverse_temperature +
+          std::log(student_sum / teacher_sum);
     }
   }
   if (task.runs) {

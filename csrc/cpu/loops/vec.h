@@ -146,9 +146,7 @@ constexpr int kBlockRows = 4;
 template <int kRows, int kVectors, class T>
 inline void multiply_block(int64_t depth, const T* a, int64_t a_k, int64_t a_m, const T* b, int64_t b_k, T* c,
                            int64_t c_m) {
-  Vec<T> sum[kRows][kVectors];
-  for (int m = 0; m < kRows; ++m)
-    for (int v = 0; v < kVectors; ++v) sum[m][v] = load(c + m * c_m + v * kLanes<T>);
+  Vec<T> sum[kRows][kVectors] = {};  // not c: a sum over many products is more exact in parts
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> right[kVectors];
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * b_k + v * kLanes<T>);
@@ -158,7 +156,8 @@ inline void multiply_block(int64_t depth, const T* a, int64_t a_k, int64_t a_m, 
     }
   }
   for (int m = 0; m < kRows; ++m)
-    for (int v = 0; v < kVectors; ++v) store(c + m * c_m + v * kLanes<T>, sum[m][v]);
+    for (int v = 0; v < kVectors; ++v)
+      store(c + m * c_m + v * kLanes<T>, load(c + m * c_m + v * kLanes<T>) + sum[m][v]);
 }
 
 // The rows that are left over, one template instance for each number of them.
