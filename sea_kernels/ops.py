@@ -76,7 +76,10 @@ def _load() -> str | None:
     """Loads the library; the reason where that fails."""
     path = library_path()
     if path is None:
-        return "its library was not built (no sea_kernels/_C.so): run `pip install .` with a C++ compiler installed"
+        return (
+            "its library was not built (no sea_kernels/_C.so): run `pip install .` with a C++ compiler installed "
+            "and start Python outside the source tree, or run `pip install -e .`"
+        )
     try:
         torch.ops.load_library(path)
     except OSError as error:
