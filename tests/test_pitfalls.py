@@ -251,3 +251,24 @@ def test_a_device_without_kernels_is_an_error_and_no_silent_fall_back():
     x = [m.to("meta") for m in make_maps([(3, 4)])]
     with pytest.raises(RuntimeError, match=r"cannot run sea_loss on meta.*backend\(\"reference\"\)"):
         sk.localization_alignment_loss(x, x)
+
+
+# -------------------------------------------------------------------------------------------- whole blocks of anchors
+
+
+@pytest.mark.parametrize("present", [30, 31, 63])
+def test_last_block_of_anchors(present, device):
+    """The matrix product reads anchors in blocks of 12 rows: 61 and 63 of them need more room than 64."""
+    shapes = [(10, 14), (5, 7)]
+    corner = torch.arange(present, dtype=F32, device=device).unsqueeze(1) * torch.tensor([3.0, 2.0], device=device)
+    labels = torch.arange(present, device=device)
+    regions = sk.Regions.from_boxes(
+        torch.cat([corner, corner + 40], 1), labels, shapes, [16, 32], batch_index=labels % 2, batch_size=2
+    )
+    inputs = make_inputs(regions, 16, 16, device=device)
+    (outputs, gradients), (wanted, wanted_gradients) = (
+        run("sea_loss", inputs, regions, b) for b in ("native", "reference")
+    )
+    for x, y in zip([*outputs, *gradients], [*wanted, *wanted_gradients]):
+        if y is not None:
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-6)
