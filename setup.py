@@ -1,6 +1,6 @@
 """Builds sea_kernels/_C.so, one library for every Python and every torch from 2.11 on (torch's stable C++ ABI).
 
-Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; SEA_KERNELS_CUDA=auto|1|0 (auto: where nvcc is found), CUDA_HOME,
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; SEA_KERNELS_CUDA=auto|1|0 (auto: where nvcc >= 12.4 is found), CUDA_HOME,
 TORCH_CUDA_ARCH_LIST. Everything else about the package stands in pyproject.toml.
 """
 
@@ -28,7 +28,9 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
-DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0+PTX"]  # a cubin runs on later minor versions of its major one
+# Machine code runs on later minor versions of its major one. Any other later GPU compiles the PTX of the lowest.
+DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
+OLDEST_CUDA = (12, 4)
 
 
 def fail(reason):
@@ -46,6 +48,10 @@ def output(*command):
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout + done.stderr
+
+
+def jobs():
+    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
 
 
 def find_compiler():
@@ -78,11 +84,15 @@ def find_nvcc(sources):
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     found = nvcc and output(nvcc, "--version")
-    if not found and wanted == "1":
-        fail("was asked for CUDA (SEA_KERNELS_CUDA=1), but nvcc is neither in CUDA_HOME/bin nor on PATH")
     if not found:
-        return None, "nvcc was not found when it was built (set CUDA_HOME and install again)"
-    return (nvcc, None) if sources else (None, "this version has no CUDA kernels")
+        why = "nvcc was not found in CUDA_HOME/bin or on PATH"
+    elif (release := tuple(map(int, re.search(r"release (\d+)\.(\d+)", found).groups()))) < OLDEST_CUDA:
+        why = "nvcc was that of CUDA {}.{}, and {}.{} is needed".format(*release, *OLDEST_CUDA)
+    else:
+        return (nvcc, None) if sources else (None, "this version has no CUDA kernels")
+    if wanted == "1":
+        fail(f"was asked for CUDA (SEA_KERNELS_CUDA=1), but {why}")
+    return None, f"{why} when it was built (set CUDA_HOME and install again)"
 
 
 def architectures(nvcc):
@@ -90,15 +100,21 @@ def architectures(nvcc):
     names = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
     if names == [""]:
         known = output(nvcc, "--list-gpu-arch").split()
-        names = [a for a in DEFAULT_ARCHITECTURES if f"compute_{a.removesuffix('+PTX').replace('.', '')}" in known]
-    flags = []
+        names = [a for a in DEFAULT_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+        names[0] += "+PTX"
+    built, flags = [], []
     for name in names:
         if not (match := re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)):
-            fail(f"reads TORCH_CUDA_ARCH_LIST as numbers such as '8.0;9.0a;12.0+PTX'; it has {name!r}")
+            fail(f"reads TORCH_CUDA_ARCH_LIST as numbers such as '8.0+PTX;9.0a;12.0'; it has {name!r}")
+        if int(match[1]) < 8:  # a list made for torch may begin earlier than the kernels can run
+            continue
+        built.append(name)
         number = match[1] + match[2]
         for code in ["sm", "compute"] if match[3] else ["sm"]:
             flags.append(f"-gencode=arch=compute_{number},code={code}_{number}")
-    return names, flags
+    if not built:
+        fail(f"has CUDA kernels for compute capability 8.0 and later; TORCH_CUDA_ARCH_LIST is {' '.join(names)!r}")
+    return built, flags
 
 
 def cuda_runtime(nvcc):
@@ -137,7 +153,9 @@ def steps(folder):
         compiled.append((f"cpu_{source.stem}", source, command))
     for source in cuda_sources if nvcc else []:
         host = ["-ccbin", compiler[-1], "--compiler-options", "-fPIC,-fvisibility=hidden"]
-        compiled.append((f"cuda_{source.stem}", source, [nvcc, *base, "-DUSE_CUDA", *torch_flags, *gencode, *host]))
+        # one thread for each architecture; compressed, the code takes a tenth of the space
+        device = [*gencode, f"--threads={min(jobs(), len(gencode))}", "-Xfatbin=-compress-all"]
+        compiled.append((f"cuda_{source.stem}", source, [nvcc, *base, "-DUSE_CUDA", *torch_flags, *device, *host]))
 
     result = []
     for name, source, command in compiled:
@@ -152,7 +170,6 @@ def steps(folder):
 
 def run_all(build, folder):
     """Runs the steps, in parallel; with ninja only those whose sources, headers or flags changed."""
-    jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
     ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     build = [(out, inputs, shlex.join(map(str, command))) for out, inputs, command in build]
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,9 +180,9 @@ def run_all(build, folder):
             rule = "link" if out.suffix == ".so" else "run"
             lines += [f"build {out}: {rule} {' '.join(map(str, inputs))}", " command = " + command.replace("$", "$$")]
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        ok = subprocess.run([ninja, "-f", folder / "build.ninja", "-j", str(jobs)]).returncode == 0
+        ok = subprocess.run([ninja, "-f", folder / "build.ninja", "-j", str(jobs())]).returncode == 0
     else:
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(jobs()) as pool:
             ok = all(list(pool.map(lambda step: subprocess.run(step[2], shell=True).returncode == 0, build[:-1])))
         ok = ok and subprocess.run(build[-1][2], shell=True).returncode == 0
     if not ok:

@@ -16,6 +16,14 @@ struct Map {
   __attribute__((always_inline)) int64_t pixels() const { return batch * height * width; }
 };
 
+inline Map make_map(void* data, Dtype dtype, const int64_t* sizes, const int64_t* strides) {  // [4] each
+  Map map{data, dtype, sizes[0], sizes[1], sizes[2], sizes[3], {strides[0], strides[1], strides[2], strides[3]}};
+  // The stride of a dimension of size 1 says nothing; make it one that lets pixels be walked evenly.
+  if (map.height == 1 && map.width == 1) map.stride[2] = map.stride[0];
+  if (map.width == 1) map.stride[3] = map.stride[2];
+  return map;
+}
+
 // Which losses one set of maps takes part in.
 enum Part : int64_t { kAnchor = 1, kDistance = 2, kLocalization = 4 };
 

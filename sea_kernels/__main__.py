@@ -6,8 +6,6 @@ import torch
 
 from . import ops
 
-KERNELS = [name for name in ops.OPERATORS if name not in ("regions", "build_info")]  # those two are Python or a report
-
 
 def report() -> str:
     error = ops.LIBRARY_ERROR
@@ -15,6 +13,7 @@ def report() -> str:
     missing = "the library did not load"
     why_not = {"CPU": missing if error else "not compiled", "CUDA": missing if error else info["why_no_cuda"]}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    unfit = [f"{gpu}: {why}" for i, gpu in enumerate(gpus) if (why := ops.lacks_code(i))]
     lines = {
         "python": platform.python_version(),
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, GPU {', '.join(gpus) or 'none'}",
@@ -23,11 +22,12 @@ def report() -> str:
         "CPU available": " ".join(info["cpu_available"]) or missing,
         "CPU in use": info.get("cpu_in_use", missing),
         "CUDA compiled": f"{info['cuda']} for {' '.join(info['architectures'])}" if info["cuda"] else why_not["CUDA"],
+        **({"cannot run on": "; ".join(unfit)} if unfit else {}),
         "backend": ops.current_backend(),
         "": "",
         "operator": "CPU  CUDA",
     }
-    for name in KERNELS:
+    for name in ops.KERNELS:
         runs = {device: not error and ops.has_kernel(name, device) for device in why_not}
         lines[name] = "  ".join("yes" if runs[device] else f"no: {why}" for device, why in why_not.items())
     width = max(map(len, lines))

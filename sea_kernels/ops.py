@@ -40,6 +40,7 @@ _SCHEMAS = {
     "build_info": "() -> str",
 }
 OPERATORS = tuple(_SCHEMAS)
+KERNELS = tuple(name for name in OPERATORS if name not in ("regions", "build_info"))  # those are Python, and a report
 ANCHOR, DISTANCE, LOCALIZATION = 1, 2, 4  # parts
 
 _TILE = 64  # pixels of a tile of the CPU kernels; coefficients are kept in whole tiles
@@ -93,11 +94,31 @@ def _load() -> str | None:
 LIBRARY_ERROR = _load()
 
 
+@torch.compiler.assume_constant_result
+def lacks_code(index: int | None) -> str:
+    """Why the library has no code for a GPU; empty where it has."""
+    if LIBRARY_ERROR or not torch.cuda.is_available():
+        return ""
+    capability, architectures = torch.cuda.get_device_capability(index), build_info()["architectures"]
+    for name in architectures:
+        major, minor = (int(n) for n in re.match(r"(\d+)\.(\d+)", name).groups())
+        # machine code serves later GPUs of its generation, PTX all later ones
+        if capability >= (major, minor) and (capability[0] == major or name.endswith("+PTX")):
+            return ""
+    return (
+        f"this GPU has compute capability {capability[0]}.{capability[1]}, and the kernels were built for "
+        f"{', '.join(architectures)} (set TORCH_CUDA_ARCH_LIST and install again; 8.0 is the oldest)"
+    )
+
+
 def require(name: str, device: torch.device) -> None:
     """Raises where an operator has no kernel for a device: there is no silent fall back."""
-    if LIBRARY_ERROR is None and device.type in ("cpu", "cuda") and has_kernel(name, device.type.upper()):
-        return
-    reason = LIBRARY_ERROR or f"this build has no {device.type} kernels (see `python -m sea_kernels`)"
+    reason = LIBRARY_ERROR
+    if reason is None and device.type in ("cpu", "cuda") and has_kernel(name, device.type.upper()):
+        reason = lacks_code(device.index) if device.type == "cuda" else ""
+        if not reason:
+            return
+    reason = reason or f"this build has no {device.type} kernels (see `python -m sea_kernels`)"
     raise RuntimeError(
         f"sea_kernels cannot run {name} on {device}: {reason}. The same in plain PyTorch: "
         'with sea_kernels.backend("reference"), or SEA_KERNELS_BACKEND=reference'
@@ -226,19 +247,34 @@ def kept_elements(student: list[Tensor], parts: list[int]) -> int:
     return total
 
 
+def saved_elements(
+    student: list[Tensor], teacher: list[Tensor], parts: list[int], masks: int, detach_anchors: bool, kept_rows: int
+) -> tuple[int, int, int]:
+    """Elements of the three tensors that sea_loss saves for backward: what they are is up to the device's kernels."""
+    levels, cuda = len(student) // len(parts), student[0].device.type == "cuda"
+    # CUDA: of 16-bit maps two numbers a pixel are enough
+    dtypes = {x.dtype for x in student + teacher}
+    numbers = 2 if len(dtypes) == 1 and dtypes < {torch.float16, torch.bfloat16} else 4
+    kept = gradient = softmax = 0
+    for i, x in enumerate(student):
+        part, channels, pixels = parts[i // levels], x.shape[1], x.shape[0] * x.shape[2] * x.shape[3]
+        row = (channels + 7) // 8 * 8 if cuda else channels
+        if part & DISTANCE:
+            gradient = gradient + masks * row
+            kept = kept + masks * 2 * row + numbers * pixels
+        kept = kept + (masks * row if part & ANCHOR else 0)
+        softmax = softmax + (4 * x.shape[0] * channels if part & LOCALIZATION else 0)
+    if not cuda:
+        # masks + 1 where that is at most kept_rows, else 0; without a branch, which would compile a graph for either
+        rows = torch.sym_max(0, torch.sym_min(masks + 1, (masks + 1) * (kept_rows - masks)))
+        kept = rows * kept_elements(student, parts)
+    return kept, 0 if detach_anchors else gradient, softmax
+
+
 @_fake("sea_loss")
 def _(student, teacher, parts, regions, _distance, _localization, detach_anchors, save, kept_rows):
-    dtype = _compute_dtype(student + teacher)
-    masks, levels = regions[1].shape[1] if regions else 0, len(student) // len(parts)
-    # masks + 1 where that is at most kept_rows, else 0; without a branch, which would compile a graph for either side
-    rows = torch.sym_max(0, torch.sym_min(masks + 1, (masks + 1) * (kept_rows - masks)))
-    gradient = softmax = 0
-    for i, x in enumerate(student):
-        part = parts[i // levels]
-        gradient = gradient + (masks * x.shape[1] if part & DISTANCE else 0)
-        softmax = softmax + (4 * x.shape[0] * x.shape[1] if part & LOCALIZATION else 0)
-    kept = rows * kept_elements(student, parts)
-    saved = (kept, 0 if detach_anchors else gradient, softmax) if save else (0, 0, 0)
+    dtype, masks = _compute_dtype(student + teacher), regions[1].shape[1] if regions else 0
+    saved = saved_elements(student, teacher, parts, masks, detach_anchors, kept_rows) if save else (0, 0, 0)
     losses = (student[0].new_empty((), dtype=dtype) for _ in range(3))
     return *losses, [student[0].new_empty(n, dtype=dtype) for n in saved]
 

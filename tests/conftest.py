@@ -21,8 +21,23 @@ else:
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
 
 
-def pytest_report_header():
-    return f"sea_kernels: {ops.LIBRARY_ERROR or ops.build_info()}"
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulate", type=int, metavar="ORDER", help="run the CUDA kernels on the CPU, threads in that order"
+    )
+
+
+def pytest_configure(config):
+    order = config.getoption("--emulate")
+    if order is not None:
+        from emulator import operators
+
+        operators.install().settings(seed=order)
+
+
+def pytest_report_header(config):
+    emulated = " CUDA kernels are emulated" if config.getoption("--emulate") is not None else ""
+    return f"sea_kernels: {ops.LIBRARY_ERROR or ops.build_info()}{emulated}"
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"] if CUDA else ["cpu"])

@@ -1,5 +1,6 @@
 """What is shipped, what is said where something is missing, and what `python -m sea_kernels` reports."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -109,6 +110,70 @@ def test_no_nvcc_where_cuda_is_demanded_is_one_line(source):
     assert "SEA_KERNELS_CUDA=1" in (line := one_line(done)) and "nvcc" in line
 
 
+def ask_setup(source, question, **environment):
+    """What a function of setup.py returns."""
+    code = f"import sys; sys.argv = ['setup.py', '--name']; import setup; print(setup.{question})"
+    done = run("-c", code, cwd=source, **environment)
+    return done if done.returncode else done.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path):
+    """Writes an nvcc that says it is of a release and knows some architectures."""
+
+    def write(release, known=""):
+        (tmp_path / "bin").mkdir()
+        nvcc = tmp_path / "bin" / "nvcc"
+        known = " ".join(f"compute_{number}" for number in known.split())
+        nvcc.write_text(
+            f'#!/bin/sh\n[ "$1" = --version ] && echo "release {release}, V{release}.1" || echo "{known}"\n'
+        )
+        nvcc.chmod(0o755)
+        return nvcc
+
+    return write
+
+
+def test_old_nvcc_is_one_line(source, fake_nvcc):
+    home = str(fake_nvcc("12.3").parents[1])
+    line = one_line(run("setup.py", "build_ext", cwd=source, SEA_KERNELS_CUDA="1", CUDA_HOME=home))
+    assert "SEA_KERNELS_CUDA=1" in line and "12.3" in line and "12.4" in line
+    nothing, why = ast.literal_eval(ask_setup(source, "find_nvcc(['a.cu'])", SEA_KERNELS_CUDA="auto", CUDA_HOME=home))
+    assert nothing is None and "12.3" in why and "12.4" in why
+
+
+def test_nvcc_that_serves(source, fake_nvcc):
+    nvcc = fake_nvcc("12.4")
+    found = ask_setup(source, "find_nvcc(['a.cu'])", SEA_KERNELS_CUDA="auto", CUDA_HOME=str(nvcc.parents[1]))
+    assert ast.literal_eval(found) == (str(nvcc), None)
+
+
+@pytest.mark.parametrize(
+    ("wish", "known", "names"),
+    [
+        ("", "75 80 86 87 89 90 100 103 110 120 121", "8.0+PTX 9.0 10.0 12.0"),
+        ("", "50 80 90", "8.0+PTX 9.0"),
+        ("", "90 100 120 130", "9.0+PTX 10.0 12.0"),
+        ("8.6;9.0a", "80", "8.6 9.0a"),
+        ("7.0 7.5 8.0 9.0+PTX", "80", "8.0 9.0+PTX"),  # the kernels need 8.0
+    ],
+)
+def test_architectures(source, fake_nvcc, wish, known, names):
+    nvcc = str(fake_nvcc("13.0", known))
+    built, flags = ast.literal_eval(ask_setup(source, f"architectures({nvcc!r})", TORCH_CUDA_ARCH_LIST=wish))
+    assert built == names.split()
+    codes = [f"sm_{name.partition('+')[0].replace('.', '')}" for name in built]
+    codes += [f"compute_{name.partition('+')[0].replace('.', '')}" for name in built if name.endswith("+PTX")]
+    assert sorted(flag.rpartition("=")[2] for flag in flags) == sorted(codes)
+
+
+@pytest.mark.parametrize("wish", ["7.5", "Ampere"])
+def test_wrong_architectures_are_one_line(source, fake_nvcc, wish):
+    nvcc = str(fake_nvcc("13.0"))
+    line = one_line(ask_setup(source, f"architectures({nvcc!r})", TORCH_CUDA_ARCH_LIST=wish))
+    assert "TORCH_CUDA_ARCH_LIST" in line and repr(wish) in line
+
+
 def test_wrong_cuda_switch_is_one_line(source):
     assert "'yes'" in one_line(run("setup.py", "build_ext", cwd=source, SEA_KERNELS_CUDA="yes"))
 
@@ -117,7 +182,7 @@ def test_compile_error_is_named(source, tmp_path):
     broken = shutil.copytree(source, tmp_path / "broken")
     for file in (broken / "csrc" / "cpu").rglob("*.cpp"):
         file.write_text("this is not C++\n")
-    done = run("setup.py", "build_ext", cwd=broken)
+    done = run("setup.py", "build_ext", cwd=broken, SEA_KERNELS_CUDA="0")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("sea_kernels did not compile")
 

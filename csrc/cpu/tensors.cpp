@@ -26,19 +26,6 @@ void find_runs(const int32_t* bits, int64_t words, int64_t stride, int64_t pixel
   out.first.push_back(static_cast<int64_t>(out.masks.size()));
 }
 
-bool is_dense(const Tensor& tensor) {
-  std::vector<int64_t> order;
-  for (int64_t i = 0; i < tensor.dim(); ++i)
-    if (tensor.size(i) != 1) order.push_back(i);
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return tensor.stride(a) < tensor.stride(b); });
-  int64_t expected = 1;
-  for (const int64_t i : order) {
-    if (tensor.stride(i) != expected) return false;
-    expected *= tensor.size(i);
-  }
-  return true;
-}
-
 }  // namespace
 
 Regions::Regions(const std::vector<Tensor>& tensors, const std::vector<Map>& levels) {

@@ -1,27 +1,12 @@
-// From torch's tensors to what the loops are given, and torch's thread pool.
+// What the glue of the CPU's loops shares: memory, torch's thread pool, regions.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <atomic>
 #include <vector>
 
+#include "../maps.h"
 #include "loops/loops.h"
 
 namespace sea {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class T>
-constexpr ScalarType kScalarType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
 
 inline Tensor make(std::vector<int64_t> sizes, ScalarType type) { return torch::stable::empty(sizes, type); }
 
@@ -35,35 +20,6 @@ class Buffer {
  private:
   Tensor tensor_;
 };
-
-inline Dtype dtype(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::Half:
-      return Dtype::float16;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    default:
-      return Dtype::float32;
-  }
-}
-
-inline Map make_map(const Tensor& tensor) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  Map map{tensor.data_ptr(), dtype(tensor), sizes[0], sizes[1], sizes[2], sizes[3], {}};
-  for (int i = 0; i < 4; ++i) map.stride[i] = strides[i];
-  // The stride of a dimension of size 1 says nothing; make it one that lets pixels be walked evenly.
-  if (map.height == 1 && map.width == 1) map.stride[2] = map.stride[0];
-  if (map.width == 1) map.stride[3] = map.stride[2];
-  return map;
-}
-
-inline bool any_double(const std::vector<Tensor>& maps) {
-  for (const Tensor& map : maps)
-    if (map.scalar_type() == ScalarType::Double) return true;
-  return false;
-}
 
 // Calls f(task, scratch) for every task, with scratch of the given size. Which thread takes which task is left to
 // chance; what a task computes must not depend on it.

@@ -1,0 +1,68 @@
+// The losses, fused: tensors to pointers, and torch's memory.
+#include "sea_loss.cuh"
+#include "tensors.h"
+
+namespace sea {
+namespace {
+
+std::vector<Pair> make_pairs(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher,
+                             const std::vector<Tensor>& gradient, const std::vector<int64_t>& parts) {
+  return make_pairs(make_maps(student), make_maps(teacher), make_maps(gradient), parts);
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sea_loss(
+    std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<int64_t> parts, std::vector<Tensor> regions,
+    double distance_temperature, double localization_temperature, bool detach_anchors, bool save, int64_t) {
+  const Tensor& like = student[0];
+  const OnDevice on(like);
+  const Masks masks = make_masks(regions);
+  std::vector<Pair> pairs = make_pairs(student, teacher, {}, parts);
+  const LossOptions options{distance_temperature, localization_temperature, detach_anchors, save};
+  return with_held_type(student, teacher, [&](auto zero) {
+    using X = decltype(zero);
+    using T = Compute<X>;
+    const SavedSizes sizes = lay_out<X>(pairs, masks.masks, options, {});
+    const std::vector<Tensor> saved{make({sizes.kept}, kScalarType<T>, like),
+                                    make({sizes.gradients}, kScalarType<T>, like),
+                                    make({sizes.softmax}, kScalarType<T>, like)};
+    lay_out<X>(pairs, masks.masks, options, {data<T>(saved[0]), data<T>(saved[1]), data<T>(saved[2])});
+    const Tensor scratch = make({forward_scratch<X>(pairs, masks, options)}, ScalarType::Byte, like);
+    const Tensor losses[3] = {make({}, kScalarType<T>, like), make({}, kScalarType<T>, like),
+                              make({}, kScalarType<T>, like)};
+    run_forward<X>(pairs, masks, options, scratch.data_ptr(),
+                   {data<T>(losses[0]), data<T>(losses[1]), data<T>(losses[2])}, on.stream());
+    const Tensor none = make({0}, kScalarType<T>, like);
+    return std::make_tuple(
+        losses[0], losses[1], losses[2],
+        save ? saved : std::vector<Tensor>{none, make({0}, kScalarType<T>, like), make({0}, kScalarType<T>, like)});
+  });
+}
+
+std::vector<Tensor> sea_loss_backward(std::optional<Tensor> anchor, std::optional<Tensor> distance,
+                                      std::optional<Tensor> localization, std::vector<Tensor> student,
+                                      std::vector<Tensor> teacher, std::vector<int64_t> parts,
+                                      std::vector<Tensor> regions, std::vector<Tensor> saved,
+                                      double distance_temperature, double localization_temperature,
+                                      bool detach_anchors) {
+  const OnDevice on(student[0]);
+  const Masks masks = make_masks(regions);
+  std::vector<Tensor> gradients;
+  for (const Tensor& map : student) gradients.push_back(make_gradient(map));
+  std::vector<Pair> pairs = make_pairs(student, teacher, gradients, parts);
+  const LossOptions options{distance_temperature, localization_temperature, detach_anchors, true};
+  with_held_type(student, teacher, [&](auto zero) {
+    using X = decltype(zero);
+    using T = Compute<X>;
+    lay_out<X>(pairs, masks.masks, options, {data<T>(saved[0]), data<T>(saved[1]), data<T>(saved[2])});
+    run_backward<X>(pairs, masks, options, {data<T>(anchor), data<T>(distance), data<T>(localization)}, on.stream());
+  });
+  return gradients;
+}
+
+}  // namespace
+}  // namespace sea
+
+STABLE_TORCH_LIBRARY_IMPL(sea_kernels, CUDA, library) {
+  library.impl("sea_loss", TORCH_BOX(&sea::sea_loss));
+  library.impl("sea_loss_backward", TORCH_BOX(&sea::sea_loss_backward));
+}

@@ -1,0 +1,450 @@
+// Regions from boxes: categories present, one bit for every mask and pixel, areas; bit for bit what the CPU finds.
+// Three launches (more where lists are long): categories, masks, areas. Nothing waits for the host; shapes alone size a
+// launch.
+#pragma once
+#include <launch.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <ptx.cuh>
+
+#include "pyramid.h"
+
+namespace sea {
+
+// ---------------------------------------------------------------------------------------------- what the host hands in
+
+// The boxes of a batch. Whose box it is, says an index a box, or the number of boxes of each image in turn.
+template <class T>
+struct BoxList {
+  const T* corners;  // [count, 4]: x1 y1 x2 y2
+  int64_t count;
+  const int64_t* image;   // [count]; or null, and
+  const int64_t* counts;  // [batch] on the host
+};
+
+template <class T>
+struct RasterInput {
+  BoxList<T> boxes, ignored;
+  const int64_t* labels;     // [boxes.count]
+  const int64_t* sizes;      // [batch, 2]: height, width; or null, and
+  const int64_t* size_list;  // [batch, 2] on the host; without either every image fills its maps
+  int64_t batch, levels;
+  const int64_t* shapes;  // [levels, 2] on the host: height, width
+  const double* strides;  // [levels, 2] on the host: y, x
+  int64_t num_classes;
+  double center_ratio;
+
+  int64_t capacity() const { return std::min(boxes.count, num_classes); }  // K
+  int64_t masks() const { return 1 + 2 * capacity(); }                     // P
+  int64_t words() const { return (masks() + 31) / 32; }
+  int64_t pixels() const {  // N
+    int64_t sum = 0;
+    for (int64_t l = 0; l < levels; ++l) sum += batch * shapes[2 * l] * shapes[2 * l + 1];
+    return sum;
+  }
+};
+
+struct RasterOutput {
+  int64_t* classes;  // [K]
+  float* area;       // [levels, P]
+  float* counted;    // [levels]
+  Extent* extents;   // [levels, batch]
+  int32_t* bits;     // [words, N]
+};
+
+// What one launch leaves to the next.
+struct RasterScratch {
+  unsigned long long* counters;  // [levels, P + 1]: pixels of each mask; the last: pixels in any
+  int64_t* present;              // [1]: number of categories
+  int32_t* ranks;                // [boxes]: which of the categories; -1: skip this box
+};
+
+// ------------------------------------------------------------------------------------------------------- 1: categories
+
+constexpr int kRankThreads = 1024;
+constexpr int64_t kRankWindow = 1 << 17;  // labels at a time, a bit in shared memory for each
+
+template <class T>
+struct RankParams {
+  const T* corners;       // [boxes, 4]
+  const int64_t* labels;  // [boxes]
+  const int64_t* image;   // [boxes]; or null: each belongs to one
+  int64_t boxes, batch, num_classes, capacity, counters;
+  int64_t* classes;  // [capacity]
+  RasterScratch scratch;
+};
+
+template <class T>
+__device__ bool finite(const T (&box)[4]) {
+  return isfinite(box[0]) && isfinite(box[1]) && isfinite(box[2]) && isfinite(box[3]);
+}
+
+template <class T>
+__device__ bool load_valid(const T* corners, int64_t g, T (&box)[4]) {
+  for (int i = 0; i < 4; ++i) box[i] = corners[4 * g + i];
+  return finite(box) && box[2] >= box[0] && box[3] >= box[1];
+}
+
+// The label of a box; -1: skip it.
+template <class T>
+__device__ int64_t usable_label(const RankParams<T>& params, int64_t g) {
+  const int64_t label = params.labels[g], image = params.image ? params.image[g] : 0;
+  T box[4];
+  const bool valid = load_valid(params.corners, g, box) && image >= 0 && image < params.batch;
+  return valid && label >= 0 && label < params.num_classes ? label : -1;
+}
+
+// Block 0 finds the categories and the boxes' ranks among them, the other blocks clear the counters.
+template <class T>
+__global__ void __launch_bounds__(kRankThreads) rank_labels(const __grid_constant__ RankParams<T> params) {
+  const RasterScratch& scratch = params.scratch;
+  const int thread = threadIdx.x;
+  if (blockIdx.x > 0) {
+    for (int64_t i = int64_t{blockIdx.x - 1} * kRankThreads + thread; i < params.counters;
+         i += int64_t{gridDim.x - 1} * kRankThreads)
+      scratch.counters[i] = 0;
+    return;
+  }
+  uint32_t* found = reinterpret_cast<uint32_t*>(shared_memory());  // [words]: which labels of the window
+  uint32_t* before =
+      found + (min(params.num_classes, kRankWindow) + 31) / 32;  // [words + 1]: how many in earlier words
+  int64_t present = 0;
+  for (int64_t begin = 0; begin < params.num_classes; begin += kRankWindow) {
+    const int words = static_cast<int>((min(params.num_classes - begin, kRankWindow) + 31) / 32);
+    for (int w = thread; w < words; w += kRankThreads) found[w] = 0;
+    __syncthreads();
+    for (int64_t g = thread; g < params.boxes; g += kRankThreads) {
+      const int64_t label = usable_label(params, g) - begin;
+      if (label >= 0 && label < kRankWindow) atomicOr(&found[label / 32], 1u << label % 32);
+    }
+    __syncthreads();
+    if (thread < 32) {
+      uint32_t total = 0;
+      for (int w = thread; w - thread < words; w += 32) {
+        const uint32_t own = w < words ? __popc(found[w]) : 0;
+        uint32_t sum = own;
+        for (int distance = 1; distance < 32; distance *= 2) {
+          const uint32_t other = __shfl_up_sync(~0u, sum, distance);
+          if (thread >= distance) sum += other;
+        }
+        if (w < words) before[w] = total + sum - own;
+        total += __shfl_sync(~0u, sum, 31);
+      }
+      if (thread == 0) before[words] = total;
+    }
+    __syncthreads();
+    for (int w = thread; w < words; w += kRankThreads) {
+      int64_t k = present + before[w];
+      for (uint32_t rest = found[w]; rest != 0; rest &= rest - 1)
+        params.classes[k++] = begin + 32 * w + __ffs(rest) - 1;
+    }
+    for (int64_t g = thread; g < params.boxes; g += kRankThreads) {
+      const int64_t usable = usable_label(params, g), label = usable - begin;
+      if (usable < 0)
+        scratch.ranks[g] = -1;
+      else if (label >= 0 && label < kRankWindow)
+        scratch.ranks[g] =
+            static_cast<int32_t>(present + before[label / 32] + __popc(found[label / 32] & ((1u << label % 32) - 1)));
+    }
+    present += before[words];
+    __syncthreads();  // the next window's words take this one's place
+  }
+  for (int64_t k = present + thread; k < params.capacity; k += kRankThreads) params.classes[k] = -1;
+  if (thread == 0) *scratch.present = present;
+}
+
+// ------------------------------------------------------------------------------------------------------------ 2: masks
+
+constexpr int kTileColumns = 32, kTileRows = 8;  // a row of a tile is a warp, and its columns are the bits of one word
+constexpr int kTileThreads = kTileColumns * kTileRows;
+constexpr int kTileBoxes = 2 * kTileThreads;  // listed at a time
+constexpr int kTileWords = 32;                // mask words at a time
+constexpr int kRasterLevels = 16;             // in one launch
+constexpr int kRasterImages = 256;            // in one launch, where a list says something about them
+
+template <class T>
+struct RasterParams {
+  BoxList<T> lists[2];   // boxes, ignore boxes
+  const int64_t* sizes;  // [batch, 2], or null
+  bool listed, sizes_listed;
+  int32_t levels;
+  int64_t batch, first_image, masks, pixels;
+  T center_ratio;
+  RasterScratch scratch;  // counters from the launch's first level on
+  Extent* extents;        // [levels, batch]
+  int32_t* bits;          // [words, pixels]
+  struct Level {
+    T stride[2];  // y, x
+    int32_t height, width;
+    uint32_t tile_columns, tiles;  // of an image
+    uint32_t first_block;
+    int64_t first_pixel;
+  } level[kRasterLevels];
+  struct Image {
+    int64_t first[2];  // in either list
+    T height, width;
+  } image[kRasterImages + 1];  // with one more, to end the last image's boxes
+};
+
+// The raster rule is exact: every operation is rounded on its own, none contracted.
+__device__ inline float add_rn(float a, float b) { return __fadd_rn(a, b); }
+__device__ inline float sub_rn(float a, float b) { return __fsub_rn(a, b); }
+__device__ inline float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+__device__ inline double add_rn(double a, double b) { return __dadd_rn(a, b); }
+__device__ inline double sub_rn(double a, double b) { return __dsub_rn(a, b); }
+__device__ inline double mul_rn(double a, double b) { return __dmul_rn(a, b); }
+__device__ inline double div_rn(double a, double b) { return __ddiv_rn(a, b); }
+
+struct Interval {
+  int32_t begin, end;
+};
+
+// floor(low / stride) .. max(ceil(high / stride), floor(low / stride) + 1) - 1, clipped to the map. NaN gives nothing.
+template <class T>
+__device__ Interval cover(T low, T high, T stride, int32_t size) {
+  const T first = floor(div_rn(low, stride)), reach = ceil(div_rn(high, stride)), next = add_rn(first, T(1)),
+          last = reach < next ? next : reach, limit = static_cast<T>(size);
+  if (!(first < limit) || !(last > 0)) return {0, 0};
+  return {first > 0 ? static_cast<int32_t>(first) : 0, last < limit ? static_cast<int32_t>(last) : size};
+}
+
+// The interval as bits, of which `origin` is bit 0.
+__device__ inline uint32_t interval_bits(Interval interval, int32_t origin) {
+  const auto below = [&](int32_t end) { return end - origin >= 32 ? ~0u : (1u << max(end - origin, 0)) - 1; };
+  return below(interval.end) & ~below(interval.begin);
+}
+
+// What a box covers of a tile: its columns and rows as bits.
+struct alignas(16) TileBox {
+  uint32_t columns, center_columns;
+  uint16_t rows, center_rows;
+  int32_t rank;  // -1: an ignore box
+};
+
+// Shared memory; after it [words at a time, kTileThreads] words of bits.
+struct TileMemory {
+  TileBox boxes[kTileBoxes];
+  uint32_t area[32 * kTileWords];  // of the masks in the words at hand
+  uint32_t counted;
+  int32_t listed;  // boxes
+};
+
+// A block is a tile of an image on one level. It lists the boxes that meet the tile, then each thread fills the words
+// of its own pixel; in whatever order the boxes are listed, the bits are the same.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_constant__ RasterParams<T> params) {
+  TileMemory& memory = *reinterpret_cast<TileMemory*>(shared_memory());
+  uint32_t* bits = reinterpret_cast<uint32_t*>(&memory + 1) + threadIdx.x;  // of this thread's pixel
+  const int thread = threadIdx.x, lane = thread % 32, row = thread / 32;
+  int l = 0;
+  while (l + 1 < params.levels && blockIdx.x >= params.level[l + 1].first_block) ++l;
+  const auto& level = params.level[l];
+  const uint32_t block = blockIdx.x - level.first_block, tile = block % level.tiles, i = block / level.tiles;
+  const int64_t b = params.first_image + i;
+  const auto* image = params.image + (params.listed ? i : 0);
+  const int32_t x = tile % level.tile_columns * kTileColumns, y = tile / level.tile_columns * kTileRows;  // the tile's
+
+  Extent extent{level.height, level.width};
+  if (params.sizes || params.sizes_listed) {
+    const T height = params.sizes ? static_cast<T>(static_cast<double>(params.sizes[2 * b])) : image->height;
+    const T width = params.sizes ? static_cast<T>(static_cast<double>(params.sizes[2 * b + 1])) : image->width;
+    extent.rows = height > 0 ? cover(T(0), height, level.stride[0], level.height).end : 0;
+    extent.columns = width > 0 ? cover(T(0), width, level.stride[1], level.width).end : 0;
+  }
+  if (tile == 0 && thread == 0) params.extents[l * params.batch + b] = extent;
+  const uint32_t columns = interval_bits({0, extent.columns}, x);
+  const uint32_t rows = interval_bits({0, extent.rows}, y) & ((1u << kTileRows) - 1);
+
+  const auto meets_tile = [&](const T(&box)[4], TileBox& out) {
+    const auto columns_of = [&](T low, T high) {
+      return interval_bits(cover(low, high, level.stride[1], level.width), x);
+    };
+    const auto rows_of = [&](T low, T high) {
+      return interval_bits(cover(low, high, level.stride[0], level.height), y);
+    };
+    out.columns = columns & columns_of(box[0], box[2]);
+    out.rows = rows & rows_of(box[1], box[3]);
+    if (out.columns == 0 || out.rows == 0) return false;
+    const auto half = [](T value) { return mul_rn(value, T(0.5)); };  // rounds as a division by 2 does
+    const T center_x = half(add_rn(box[0], box[2])), w = half(mul_rn(params.center_ratio, sub_rn(box[2], box[0])));
+    const T center_y = half(add_rn(box[1], box[3])), h = half(mul_rn(params.center_ratio, sub_rn(box[3], box[1])));
+    const T center[4] = {sub_rn(center_x, w), sub_rn(center_y, h), add_rn(center_x, w), add_rn(center_y, h)};
+    out.center_columns = finite(center) ? out.columns & columns_of(center[0], center[2]) : 0;
+    out.center_rows = out.rows & rows_of(center[1], center[3]);
+    return true;
+  };
+
+  const auto store = [&](int64_t word, uint32_t value) {
+    const int64_t pixel = level.first_pixel + (b * level.height + y + row) * level.width + x + lane;
+    if (lane < level.width - x && row < level.height - y)
+      params.bits[word * params.pixels + pixel] = static_cast<int32_t>(value);
+  };
+  const int32_t present = static_cast<int32_t>((1 + 2 * *params.scratch.present + 31) / 32);  // words
+  unsigned long long* counters = params.scratch.counters + l * (params.masks + 1);
+
+  for (int32_t first = 0; first < present; first += kTileWords) {
+    const int32_t words = min(present - first, kTileWords);
+    for (int w = 0; w < words; ++w) bits[w * kTileThreads] = 0;
+    for (int p = thread; p < 32 * words; p += kTileThreads) memory.area[p] = 0;
+    if (thread == 0) memory.counted = memory.listed = 0;
+    __syncthreads();
+
+    uint32_t in_box = 0, covered = 0;  // columns of this row
+    const auto mark = [&](uint32_t mask, uint32_t columns) {
+      const int32_t w = static_cast<int32_t>(mask / 32) - first;
+      if (w >= 0 && w < words && (columns >> lane & 1)) bits[w * kTileThreads] |= 1u << mask % 32;
+    };
+    int listed = 0;
+    const auto mark_listed = [&] {
+      for (int i = 0; i < listed; ++i) {
+        const TileBox box = memory.boxes[i];
+        if (!(box.rows >> row & 1)) continue;
+        covered |= box.columns;
+        if (box.rank < 0) continue;
+        in_box |= box.columns;
+        const uint32_t center = box.center_rows >> row & 1 ? box.center_columns : 0;
+        mark(1 + 2 * box.rank, center);
+        mark(2 + 2 * box.rank, box.columns & ~center);
+      }
+    };
+    // The first words hold the background, which all boxes have a say in; later words need those with bits in them.
+#pragma unroll 1
+    for (int ignored = 0; ignored < (first == 0 ? 2 : 1); ++ignored) {
+      const BoxList<T>& list = params.lists[ignored];
+      const int64_t end = list.image ? list.count : image[1].first[ignored];
+#pragma unroll 1
+      for (int64_t g = thread + (list.image ? 0 : image[0].first[ignored]); g - thread < end; g += kTileThreads) {
+        TileBox box;
+        T corners[4];
+        bool meets = g < end && (!list.image || list.image[g] == b) && load_valid(list.corners, g, corners);
+        if (meets) {
+          box.rank = ignored ? -1 : params.scratch.ranks[g];
+          const int32_t center_word = (1 + 2 * box.rank) / 32, edge_word = (2 + 2 * box.rank) / 32;
+          meets = (ignored || box.rank >= 0) && (first == 0 || (edge_word >= first && center_word < first + words)) &&
+                  meets_tile(corners, box);
+        }
+        if (meets) memory.boxes[atomicAdd(&memory.listed, 1)] = box;
+        listed += __syncthreads_count(meets);
+        if (listed > kTileBoxes - kTileThreads) {  // the next boxes might not find room
+          mark_listed();
+          if (thread == 0) memory.listed = 0;
+          __syncthreads();
+          listed = 0;
+        }
+      }
+    }
+    mark_listed();
+    if (first == 0) {
+      const uint32_t inside = rows >> row & 1 ? columns : 0, background = inside & ~covered;
+      mark(0, background);
+      if (lane == 0) atomicAdd(&memory.counted, static_cast<uint32_t>(__popc(in_box | background)));
+    }
+
+    for (int w = 0; w < words; ++w) {
+      const uint32_t word = bits[w * kTileThreads];
+      store(first + w, word);
+      for (uint32_t rest = __reduce_or_sync(~0u, word); rest != 0; rest &= rest - 1) {
+        const uint32_t p = __ffs(rest) - 1, area = __popc(__ballot_sync(~0u, word >> p & 1));
+        if (lane == 0) atomicAdd(&memory.area[32 * w + p], area);
+      }
+    }
+    __syncthreads();
+    for (int p = thread; p < 32 * words; p += kTileThreads)
+      if (memory.area[p] != 0) atomicAdd(&counters[32 * first + p], static_cast<unsigned long long>(memory.area[p]));
+    if (first == 0 && thread == 0) atomicAdd(&counters[params.masks], static_cast<unsigned long long>(memory.counted));
+  }
+  for (int64_t w = present; w < (params.masks + 31) / 32; ++w) store(w, 0);
+}
+
+// ------------------------------------------------------------------------------------------------------------ 3: areas
+
+constexpr int kAreaThreads = 256;
+
+struct AreaParams {
+  const unsigned long long* counters;  // [levels, masks + 1]
+  int64_t levels, masks;
+  float *area, *counted;  // [levels, masks], [levels]
+};
+
+static __global__ void write_areas(const __grid_constant__ AreaParams params) {
+  const int64_t i = int64_t{blockIdx.x} * kAreaThreads + threadIdx.x;
+  if (i >= params.levels * (params.masks + 1)) return;
+  const int64_t l = i / (params.masks + 1), p = i % (params.masks + 1);
+  (p < params.masks ? params.area[l * params.masks + p] : params.counted[l]) = static_cast<float>(params.counters[i]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- host
+
+// Bytes of memory on the device that rasterize() needs beside its output.
+template <class T>
+int64_t raster_scratch(const RasterInput<T>& in) {
+  return (in.levels * (in.masks() + 1) + 1) * sizeof(unsigned long long) + in.boxes.count * sizeof(int32_t);
+}
+
+template <class T>
+void rasterize(const RasterInput<T>& in, const RasterOutput& out, void* memory, cudaStream_t stream) {
+  const int64_t masks = in.masks(), pixels = in.pixels(), all_counters = in.levels * (masks + 1);
+  RasterScratch scratch{static_cast<unsigned long long*>(memory)};
+  scratch.present = reinterpret_cast<int64_t*>(scratch.counters + all_counters);
+  scratch.ranks = reinterpret_cast<int32_t*>(scratch.present + 1);
+  const auto blocks = [](int64_t items, int64_t threads) {
+    return static_cast<uint32_t>((items + threads - 1) / threads);
+  };
+
+  const RankParams<T> rank{in.boxes.corners, in.labels,     in.boxes.image, in.boxes.count, in.batch,
+                           in.num_classes,   in.capacity(), all_counters,   out.classes,    scratch};
+  const int64_t label_words = (std::min(in.num_classes, kRankWindow) + 31) / 32;
+  launch(rank_labels<T>, "rank_labels", dim3(1 + std::min(blocks(all_counters, 4 * kRankThreads), 1024u)), kRankThreads,
+         (2 * label_words + 1) * sizeof(uint32_t), stream, rank);
+
+  const bool listed = in.boxes.counts || in.ignored.counts || in.size_list;
+  const size_t shared =
+      sizeof(TileMemory) + std::min<int64_t>(in.words(), kTileWords) * kTileThreads * sizeof(uint32_t);
+  int64_t first_pixel = 0;
+  for (int64_t l = 0; l < in.levels; l += kRasterLevels) {
+    RasterParams<T> params{};
+    params.lists[0] = in.boxes, params.lists[1] = in.ignored;
+    params.sizes = in.sizes, params.listed = listed, params.sizes_listed = in.size_list;
+    params.levels = static_cast<int32_t>(std::min<int64_t>(in.levels - l, kRasterLevels));
+    params.batch = in.batch, params.masks = masks, params.pixels = pixels;
+    params.center_ratio = static_cast<T>(in.center_ratio);
+    params.scratch = scratch, params.scratch.counters += l * (masks + 1);
+    params.extents = out.extents + l * in.batch, params.bits = out.bits;
+    int64_t tiles = 0;  // of an image
+    for (int64_t i = 0; i < params.levels; ++i) {
+      auto& level = params.level[i];
+      const int64_t height = in.shapes[2 * (l + i)], width = in.shapes[2 * (l + i) + 1];
+      level.height = static_cast<int32_t>(height), level.width = static_cast<int32_t>(width);
+      for (int side = 0; side < 2; ++side) level.stride[side] = static_cast<T>(in.strides[2 * (l + i) + side]);
+      level.tile_columns = blocks(width, kTileColumns), level.tiles = level.tile_columns * blocks(height, kTileRows);
+      level.first_pixel = first_pixel;
+      first_pixel += in.batch * height * width;
+      tiles += level.tiles;
+    }
+    const int64_t most = listed ? kRasterImages : std::max<int64_t>(INT32_MAX / tiles, 1);  // images in one launch
+    auto* image = params.image;
+    for (int64_t b = 0; b < in.batch; b += most) {
+      const int64_t images = std::min(in.batch - b, most);
+      for (int64_t i = 0; i < images && listed; ++i) {
+        if (in.boxes.counts) image[i + 1].first[0] = image[i].first[0] + in.boxes.counts[b + i];
+        if (in.ignored.counts) image[i + 1].first[1] = image[i].first[1] + in.ignored.counts[b + i];
+        if (in.size_list) image[i].height = static_cast<T>(static_cast<double>(in.size_list[2 * (b + i)]));
+        if (in.size_list) image[i].width = static_cast<T>(static_cast<double>(in.size_list[2 * (b + i) + 1]));
+      }
+      params.first_image = b;
+      uint32_t grid = 0;
+      for (int64_t i = 0; i < params.levels; ++i) {
+        params.level[i].first_block = grid;
+        grid += static_cast<uint32_t>(images) * params.level[i].tiles;
+      }
+      launch(rasterize_tiles<T>, "rasterize_tiles", dim3(grid), kTileThreads, shared, stream, params);
+      if (listed) image[0] = image[images];
+    }
+  }
+  launch(write_areas, "write_areas", dim3(blocks(all_counters, kAreaThreads)), kAreaThreads, 0, stream,
+         AreaParams{scratch.counters, in.levels, masks, out.area, out.counted});
+}
+
+}  // namespace sea

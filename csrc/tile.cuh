@@ -1,0 +1,162 @@
+// Tiles: some pixels of one image and some channels of a map in shared memory, as they lie in the map: rows of channels
+// (NCHW) or rows of pixels (channels_last). Chunks of 16 bytes are swizzled within their row, so that 8 rows at one
+// column, as the tensor cores read them, lie in different banks.
+#pragma once
+#include <ptx.cuh>
+
+#include "vec.cuh"
+
+namespace sea {
+
+// A matrix in shared memory: rows of `pitch` elements, 64 bytes or a multiple of 128.
+template <class X>
+struct Matrix {
+  X* data;  // [rows, pitch]
+  int pitch;
+
+  __device__ X* at(int row, int column) const {
+    constexpr int kChunk = 16 / sizeof(X);
+    const int swizzle = pitch * static_cast<int>(sizeof(X)) == 64 ? row / 2 % 4 : row % 8;
+    return data + row * pitch + ((column / kChunk ^ swizzle) * kChunk | column % kChunk);
+  }
+};
+
+template <class X>
+struct Tile {
+  Matrix<X> matrix;
+  bool pixel_rows;
+
+  __device__ X* at(int channel, int pixel) const {
+    return pixel_rows ? matrix.at(pixel, channel) : matrix.at(channel, pixel);
+  }
+};
+
+// Where the kernel is: the tile of a launch that it works on.
+struct Cursor {
+  int pair, image;
+  int first, count;  // pixels of the image
+
+  // Moves on to `tile`, which comes after the one before.
+  __device__ void seek(const Pyramid& pyramid, int64_t tile, int tile_pixels) {
+    while (pair + 1 < pyramid.count && tile >= pyramid.pairs[pair + 1].first_tile) ++pair;
+    const Pair& p = pyramid.pairs[pair];
+    const unsigned at = static_cast<unsigned>(tile - p.first_tile);
+    const int pixels = static_cast<int>(p.image()), per_image = (pixels + tile_pixels - 1) / tile_pixels;
+    image = static_cast<int>(at / per_image);
+    first = static_cast<int>(at % per_image) * tile_pixels;
+    count = pixels - first < tile_pixels ? pixels - first : tile_pixels;
+  }
+};
+
+__device__ inline int64_t first_tile(const Pyramid& pyramid, int64_t slice) {
+  return slice * pyramid.tiles / pyramid.slices;
+}
+__device__ inline int64_t slice_of(const Pyramid& pyramid, int64_t tile) {
+  return pyramid.tiles == 0 ? 0 : ((tile + 1) * pyramid.slices - 1) / pyramid.tiles;
+}
+
+// How a map lies in memory. Pixels that are evenly spaced have a stride.
+struct Layout {
+  bool even, pixel_rows;
+  int vector;  // bytes that may be copied at once, 0: only element by element
+
+  // type, element: of the tile
+  __device__ Layout(const Map& map, Dtype type, int element) {
+    even = map.height == 1 || map.stride[2] == map.stride[3] * map.width;
+    const bool pixels_together = even && map.stride[3] == 1;
+    pixel_rows = map.stride[1] == 1 && !pixels_together;
+    const int64_t across = pixel_rows ? map.stride[3] : map.stride[1];
+    uint64_t bits = reinterpret_cast<uint64_t>(map.data) | static_cast<uint64_t>(across * element) |
+                    static_cast<uint64_t>(map.stride[0] * element) | 16;
+    vector = static_cast<int>(bits & (~bits + 1));
+    if (map.dtype != type || vector < 4 || vector < element || !(pixels_together || (pixel_rows && even))) vector = 0;
+  }
+};
+
+__device__ inline int64_t offset_of(const Map& map, int64_t image, int64_t channel, int pixel) {
+  const int width = static_cast<int>(map.width);
+  return image * map.stride[0] + channel * map.stride[1] + pixel / width * map.stride[2] +
+         pixel % width * map.stride[3];
+}
+
+template <int kBytes, class X>
+__device__ inline void copy_rows(const Matrix<X>& matrix, int rows, int columns, const X* source, int64_t stride,
+                                 int valid_rows, int valid_columns) {
+  constexpr int kElements = kBytes / sizeof(X);
+  const int per_row = columns / kElements;
+  for (int i = threadIdx.x; i < rows * per_row; i += blockDim.x) {
+    const int row = i / per_row, column = i % per_row * kElements;
+    int valid = row < valid_rows ? valid_columns - column : 0;
+    valid = valid < 0 ? 0 : valid > kElements ? kElements : valid;
+    const X* from = valid > 0 ? source + row * stride + column : source;
+    copy_async<kBytes>(matrix.at(row, column), from, valid * static_cast<int>(sizeof(X)));
+  }
+}
+
+// The tile that load_tile() makes of a map.
+template <class X>
+__device__ inline Tile<X> make_tile(X* data, const Map& map, int pixels, int width) {
+  const Layout layout(map, kDtype<X>, sizeof(X));
+  return {{data, layout.pixel_rows ? width : pixels}, layout.pixel_rows};
+}
+
+// Starts to load `count` pixels from `first` on and `channels` channels from c0 on; what is beyond, up to `pixels` and
+// `width` of the tile, becomes zero. Whoever waits for the copies also passes a barrier.
+template <class X>
+__device__ inline void load_tile(X* data,  // [width, pixels] in rows of either
+                                 const Map& map, int64_t image, int first, int count, int pixels, int64_t c0,
+                                 int channels, int width) {
+  const Layout layout(map, kDtype<X>, sizeof(X));
+  const Tile<X> tile = make_tile(data, map, pixels, width);
+  const int rows = layout.pixel_rows ? pixels : width, columns = layout.pixel_rows ? width : pixels;
+  const int valid_rows = layout.pixel_rows ? count : channels, valid_columns = layout.pixel_rows ? channels : count;
+  if (layout.vector) {
+    const X* source =
+        static_cast<const X*>(map.data) + image * map.stride[0] + c0 * map.stride[1] + first * map.stride[3];
+    const int64_t stride = layout.pixel_rows ? map.stride[3] : map.stride[1];
+    if (layout.vector == 16) copy_rows<16>(tile.matrix, rows, columns, source, stride, valid_rows, valid_columns);
+    if (layout.vector == 8) copy_rows<8>(tile.matrix, rows, columns, source, stride, valid_rows, valid_columns);
+    if constexpr (sizeof(X) <= 4)
+      if (layout.vector == 4) copy_rows<4>(tile.matrix, rows, columns, source, stride, valid_rows, valid_columns);
+    return;
+  }
+  for (int i = threadIdx.x; i < rows * columns; i += blockDim.x) {
+    const int row = i / columns, column = i % columns;
+    const int channel = layout.pixel_rows ? column : row, pixel = layout.pixel_rows ? row : column;
+    X value = narrow<X>(0.f);
+    if (row < valid_rows && column < valid_columns)
+      value = load_as<X>(map.data, map.dtype, offset_of(map, image, c0 + channel, first + pixel));
+    *tile.matrix.at(row, column) = value;
+  }
+}
+
+// Writes a tile to a map.
+template <class X>
+__device__ inline void store_tile(const Tile<X>& tile, const Map& map, int64_t image, int first, int count, int64_t c0,
+                                  int channels) {
+  constexpr int kElements = Packed<X>::kSize;
+  const Layout layout(map, kDtype<X>, sizeof(X));
+  const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count;
+  if (layout.vector == 16 && layout.pixel_rows == tile.pixel_rows) {
+    const int64_t stride = layout.pixel_rows ? map.stride[3] : map.stride[1];
+    X* target = static_cast<X*>(map.data) + image * map.stride[0] + c0 * map.stride[1] + first * map.stride[3];
+    const int per_row = (columns + kElements - 1) / kElements;
+    for (int i = threadIdx.x; i < rows * per_row; i += blockDim.x) {
+      const int row = i / per_row, column = i % per_row * kElements;
+      X* out = target + row * stride + column;
+      const X* from = tile.matrix.at(row, column);
+      if (column + kElements <= columns)
+        *reinterpret_cast<Packed<X>*>(out) = *reinterpret_cast<const Packed<X>*>(from);
+      else
+        for (int k = 0; k < columns - column; ++k) out[k] = from[k];
+    }
+    return;
+  }
+  for (int i = threadIdx.x; i < rows * columns; i += blockDim.x) {
+    const int row = i / columns, column = i % columns;
+    const int channel = layout.pixel_rows ? column : row, pixel = layout.pixel_rows ? row : column;
+    store_as(map.data, map.dtype, offset_of(map, image, c0 + channel, first + pixel), *tile.at(channel, pixel));
+  }
+}
+
+}  // namespace sea

@@ -1,0 +1,101 @@
+// Elements: the types of maps, widened to what is computed in and narrowed back; 16 bytes of them at once.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "pyramid.cuh"
+
+namespace sea {
+
+// What maps of X are computed in.
+template <class X>
+using Compute = std::conditional_t<std::is_same_v<X, double>, double, float>;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class X, class T>
+__device__ inline X narrow(T x) {
+  if constexpr (std::is_same_v<X, __half>)
+    return __float2half_rn(static_cast<float>(x));
+  else if constexpr (std::is_same_v<X, __nv_bfloat16>)
+    return __float2bfloat16_rn(static_cast<float>(x));
+  else
+    return static_cast<X>(x);
+}
+
+// Parts of what is computed and then held in X: rounded, and of 16-bit types the rest.
+template <class X>
+constexpr int kParts = sizeof(X) == 2 ? 2 : 1;
+
+template <class X>
+constexpr Dtype kDtype = std::is_same_v<X, double>   ? Dtype::float64
+                         : std::is_same_v<X, float>  ? Dtype::float32
+                         : std::is_same_v<X, __half> ? Dtype::float16
+                                                     : Dtype::bfloat16;
+
+// Element `i` of a map of any type.
+template <class X>
+__device__ inline X load_as(const void* data, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::float64:
+      return narrow<X>(static_cast<const double*>(data)[i]);
+    case Dtype::float16:
+      return narrow<X>(widen(static_cast<const __half*>(data)[i]));
+    case Dtype::bfloat16:
+      return narrow<X>(widen(static_cast<const __nv_bfloat16*>(data)[i]));
+    default:
+      return narrow<X>(static_cast<const float*>(data)[i]);
+  }
+}
+
+template <class X>
+__device__ inline void store_as(void* data, Dtype dtype, int64_t i, X x) {
+  switch (dtype) {
+    case Dtype::float64:
+      static_cast<double*>(data)[i] = widen(x);
+      break;
+    case Dtype::float16:
+      static_cast<__half*>(data)[i] = narrow<__half>(widen(x));
+      break;
+    case Dtype::bfloat16:
+      static_cast<__nv_bfloat16*>(data)[i] = narrow<__nv_bfloat16>(widen(x));
+      break;
+    default:
+      static_cast<float*>(data)[i] = narrow<float>(widen(x));
+  }
+}
+
+// 16 bytes.
+template <class X>
+struct alignas(16) Packed {
+  static constexpr int kSize = 16 / sizeof(X);
+  X x[kSize];
+};
+
+// Exponentials of differences over a temperature. Those of 16-bit maps are powers of two of differences times a factor,
+// which is two instructions; others are as exact as they come.
+template <class X>
+struct Exponential {
+  using T = Compute<X>;
+  static constexpr bool kFast = sizeof(X) == 2;
+  static constexpr double kNatural = kFast ? 0.6931471805599453 : 1;  // ln 2: from its logarithms to natural ones
+
+  static T scale(double temperature) { return static_cast<T>(1 / (kNatural * temperature)); }
+  __device__ static T of(T difference, T scale) {
+    if constexpr (kFast)
+      return exp2f(difference * scale);
+    else
+      return exp(difference * scale);
+  }
+};
+
+__host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+}  // namespace sea

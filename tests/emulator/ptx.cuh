@@ -1,0 +1,53 @@
+// Stands in for csrc/ptx.cuh, which describes the functions.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace sea {
+
+using emulator::copy_async_commit;
+using emulator::shared_address;
+using emulator::shared_memory;
+
+template <int kBytes>
+void copy_async(void* shared, const void* global, int valid, emulator::Site site = emulator::Site::here()) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  emulator::copy_async(shared, global, kBytes, valid, site);
+}
+
+template <int kPending>
+void copy_async_wait() {
+  emulator::copy_async_wait(kPending);
+}
+
+inline void load_matrices(uint32_t (&out)[4], const void* row, emulator::Site site = emulator::Site::here()) {
+  emulator::load_matrices(false, out, row, site);
+}
+
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* row,
+                                     emulator::Site site = emulator::Site::here()) {
+  emulator::load_matrices(true, out, row, site);
+}
+
+inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16,
+                         emulator::Site site = emulator::Site::here()) {
+  emulator::multiply_add_bfloat16(d, a, b, site);
+}
+
+inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half,
+                         emulator::Site site = emulator::Site::here()) {
+  emulator::multiply_add_half(d, a, b, site);
+}
+
+inline void multiply_add(float (&d)[4], const float (&a)[4], const float (&b)[2],
+                         emulator::Site site = emulator::Site::here()) {
+  emulator::multiply_add_tf32(d, a, b, site);
+}
+
+inline float round_to_tf32(float x) {
+  if (!isfinite(x)) return isnan(x) ? __uint_as_float(0x7FFFFFFF) : x;
+  return __uint_as_float((__float_as_uint(x) + 0x1000) & 0xFFFFE000);  // ties away from zero
+}
+
+}  // namespace sea

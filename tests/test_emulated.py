@@ -1,0 +1,199 @@
+"""The CUDA kernels, run on the CPU: what the tests of the operators do not reach. Those run on them by --emulate."""
+
+import cases
+import pytest
+import tolerance
+import torch
+from cases import BF16, F16, F32, F64, make_boxes, make_inputs, make_regions, run
+from emulator import build, operators
+
+import sea_kernels as sk
+from sea_kernels import ops
+
+
+pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing())
+
+
+@pytest.fixture(scope="module")
+def kernels(request):
+    if request.config.getoption("--emulate") is not None:
+        pytest.skip("the operators are emulated already")
+    yield operators.install()
+    operators.uninstall()
+
+
+@pytest.fixture(autouse=True)
+def defaults(kernels):
+    kernels.settings()
+    kernels.launches()
+    before = operators.SLICES
+    yield
+    operators.SLICES = before
+
+
+def check(variant, regions, dtype=F32, layout="contiguous", **sizes):
+    inputs = make_inputs(regions, dtype=dtype, **sizes).layout(layout)
+    native, plain = run(variant, inputs, regions), run(variant, inputs, regions, "reference")
+    exact = run(variant, inputs.map(torch.Tensor.double), regions, "reference")
+    for x in zip(native[0], plain[0], exact[0]):
+        if x[0].dim() > 0:
+            tolerance.assert_close(*x, tolerance.OUTPUT)
+        else:
+            torch.testing.assert_close(x[0].double(), x[2].double(), rtol=1e-5 if dtype == F32 else 2e-3, atol=1e-9)
+    for x in zip(native[1], plain[1], exact[1]):
+        tolerance.assert_close(*x, tolerance.GRADIENT)
+        if x[0] is not None and dtype in (BF16, F16):
+            tolerance.assert_relative(x[0], x[2], 0.01)
+
+
+EVERYTHING = "sea_loss, everything"
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
+def test_any_order_of_threads_gives_the_same_bits(dtype, order, kernels):
+    regions = make_regions(levels=2)
+    inputs = make_inputs(regions, 40, 24, dtype=dtype)
+    for variant in (EVERYTHING, "anchor_cosine"):
+        kernels.settings()
+        wanted = run(variant, inputs, regions)
+        kernels.settings(seed=order)
+        got = run(variant, inputs, regions)
+        assert all(torch.equal(x, y) for x, y in zip(got[0], wanted[0]))
+        assert all(x is y is None or torch.equal(x, y) for x, y in zip(got[1], wanted[1]))
+
+
+@pytest.mark.parametrize("slices", [1, 2, 7, 1000])
+def test_shares_of_any_size(slices):
+    """Blocks with one tile each, blocks that see several pairs and images."""
+    operators.SLICES = slices
+    check(EVERYTHING, make_regions(levels=4, number=9), channels=33, box_channels=17, sets=2)
+    check("anchor_cosine", make_regions(levels=3), channels=33)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "odd offset"])
+@pytest.mark.parametrize("number, num_classes", [(0, 5), (20, 7), (20, 16), (60, 40), (150, 120)])
+def test_anchors_in_several_chunks(number, num_classes, layout, dtype):
+    """1 to some 200 anchors: none of a category, a chunk full to the last row, several; more than 16 in a tile."""
+    shapes = {"shapes": [(9, 11), (3, 4)], "strides": [17, 50]}
+    regions = make_regions(number=number, levels=2, num_classes=num_classes, **shapes)
+    check(EVERYTHING, regions, dtype, layout, channels=24, box_channels=8)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [256, 257, 520])
+def test_channels_in_several_groups(channels, layout):
+    regions = make_regions(number=40, levels=1, num_classes=40, shapes=[(5, 7)], strides=[32])
+    for dtype in (F32, BF16):
+        check(EVERYTHING, regions, dtype, layout, channels=channels, box_channels=130)
+    check("anchor_cosine", regions, F32, layout, channels=channels)
+
+
+def test_two_thousand_anchors_and_channels():
+    regions = make_regions(number=1300, levels=1, num_classes=1203, shapes=[(6, 6)], strides=[30])
+    assert (regions.area > 0).sum() > 500
+    check("distance", regions, BF16, channels=16)
+    check("distance", make_regions(levels=1, shapes=[(4, 4)], strides=[50]), BF16, channels=2048)
+
+
+@pytest.mark.parametrize("limit", [227, 163, 99])
+def test_gpus_with_less_shared_memory(limit, kernels):
+    kernels.settings(shared_memory_limit=limit << 10)
+    regions = make_regions(number=30, levels=2, num_classes=25)
+    for dtype in (F32, BF16, F64):
+        check(EVERYTHING, regions, dtype, channels=200, box_channels=24)
+
+
+def test_more_maps_than_one_launch_takes(kernels):
+    regions = make_regions(levels=5, number=3)
+    check("sea_loss", regions, BF16, channels=8, box_channels=8, sets=6)  # 60 pairs
+    assert kernels.launches()["pool"] == 2
+
+
+def test_few_launches(kernels):
+    """From boxes to gradients: nothing depends on the number of boxes, levels or maps."""
+    launches = set()
+    for number, levels, sets in ((3, 2, 1), (14, 5, 4), (14, 5, 2)):
+        kernels.launches()
+        regions = make_regions(levels=levels, number=number, num_classes=20)
+        run("sea_loss", make_inputs(regions, 8, 8, sets, BF16), regions)
+        launches.add(sum(kernels.launches().values()))
+    assert len(launches) == 1 and launches.pop() <= 10
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F64)], ids=str)
+@pytest.mark.parametrize("detach", [False, True])
+def test_sizes_of_what_is_saved(dtypes, detach, kernels):
+    """The fake's sizes for a GPU are those of the kernels."""
+    regions, parts = make_regions(levels=3), [3, 7, 5, 1]
+    maps = [
+        [x for c in (40, 24, 7, 8) for x in cases.make_maps(regions.level_shapes, channels=c, dtype=dtype)]
+        for dtype in dtypes
+    ]
+    loss = operators.Operators(kernels)._loss(*maps, [], parts, regions.tensors(), (0.1, 1.0, detach), True)
+    with torch._subclasses.FakeTensorMode():
+        fakes = [[torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in side] for side in maps]
+        sizes = ops.saved_elements(*fakes, parts, regions.area.shape[1], detach, 0)
+    assert list(sizes) == loss.lay_out([0, 0, 0])
+
+
+# -------------------------------------------------------------------------------------------------------- mutations
+
+MUTATIONS = {
+    "barrier: a tile is used before every thread's part of it has come": (
+        "distance.cuh",
+        """pair().teacher, kPixels, panel.width);
+    __syncthreads();""",
+        "pair().teacher, kPixels, panel.width);",
+    ),
+    "index: a tile of the wrong image": (
+        "tile.cuh",
+        "image = static_cast<int>(at / per_image);",
+        "image = static_cast<int>(at / per_image) * 0;",
+    ),
+    "mask: what is beyond the last pixel is written": (
+        "tile.cuh",
+        "const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count;",
+        "const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count + 1;",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
+def test_the_emulator_sees_mistakes(mutation):
+    """Mistakes in the kernels themselves: a missing barrier, a wrong index, a missing mask."""
+    kernels = operators.install(edits=[mutation])
+    try:
+        regions = make_regions(levels=2, shapes=[(9, 31), (3, 5)], strides=[18, 50])
+        failed = []
+        for order in (0, 1):
+            kernels.settings(seed=order)
+            try:
+                check(EVERYTHING, regions, BF16, channels=40, box_channels=24)
+            except (AssertionError, RuntimeError) as error:
+                failed.append(error)
+        assert failed
+    finally:
+        operators.install()
+
+
+def test_boxes_over_several_launches(kernels):
+    """Lists of more images than one launch takes."""
+    images = 700
+    boxes, labels, index = make_boxes(900, images, num_classes=9)
+    order = index.argsort(stable=True)
+    counts = index.bincount(minlength=images).tolist()
+    lists = [x[order].split(counts) for x in (boxes, labels)]
+    options = {
+        "level_shapes": [(4, 5)],
+        "strides": [40],
+        "num_classes": 9,
+        "image_sizes": [(160, 150 + b % 50) for b in range(images)],
+    }
+    got = sk.Regions.from_boxes(*lists, **options)
+    assert sum(kernels.launches().values()) > 3
+    with sk.backend("reference"):
+        wanted = sk.Regions.from_boxes(*lists, **options)
+    for x, y in zip(got.tensors(), wanted.tensors()):
+        assert torch.equal(x, y)
