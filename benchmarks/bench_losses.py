@@ -2,17 +2,20 @@
 
     python benchmarks/bench_losses.py [--annotations instances_val2017.json] [--device cuda --workload W1] [--full]
 
-In one run on one device: the native kernels, the reference in eager mode and under torch.compile, and an FGD-style and
-a CWD-style loss as context. Prints a table, and writes a JSON file with every sample and a picture. README.md beside
-this file says what each column means.
+In one run on one device: the native kernels, the reference in eager mode and under torch.compile (on a GPU all but
+eager in CUDA graphs too), and an FGD-style and a CWD-style loss as context. Prints a table, and writes a JSON file with
+every sample and a picture. README.md beside this file says what each column means.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +33,9 @@ import torch
 import sea_kernels as sk
 
 NATIVE, GRAPH, EAGER, COMPILED = "sea_kernels", "sea_kernels, CUDA graph", "eager reference", "torch.compile reference"
+COMPILED_GRAPH, AUTOTUNED = f"{COMPILED}, CUDA graph", f"{COMPILED}, max-autotune"
+SEA = (NATIVE, GRAPH, EAGER, COMPILED, COMPILED_GRAPH, AUTOTUNED)  # the rows that compute the same
+ROOM = 32  # boxes an image that the CUDA graph has room for: a batch with fewer is padded
 # How far the native kernels may be from the eager reference, relative to the largest gradient of a map, or to the loss.
 # The gradients are rounded to the dtype of the map, in float16 to fixed steps of 6e-8 where they are small.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
@@ -131,9 +137,13 @@ def sample_boxes(w: Workload) -> box_sources.Boxes:
 
 
 def make_inputs(workload: Workload, boxes: box_sources.Boxes, device: torch.device, count: int | None = None):
-    """So many batches that together they are twice as large as the last cache (at most 16), or `count`."""
+    """So many batches that together they are twice as large as the last cache (at most 16), or `count`.
+
+    On a GPU two at least: its cache holds the end of what was read last.
+    """
     size = 4 * workload.branch_bytes
-    count = count or min(16, math.ceil(2 * measure.cache_bytes(device) / size))
+    least = 2 if device.type == "cuda" else 1
+    count = count or max(least, min(16, math.ceil(2 * measure.cache_bytes(device) / size)))
     generator = torch.Generator(device).manual_seed(0)
     layout = torch.channels_last if workload.channels_last else torch.contiguous_format
 
@@ -195,18 +205,21 @@ def training_step(forward, backend="native"):
 
 
 class GraphStep:
-    """The step of every input captured in a CUDA graph of its own, from boxes to gradients."""
+    """The step of every input captured in a CUDA graph of its own, from boxes to gradients; one memory for all."""
 
-    def __init__(self, step, inputs):
+    def __init__(self, step, inputs, room=None):
+        if room:
+            padded = inputs[0].boxes.padded(room)
+            run, step = step, lambda x, mark: run(dataclasses.replace(x, boxes=padded), mark)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step(inputs[0], lambda: None)
         torch.cuda.current_stream().wait_stream(stream)
-        self.captured = {}
+        self.captured, pool = {}, torch.cuda.graph_pool_handle()
         for x in inputs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 results = step(x, lambda: None)
             self.captured[id(x)] = graph, results
 
@@ -216,15 +229,26 @@ class GraphStep:
         return results
 
 
-def make_steps(workload: Workload, inputs: list[Inputs], compiled: bool, context: bool):
+def compiled_step(workload: Workload, mode: str | None = None):
+    compiled = torch.compile(partial(sea_losses, workload), fullgraph=True, dynamic=False, mode=mode)
+    return training_step(compiled, "reference")
+
+
+def make_steps(workload: Workload, inputs: list[Inputs], compiled: bool, context: bool, autotune: bool = False):
     """Name -> function that makes the step (a function, because capturing a graph runs it)."""
     sea = partial(sea_losses, workload)
+    cuda = inputs[0].boxes.boxes.is_cuda
     steps = {EAGER: lambda: training_step(sea, "reference"), NATIVE: lambda: training_step(sea)}
-    if context and inputs[0].boxes.boxes.is_cuda:
-        steps[GRAPH] = lambda: GraphStep(training_step(sea), inputs)
+    if context and cuda:
+        steps[GRAPH] = lambda: GraphStep(training_step(sea), inputs, ROOM * workload.batch)
     if compiled:
         torch.compiler.reset()
-        steps[COMPILED] = lambda: training_step(torch.compile(sea, fullgraph=True, dynamic=False), "reference")
+        step = compiled_step(workload)
+        steps[COMPILED] = lambda: step
+        if context and cuda:
+            steps[COMPILED_GRAPH] = lambda: GraphStep(step, inputs)
+    if autotune:  # without its own CUDA graphs: they copy every input first
+        steps[AUTOTUNED] = lambda: compiled_step(workload, "max-autotune-no-cudagraphs")
     if context:
         example = inputs[0].student[0]
         fgd = context_losses.FGDLoss(workload.channels, workload.strides).to(example).requires_grad_(False)
@@ -249,25 +273,56 @@ def deviation(result, expected) -> float:
     return max(math.inf if math.isnan(r) else r for r in relative)
 
 
-def measure_rows(workload, inputs, makers, device, repeats, copy_rate, tell) -> list[dict]:
-    """Runs every step once to warm up and to compare its results, then measures memory, then time."""
+@contextlib.contextmanager
+def time_limit(seconds: float):
+    """TimeoutError once so many seconds are over: what comes after has a time to be ready by."""
+    if seconds == math.inf:
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError("not ready in time")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure_rows(workload, inputs, makers, device, repeats, copy_rate, tell, budget=math.inf) -> list[dict]:
+    """Runs every step once to warm up and to compare its results, then measures memory, then time.
+
+    A plain step for which the memory is too small, and one that does not compile within half of the `budget` (seconds),
+    is left out; the native ones must run.
+    """
+    start = time.monotonic()
     steps, rows, expected = {}, {}, None
     for name, make in makers.items():
-        tell(f"{name}: warm-up" + ", compiling once: may take minutes" * (name == COMPILED))
-        try:
-            step = make()
-            result = step(inputs[0], lambda: None)
-        except Exception as e:
-            if name != COMPILED:
-                raise
-            print(f"{name} is left out: {repr(e)[:300]}", file=sys.stderr)
+        if name == COMPILED_GRAPH and COMPILED not in steps:
             continue
-        steps[name], rows[name] = step, {"name": name}
+        compiles = name in (COMPILED, COMPILED_GRAPH, AUTOTUNED)
+        tell(f"{name}: warm-up" + ", compiling once: may take minutes" * (name in (COMPILED, AUTOTUNED)))
+        rows[name] = {"name": name}
+        try:
+            with time_limit(start + budget / 2 - time.monotonic() if compiles else math.inf):
+                step = make()
+                result = step(inputs[0], lambda: None)
+        except Exception as e:
+            too_large = isinstance(e, torch.OutOfMemoryError)
+            if name in (NATIVE, GRAPH) or not (compiles or too_large):
+                raise
+            rows[name]["left_out"] = "out of memory" if too_large else repr(e)[:300]
+            print(f"{name} is left out: {rows[name]['left_out']}", file=sys.stderr)
+            continue
+        steps[name] = step
         if name == EAGER:
             expected = result
-        if name in (NATIVE, GRAPH, COMPILED):
+        if name in SEA and name != EAGER and expected is not None:
             rows[name]["deviation"] = deviation(result, expected)
-            if name != COMPILED and not rows[name]["deviation"] <= TOLERANCE[workload.dtype]:
+            if name in (NATIVE, GRAPH) and not rows[name]["deviation"] <= TOLERANCE[workload.dtype]:
                 raise SystemExit(
                     f"{name} deviates from the {EAGER} by {rows[name]['deviation']:.1e} of the largest value, "
                     f"{TOLERANCE[workload.dtype]:.0e} is allowed ({workload}): nothing was measured"
@@ -277,28 +332,28 @@ def measure_rows(workload, inputs, makers, device, repeats, copy_rate, tell) -> 
     for name, step in steps.items():
         tell(f"{name}: memory")
         row = rows[name]
-        if name != GRAPH:  # its memory was allocated when it was captured
+        if not isinstance(step, GraphStep):  # its memory was allocated when it was captured
             peak, kept = measure.memory(step, inputs[0], device)
             row |= {"peak_bytes": peak, "kept_bytes": kept}
             row |= {f"{k}_percent": 100 * row[f"{k}_bytes"] / (2 * workload.branch_bytes) for k in ("peak", "kept")}
         if device.type == "cuda":
             row["launches"], row["synchronisations"] = measure.cuda_calls(step, inputs[0])
 
-    times = measure.interleave(steps, inputs, device, repeats, lambda k: tell(f"time: repeat {k + 1} of {repeats}"))
-    for name, row in rows.items():
+    progress = lambda k: tell(f"time: repeat {k + 1} of {repeats}")  # noqa: E731
+    times = measure.interleave(steps, inputs, device, repeats, progress, start + budget)
+    for name in steps:
+        row = rows[name]
         row |= {"step_samples_ms": times[name].step, "forward_samples_ms": times[name].forward}
         row["step_ms"] = measure.median(times[name].step)
         if times[name].forward:
             row["forward_ms"] = measure.median(times[name].forward)
-        if name in (NATIVE, GRAPH, EAGER, COMPILED):
+        if name in SEA:
             row["least_bytes"] = workload.least_bytes
             row["bandwidth_share"] = workload.least_bytes / (row["step_ms"] / 1e3) / copy_rate
-    for row in rows.values():
         for other, key in ((EAGER, "eager_ratio"), (COMPILED, "compiled_ratio")):
-            if other in rows:
-                row[key] = rows[other]["step_ms"] / row["step_ms"]
-    order = [NATIVE, GRAPH, EAGER, COMPILED]
-    return sorted(rows.values(), key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
+            if other in steps:
+                row[key] = measure.median(times[other].step) / row["step_ms"]
+    return sorted(rows.values(), key=lambda row: SEA.index(row["name"]) if row["name"] in SEA else len(SEA))
 
 
 # ----------------------------------------------------------------------------------------------------------- output
@@ -334,7 +389,7 @@ def cell(row: dict, key: str, form: str) -> str:
 
 def main_table(rows: list[dict]) -> str:
     columns: dict[str, Callable[[dict], str]] = {
-        "": lambda r: r["name"],
+        "": lambda r: r["name"] + (f": {r['left_out'][:40]}" if "left_out" in r else ""),
         "forward ms": lambda r: cell(r, "forward_ms", "{:.4g}"),
         "forward+backward ms": lambda r: cell(r, "step_ms", "{:.4g}"),
         "vs eager": lambda r: cell(r, "eager_ratio", "{:.2f}x"),
@@ -383,7 +438,9 @@ def floors(workload: Workload, boxes: box_sources.Boxes, rates: dict) -> dict:
     anchors = (regions.area > 0).sum(1)
     # Distances: cosines of student and teacher, gradient of the anchors, gradient of the pixels.
     operations = 4 * 2 * workload.channels * workload.maps * float((regions.counted * anchors).sum())
-    gemm = rates[f"gemm_{workload.dtype}"] if f"gemm_{workload.dtype}" in rates else rates["gemm_float32"]
+    gemm = rates.get(f"gemm_{workload.dtype}", rates["gemm_float32"])
+    if workload.dtype == "float32":  # three products of TF32 parts are as exact
+        gemm = max(gemm, rates.get("gemm_tf32", 0) / 3)
     return {
         "pixels": workload.batch * sum(h * w for h, w in workload.level_shapes),
         "counted_pixels": int(regions.counted.sum()),
@@ -396,6 +453,8 @@ def floors(workload: Workload, boxes: box_sources.Boxes, rates: dict) -> dict:
 
 
 def commit() -> str | None:
+    """Of the source tree; SEA_KERNELS_COMMIT says it where that is no repository."""
+
     def git(*arguments):
         return subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
@@ -404,13 +463,13 @@ def commit() -> str | None:
     try:
         return git("rev-parse", "HEAD") + " with changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("SEA_KERNELS_COMMIT")
 
 
 def show(report: dict) -> None:
     workload = Workload(**report["workload"])
     machine, floor, rates = (report[key] for key in ("machine", "floor", "rates"))
-    gemms = ", ".join(f"{k.removeprefix('gemm_')} {v / 1e9:.4g} GFLOP/s" for k, v in rates.items() if k != "copy")
+    gemms = ", ".join(f"{k.removeprefix('gemm_')} {v / 1e9:,.0f} GFLOP/s" for k, v in rates.items() if k != "copy")
     deviations = ", ".join(f"{row['name']} {row['deviation']:.1e}" for row in report["rows"] if "deviation" in row)
     print(
         f"\n{machine['device']}, {machine['threads']} threads, torch {report['versions']['torch']}\n"
@@ -437,12 +496,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO annotations; else boxes are sampled")
     parser.add_argument("--full", action="store_true", help="more repeats, all sweeps, torch.compile in them too")
     parser.add_argument("--smoke", action="store_true", help="tiny maps, no compile: checks the program, not the speed")
+    parser.add_argument("--no-compile", action="store_true", help="without the rows of torch.compile")
+    parser.add_argument("--autotune", action="store_true", help="a row for torch.compile's max-autotune too")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="fill torch.compile's cache for this workload, no more"
+    )
+    budget_help = "of the main table: past it fewer repeats, and no torch.compile that takes more than half of it"
+    parser.add_argument("--budget", type=float, metavar="SECONDS", default=math.inf, help=budget_help)
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path(__file__).parent / "out")
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict | None:
     device = torch.device(args.device)
     base = SMOKE if args.smoke else WORKLOADS[args.workload]
     repeats, sweep_repeats = (2, 2) if args.smoke else (15, 7) if args.full else (9, 3)
@@ -464,8 +530,12 @@ def run(args: argparse.Namespace) -> dict:
         swept = {}
     points = {point for points in swept.values() for _, point in points}
 
+    if args.compile_only:
+        compiled_step(workload)(*make_inputs(workload, boxes, device, 1), lambda: None)
+        return None
     inputs = make_inputs(workload, boxes, device, batches)
-    makers = make_steps(workload, inputs, compiled=not args.smoke, context=True)
+    compiled = not (args.smoke or args.no_compile)
+    makers = make_steps(workload, inputs, compiled, context=True, autotune=args.autotune)
     tell = Progress(1 + 2 * len(makers) + repeats + len(points))
     tell("copy and matrix product rates of the machine")
     rates = measure.rates(device, getattr(torch, workload.dtype), small=args.smoke)
@@ -490,7 +560,7 @@ def run(args: argparse.Namespace) -> dict:
         },
         "rates": rates,
         "floor": floors(workload, inputs[0].boxes, rates),
-        "rows": measure_rows(workload, inputs, makers, device, repeats, rates["copy"], tell),
+        "rows": measure_rows(workload, inputs, makers, device, repeats, rates["copy"], tell, args.budget),
     }
     del inputs, makers
 
@@ -518,6 +588,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     report = run(args)
+    if report is None:
+        return
     show(report)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / ("bench_losses" + ("" if args.workload == "default" else f"_{args.workload}"))

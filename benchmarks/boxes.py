@@ -1,6 +1,7 @@
 """Ground-truth boxes for the benchmark: from a COCO annotation file, or sampled with COCO's statistics."""
 
 import contextlib
+import dataclasses
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,16 @@ class Boxes:
         moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
         return Boxes(**moved)
 
+    def padded(self, room: int) -> "Boxes":
+        """The same with rows of label -1 up to `room` boxes, as a captured graph that serves every batch has them."""
+        rows = max(0, room - len(self.labels))
+        pad = torch.nn.functional.pad
+        labels, index = pad(self.labels, (0, rows), value=-1), pad(self.batch_index, (0, rows))
+        return dataclasses.replace(self, boxes=pad(self.boxes, (0, 0, 0, rows)), labels=labels, batch_index=index)
+
     @property
     def categories(self) -> int:
-        return len(self.labels.unique())
+        return len(self.labels[self.labels >= 0].unique())
 
 
 def category_weights(num_classes: int) -> np.ndarray:

@@ -4,8 +4,10 @@ A *step* is `step(inputs, mark) -> (losses, gradients)`; it calls `mark()` once,
 """
 
 import gc
+import math
 import os
 import platform
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +27,10 @@ class Times:
     step: list[float] = field(default_factory=list)  # forward and backward
 
 
-def interleave(steps, inputs, device, repeats, progress=lambda k: None):
+def interleave(steps, inputs, device, repeats, progress=lambda k: None, deadline=math.inf):
     """`repeats` samples of each of the named `steps`, in turns, so that a slow minute of the machine hits them all.
+
+    Past the `deadline` (of time.monotonic) no repeat begins, from the fourth on.
 
     Every run takes the next of `inputs`, so that no step finds its input in the cache. On a GPU a sample is the mean of
     as many runs as 20 ms hold, with no synchronisation in between: that is how a training loop queues them.
@@ -38,6 +42,8 @@ def interleave(steps, inputs, device, repeats, progress=lambda k: None):
             _, once = _sample_cuda(step, inputs, len(inputs))
             runs[name] = max(len(inputs), min(200, round(20 / once)))
     for k in range(repeats):
+        if k >= 3 and time.monotonic() > deadline:
+            break
         progress(k)
         for j, (name, step) in enumerate(steps.items()):
             if device.type == "cuda":
@@ -140,17 +146,26 @@ def _account(events, results):
 
 
 def cuda_calls(step, inputs):
-    """(kernel launches, host synchronisations) of one run of the step; a replayed CUDA graph counts as one launch."""
+    """(launches, host synchronisations) of one run of the step, see `count_calls`."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as log:
+        step(inputs, lambda: None)  # not counted: the profiler may miss the first records
+        torch.cuda.synchronize()
         with record_function("the step"):
             step(inputs, lambda: None)
         torch.cuda.synchronize()
     events = [e for e in log.profiler.kineto_results.events() if e.device_type() == DeviceType.CPU]
     (begin, end), *_ = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == "the step"]
-    names = [e.name() for e in events if begin <= e.start_ns() <= end]
-    launches = sum("LaunchKernel" in n or "GraphLaunch" in n for n in names)
-    return launches, sum((n.startswith("cuda") and "Synchronize" in n) or n == "cudaMemcpy" for n in names)
+    return count_calls([e.name() for e in events if begin <= e.start_ns() <= end])
+
+
+def count_calls(names):
+    """(launches, host synchronisations) among calls of CUDA's runtime and driver.
+
+    Launches are kernels, copies and fills; a replayed CUDA graph is one. A plain cudaMemcpy is a synchronisation too.
+    """
+    launches = sum(bool(re.match(r"cu(da)?(Launch\w*Kernel|GraphLaunch|Memcpy|Memset)", n)) for n in names)
+    return launches, sum(bool(re.match(r"cu(da)?\w*Synchronize|cudaMemcpy$", n)) for n in names)
 
 
 def cache_bytes(device):
@@ -163,25 +178,33 @@ def cache_bytes(device):
 
 def copy_bandwidth(device, size):
     """Bytes a second, read and written, of copying `size` bytes (median of 7)."""
-    source, target = torch.zeros(size // 4, device=device), torch.zeros(size // 4, device=device)
+    source, target = torch.rand(size // 4, device=device), torch.zeros(size // 4, device=device)
     return 2 * size / _median_seconds(lambda: target.copy_(source), device)
 
 
-def gemm_rate(device, dtype, n):
-    """Operations a second of an n x n x n matrix product (median of 7)."""
+def gemm_rate(device, dtype, n, precision="highest"):
+    """Operations a second of an n x n x n matrix product (median of 7); precision "high" is TF32 for float32."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * n**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        return 2 * n**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def rates(device, dtype, small=False):
     """What the machine does when it does nothing else, per second: bytes copied, operations of matrix products."""
-    size = 2**22 if small else min(max(2 * cache_bytes(device), 2**27), 2**29)
-    n = 256 if small else 8192 if device.type == "cuda" else 2048
-    # On a CPU our kernels compute in float32, whatever the maps are.
-    dtypes = {torch.float32, dtype} if device.type == "cuda" else {torch.float32}
+    cuda = device.type == "cuda"
+    size = 2**22 if small else 2**30 if cuda else min(max(2 * cache_bytes(device), 2**27), 2**29)
+    n = 256 if small else 8192 if cuda else 2048
     out = {"copy": copy_bandwidth(device, size)}
-    return out | {f"gemm_{str(d).removeprefix('torch.')}": gemm_rate(device, d, n) for d in dtypes}
+    # On a CPU our kernels compute in float32, whatever the maps are.
+    for d in {torch.float32, dtype} if cuda else {torch.float32}:
+        out[f"gemm_{str(d).removeprefix('torch.')}"] = gemm_rate(device, d, n)
+    if cuda and dtype == torch.float32:
+        out["gemm_tf32"] = gemm_rate(device, dtype, n, "high")
+    return out
 
 
 def _median_seconds(call, device, repeats=7):
@@ -201,9 +224,13 @@ def machine(device):
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "name": platform.node(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device": gpu.name if gpu else cpu,
+        "capability": f"{gpu.major}.{gpu.minor}" if gpu else None,
+        "multiprocessors": gpu.multi_processor_count if gpu else None,
+        "memory_gib": gpu.total_memory / 2**30 if gpu else None,
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

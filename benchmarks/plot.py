@@ -17,17 +17,19 @@ LINES = {
 def draw(report, path):
     sweeps = report["sweeps"]
     figure = plt.figure(figsize=(13, 8 if sweeps else 4.4), layout="constrained")
-    w = report["workload"]
+    w, threads = report["workload"], f", {report['machine']['threads']} threads"
+    on_gpu = report["machine"].get("capability") is not None
     figure.suptitle(
-        f"{report['machine']['device']}, {report['machine']['threads']} threads, "
-        f"torch {report['versions']['torch']}\n"
+        f"{report['machine']['device']}{'' if on_gpu else threads}, torch {report['versions']['torch']}\n"
         f"batch {w['batch']}, {w['height']}x{w['width']}, {w['channels']} channels, {w['dtype']}, "
-        f"{w['maps']} map{'s' * (w['maps'] > 1)} a branch, {w['boxes']} boxes of {w['categories']} categories",
+        f"{w['maps']} map{'s' * (w['maps'] > 1)} a branch, {w['boxes']} boxes of {w['categories']} categories"
+        + ", channels_last"
+        * w["channels_last"],
         fontsize=11,
     )
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.1, 1)) if sweeps else (figure, None)
     time_axis, memory_axis = top.subplots(1, 2)
-    _times(time_axis, report["rows"])
+    _times(time_axis, [row for row in report["rows"] if "step_ms" in row])
     _memory(memory_axis, [row for row in report["rows"] if "peak_percent" in row])
     if sweeps:
         axes = bottom.subplots(1, len(sweeps), squeeze=False, sharey=True)[0]
@@ -41,7 +43,7 @@ def draw(report, path):
 
 
 def _bars(axis, rows):
-    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axis.set_yticks(range(len(rows)), [row["name"].replace(", ", ",\n") for row in rows])
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.25)  # room for the numbers
@@ -80,7 +82,7 @@ def _memory(axis, rows):
 
 def _sweep(axis, name, points):
     for row_name, style in LINES.items():
-        times = [next((r["step_ms"] for r in p["rows"] if r["name"] == row_name), None) for p in points]
+        times = [next((r.get("step_ms") for r in p["rows"] if r["name"] == row_name), None) for p in points]
         if any(t is not None for t in times):
             axis.plot([t if t is not None else float("nan") for t in times], label=row_name, **style)
     axis.set_yscale("log")

@@ -3,10 +3,12 @@
 import importlib
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from cases import CUDA, NO_CUDA
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -26,8 +28,13 @@ def box_source(request):
     return ["--annotations", str(Path(os.environ["SEA_KERNELS_DATA"]) / "instances_val2014_100.json")]
 
 
-def test_a_tiny_run_writes_table_json_and_picture(benchmark_module, box_source, tmp_path, capsys):
-    benchmark_module("bench_losses").main(["--smoke", "--device", "cpu", "--out", str(tmp_path), *box_source])
+needs_cuda = pytest.mark.skipif(not CUDA, reason=NO_CUDA)
+GPU_ROWS = ["sea_kernels, CUDA graph"]
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_a_tiny_run_writes_table_json_and_picture(benchmark_module, box_source, where, tmp_path, capsys):
+    benchmark_module("bench_losses").main(["--smoke", "--device", where, "--out", str(tmp_path), *box_source])
     out, err = capsys.readouterr()
     assert "| sea_kernels " in out and "| eager reference " in out and "| CWD-style " in out
     assert " of " in err  # progress
@@ -37,11 +44,16 @@ def test_a_tiny_run_writes_table_json_and_picture(benchmark_module, box_source, 
     assert ("COCO annotations" if box_source else "sampler") in report["boxes"]["source"]
     assert report["rates"]["copy"] > 0 and report["rates"]["gemm_float32"] > 0
     rows = {row["name"]: row for row in report["rows"]}
-    assert list(rows) == ["sea_kernels", "eager reference", "FGD-style", "CWD-style"]
-    for row in rows.values():
-        assert 0 < row["forward_ms"] <= row["step_ms"]
-        assert len(row["step_samples_ms"]) == len(row["forward_samples_ms"]) == 2
-        assert row["peak_bytes"] >= row["kept_bytes"] > 0
+    graph = [name for name in GPU_ROWS if where == "cuda"]
+    assert list(rows) == ["sea_kernels", *graph, "eager reference", "FGD-style", "CWD-style"]
+    for name, row in rows.items():
+        assert len(row["step_samples_ms"]) == 2 and row["step_ms"] > 0
+        if name not in graph:
+            assert 0 < row["forward_ms"] <= row["step_ms"] and len(row["forward_samples_ms"]) == 2
+            assert row["peak_bytes"] >= row["kept_bytes"] > 0
+        if where == "cuda":
+            assert row["synchronisations"] == 0 or "style" in name
+            assert row["launches"] == 1 if name in graph else row["launches"] > 1
     assert rows["sea_kernels"]["deviation"] < 1e-4
     assert rows["eager reference"]["eager_ratio"] == 1
     # 252 pixels of 16 channels in float32; the gradient counts once, the reads as in Workload.least_bytes.
@@ -66,7 +78,180 @@ def test_the_table_is_refused_where_the_results_differ(benchmark_module, tmp_pat
     assert "| sea_kernels " not in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+# ------------------------------------------------------------------------------------------- rows that are left out
+
+
+def test_a_plain_row_without_enough_memory_is_left_out(benchmark_module, tmp_path, monkeypatch, capsys):
+    """The others are measured, and the picture and the table have its place."""
+    bench = benchmark_module("bench_losses")
+    native = bench.sk.sea_loss
+
+    def too_large(*args):
+        if bench.sk.ops.current_backend() == "reference":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return native(*args)
+
+    monkeypatch.setattr(bench.sk, "sea_loss", too_large)
+    bench.main(["--smoke", "--device", "cpu", "--out", str(tmp_path)])
+    assert "| eager reference: out of memory |" in capsys.readouterr().out
+    path = tmp_path / "bench_losses.json"
+    rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["eager reference"] == {"name": "eager reference", "left_out": "out of memory"}
+    assert rows["sea_kernels"]["step_ms"] > 0 and not {"eager_ratio", "deviation"} & set(rows["sea_kernels"])
+    benchmark_module("table").main([str(path)])
+    assert "| out of memory |" in capsys.readouterr().out
+
+
+def test_the_native_kernels_are_never_left_out(benchmark_module, tmp_path, monkeypatch):
+    bench = benchmark_module("bench_losses")
+
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "sea_losses", too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.main(["--smoke", "--device", "cpu", "--out", str(tmp_path)])
+
+
+def test_what_does_not_compile_in_half_of_the_budget_is_left_out(benchmark_module, monkeypatch, capsys):
+    bench, measure = benchmark_module("bench_losses"), benchmark_module("measure")
+    monkeypatch.setattr(bench, "compiled_step", lambda *_: lambda x, mark: time.sleep(60))
+    device, began = torch.device("cpu"), time.monotonic()
+    inputs = bench.make_inputs(bench.SMOKE, bench.sample_boxes(bench.SMOKE), device, 1)
+    makers = bench.make_steps(bench.SMOKE, inputs, compiled=True, context=False)
+    rows = bench.measure_rows(bench.SMOKE, inputs, makers, device, 2, 1e9, lambda text: None, budget=4.0)
+    assert time.monotonic() - began < 30
+    rows = {row["name"]: row for row in rows}
+    assert "not ready in time" in rows["torch.compile reference"]["left_out"]
+    assert rows["sea_kernels"]["step_ms"] > 0 and rows["eager reference"]["eager_ratio"] == 1
+    times = measure.interleave({"a": lambda x, mark: None}, [None], device, 9, deadline=time.monotonic() - 1)
+    assert len(times["a"].step) == 3
+
+
+def test_workloads_for_the_gpu_are_what_they_are_said_to_be(benchmark_module):
+    bench = benchmark_module("bench_losses")
+    common = {"height": 800, "width": 1344, "channels": 256, "maps": 4, "strides": (8, 16, 32, 64, 128)}
+    w2 = {"batch": 16, "boxes": 130, "categories": 31, "dtype": "bfloat16", "num_classes": 80}
+    wanted = {
+        "W1": w2 | {"batch": 2, "boxes": 14, "categories": 5},
+        "W2": w2,
+        "W3": w2 | {"dtype": "float32"},
+        "W4": w2 | {"boxes": 400, "categories": 300, "num_classes": 1203},
+        "W5": w2 | {"channels_last": True},
+    }
+    for name, fields in wanted.items():
+        assert bench.WORKLOADS[name] == bench.Workload(**common, **fields)
+    # 22,400 pixels an image: classification maps 6 times and their gradient, box maps 4 times and theirs.
+    assert bench.WORKLOADS["W1"].least_bytes == 12 * 2 * 22_400 * 256 * 4 * 2
+
+
+def test_compile_only_runs_one_step_and_writes_nothing(benchmark_module, tmp_path, monkeypatch):
+    bench, ran = benchmark_module("bench_losses"), []
+    monkeypatch.setattr(bench, "compiled_step", lambda workload: lambda x, mark: ran.append((workload, x)))
+    bench.main(["--smoke", "--device", "cpu", "--compile-only", "--out", str(tmp_path)])
+    assert [workload.height for workload, _ in ran] == [64] and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------- GPU's meters
+
+
+def test_calls_of_cuda_are_counted(benchmark_module):
+    names = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaMemsetAsync", "cudaMemcpyAsync"]
+    other = ["cudaStreamIsCapturing", "aten::copy_", "cudaEventRecord", "cudaFuncGetAttributes", "cudaMalloc"]
+    waits = ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cuStreamSynchronize", "cudaEventSynchronize"]
+    count = benchmark_module("measure").count_calls
+    assert count([*names, *other]) == (5, 0)
+    assert count([*other, *waits]) == (0, 4)
+    assert count(["cudaGraphLaunch"]) == (1, 0)
+    assert count(["cudaMemcpy"]) == (1, 1)  # it waits
+
+
+@needs_cuda
+def test_launches_and_synchronisations_on_a_gpu(benchmark_module):
+    """Known ones: two kernels, a fill and a copy; then a replayed graph; then what waits."""
+    measure, x = benchmark_module("measure"), torch.ones(1000, device="cuda")
+    cpu, y = torch.zeros(1000).pin_memory(), torch.empty_like(x)
+
+    def step(inputs, mark):
+        torch.sin_(torch.cos_(x))
+        y.zero_()
+        y.copy_(cpu, non_blocking=True)
+
+    assert measure.cuda_calls(step, None) == (4, 0)
+    assert measure.cuda_calls(lambda inputs, mark: x.sum().item(), None)[1] >= 1
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.sin_(torch.cos_(x))
+    assert measure.cuda_calls(lambda inputs, mark: graph.replay(), None) == (1, 0)
+
+
+@needs_cuda
+def test_memory_meter_agrees_with_the_counters_of_the_gpu(benchmark_module):
+    bench, measure = benchmark_module("bench_losses"), benchmark_module("measure")
+    device, w = torch.device("cuda"), bench.Workload(height=400, width=672, channels=64)
+    (x,) = bench.make_inputs(w, bench.sample_boxes(w), device, 1)
+    for backend in ("native", "reference"):
+        step = bench.training_step(lambda x: bench.sea_losses(w, x), backend)
+        step(x, lambda: None)
+        peak, kept = measure.memory(step, x, device)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, at_mark = torch.cuda.memory_allocated(), []
+        _, gradients = step(x, lambda: at_mark.append(torch.cuda.memory_allocated() - before))  # noqa: B023
+        most = torch.cuda.max_memory_allocated() - before
+        assert abs(kept - at_mark[0]) <= 0.02 * at_mark[0] + 64 * 512  # each is rounded up to 512 bytes
+        returned = sum(g.numel() * g.element_size() for g in gradients)
+        assert most - returned - 64 * 512 <= 1.02 * peak and peak <= 1.02 * most + 64 * 512
+
+
+# ------------------------------------------------------------------------------------------------------------- profile
+
+NCU = """==PROF== Connected to process 12
+"ID","Kernel Name","Block Size","dram__bytes_read.sum","dram__bytes_write.sum","gpu__time_duration.sum",\
+"launch__registers_per_thread","smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_selected_per_issue_active.ratio","sm__throughput.avg.pct_of_peak_sustained_elapsed"
+"","","","Mbyte","byte","us","register/thread","inst","inst","%"
+"0","void sea::pool<float>(sea::PoolParams)","(256, 1, 1)","3","1,000,000","1.0","64","8.0","1.0","10.0"
+"1","void sea::(anonymous namespace)::loss(sea::LossParams)","(32, 1, 1)","0","0","1.0","16","2.0","1.0","n/a"
+"2","void sea::pool<float>(sea::PoolParams)","(256, 1, 1)","3","1,000,000","3.0","64","4.0","1.0","30.0"
+""".replace("\\\n", "")
+
+
+def test_a_profile_of_ncu_becomes_one_entry_a_kernel(benchmark_module, tmp_path, capsys):
+    table, results, out = (tmp_path / name for name in ("ncu.csv", "results.json", "profile.json"))
+    table.write_text(NCU)
+    results.write_text(json.dumps({"rates": {"copy": 4e12}, "floor": {"least_bytes": 4e6}}))
+    module = benchmark_module("profile_step")
+    module.main(["--csv", str(table), "--results", str(results), "--out", str(out)])
+    assert "2.00 times the least" in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    pool, loss = report["kernels"]
+    assert [k["name"] for k in (pool, loss)] == ["sea::pool<float>", "sea::loss"]
+    assert pool["launches"] == 2 and pool["ms"] == pytest.approx(4e-3) and pool["registers"] == 64
+    assert (pool["bytes_read"], pool["bytes_written"]) == (6e6, 2e6)
+    assert pool["copy_share"] == pytest.approx(8e6 / 4e-6 / 4e12)
+    assert pool["sm_percent"] == 25 and loss["sm_percent"] is None  # weighted by time; n/a
+    assert pool["stalls"] == {"long_scoreboard": 5} and pool["occupancy_percent"] is None
+    assert report["step"]["launches"] == 3 and report["step"]["ms"] == pytest.approx(5e-3)
+    for wrong, message in (("==ERROR== no counters", "no table of ncu"), (NCU.replace('"us"', '"fortnight"'), "units")):
+        table.write_text(wrong)
+        with pytest.raises(SystemExit, match=message):
+            module.launches(table)
+
+
 # ----------------------------------------------------------------------------------------------------------- sampler
+
+
+def test_padding_changes_the_number_of_boxes_alone(benchmark_module):
+    """What a captured graph is given: the regions are those of the boxes without it."""
+    bench = benchmark_module("bench_losses")
+    boxes = bench.sample_boxes(bench.SMOKE)
+    padded = boxes.padded(64)
+    assert [len(x) for x in (padded.boxes, padded.labels, padded.batch_index)] == [64] * 3
+    assert padded.labels[14:].tolist() == [-1] * 50 and padded.categories == boxes.categories == 13
+    assert torch.equal(boxes.padded(5).boxes, boxes.boxes)
+    plain, wide = (bench.make_regions(bench.SMOKE, b) for b in (boxes, padded))
+    assert torch.equal(plain.area, wide.area[:, : plain.area.shape[1]]) and torch.equal(plain.counted, wide.counted)
 
 
 def test_sampled_boxes_follow_coco(benchmark_module):

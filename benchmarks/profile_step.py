@@ -1,0 +1,168 @@
+"""One training step of the losses for a profiler, and what the profiler saw, kernel by kernel.
+
+    python benchmarks/profile_step.py --workload W1 --operations operations.json    # by torch.profiler
+    ncu --profile-from-start off --metrics $(python benchmarks/profile_step.py --metrics) --export W1 \\
+        python benchmarks/profile_step.py --workload W1                              # ncu sees one step
+    ncu --import W1.ncu-rep --csv --page raw --print-units base >W1.csv
+    python benchmarks/profile_step.py --csv W1.csv --results bench_losses_W1.json --out profile_W1.json
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import bench_losses
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+TIME, READ, WRITTEN = "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum"
+METRICS = {  # of one launch; those of a kernel are means, weighted by time
+    "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm_percent": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "tensor_percent": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
+    "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "l2_hit_percent": "lts__t_sector_hit_rate.pct",
+    "registers": "launch__registers_per_thread",
+    "shared_bytes": "launch__shared_mem_per_block_dynamic",
+    "blocks": "launch__grid_size",
+    "threads": "launch__block_size",
+    "local_instructions": "smsp__sass_inst_executed_op_local.sum",
+    "bank_conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+}
+UNITS = {"ns": 1, "nsecond": 1, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6}
+UNITS |= {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
+STALL = r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio"  # of the section WarpStateStats
+
+
+def run_step(workload, device, before, after):
+    """One step between `before()` and `after()`, on other maps than those of the warm-up."""
+    inputs = bench_losses.make_inputs(workload, bench_losses.sample_boxes(workload), device, 2)
+    step = bench_losses.training_step(partial(bench_losses.sea_losses, workload))
+    for _ in range(2):
+        step(inputs[0], lambda: None)
+    torch.cuda.synchronize()
+    before()
+    step(inputs[1], lambda: None)
+    torch.cuda.synchronize()
+    after()
+
+
+def operations(workload, device):
+    """What runs on the GPU in one step: (name, times, microseconds) of every kernel, copy and fill."""
+    log = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+    run_step(workload, device, log.start, log.stop)
+    found = {}
+    for e in log.profiler.kineto_results.events():
+        if e.device_type() == DeviceType.CUDA:
+            times, total = found.get(e.name(), (0, 0))
+            found[e.name()] = times + 1, total + e.duration_ns() / 1e3
+    return [{"name": name, "times": times, "us": round(us, 2)} for name, (times, us) in found.items()]
+
+
+def launches(path):
+    """The launches in a CSV file of ncu's page "raw", in order: column -> number, and "Kernel Name".
+
+    What ncu has no value for is left out. Times are in ns and sizes in bytes.
+    """
+    lines = Path(path).read_text().splitlines()
+    start = next((i for i, text in enumerate(lines) if text.startswith('"ID"')), None)
+    if start is None:
+        raise SystemExit(f"{path} holds no table of ncu: {' '.join(lines)[:300]}")
+    units, *rows = csv.DictReader(lines[start:])
+    unknown = {k: units.get(k) for k in (TIME, READ, WRITTEN) if units.get(k) not in UNITS}
+    if unknown:
+        raise SystemExit(f"{path} has unknown units: {unknown}")
+    out = []
+    for row in rows:
+        out.append({"Kernel Name": row.pop("Kernel Name")})
+        for column, text in row.items():
+            with contextlib.suppress(ValueError):  # n/a
+                out[-1][column] = float(text.replace(",", "")) * UNITS.get(units[column], 1)
+    return out
+
+
+def summarize(rows, rates, least_bytes):
+    """Of each kernel its launches, time and bytes, its share of the copy bandwidth, and METRICS."""
+    groups = {}
+    for row in rows:
+        name = re.sub(r"^void |\(.*", "", row["Kernel Name"].replace("(anonymous namespace)::", ""))
+        groups.setdefault(name, []).append(row)
+
+    def total(group, metric):
+        return sum(row.get(metric, 0) for row in group)
+
+    def mean(group, metric):
+        values = [(row[metric], row[TIME]) for row in group if metric in row]
+        return round(sum(v * t for v, t in values) / sum(t for _, t in values), 3) if values else None
+
+    def entry(group):
+        ns, read, written = (total(group, m) for m in (TIME, READ, WRITTEN))
+        share = (read + written) / (ns / 1e9) / rates["copy"]
+        return {"ms": ns / 1e6, "bytes_read": read, "bytes_written": written, "copy_share": round(share, 4)}
+
+    kernels = []
+    for name, group in groups.items():
+        stalls = {m[1]: mean(group, m[0]) for m in (re.fullmatch(STALL, column) for column in group[0]) if m}
+        stalls = sorted(((k, v) for k, v in stalls.items() if k != "selected"), key=lambda x: -x[1])
+        means = {key: mean(group, metric) for key, metric in METRICS.items()}
+        kernels.append({"name": name, "launches": len(group)} | entry(group) | means | {"stalls": dict(stalls[:4])})
+    whole = {"launches": len(rows)} | entry(rows)
+    whole["of_least_bytes"] = round((whole["bytes_read"] + whole["bytes_written"]) / least_bytes, 3)
+    return {"step": whole, "kernels": kernels}
+
+
+def show(summary):
+    header = [
+        "",
+        "launches",
+        "us",
+        "MiB read",
+        "MiB written",
+        "of copy rate",
+        "SM",
+        "occupancy",
+        "L2 hits",
+        "registers",
+    ]
+    rows = []
+    for k in [*summary["kernels"], {"name": "the step", **summary["step"]}]:
+        amounts = [f"{1e3 * k['ms']:.1f}", *(f"{k[b] / 2**20:.4g}" for b in ("bytes_read", "bytes_written"))]
+        rows.append([k["name"][:60], str(k["launches"]), *amounts, f"{k['copy_share']:.1%}"])
+        for key in ("sm_percent", "occupancy_percent", "l2_hit_percent", "registers"):
+            rows[-1].append("-" if k.get(key) is None else f"{k[key]:.0f}" + "%" * key.endswith("percent"))
+    print(bench_losses.table(header, rows))
+    print(f"bytes moved: {summary['step']['of_least_bytes']:.2f} times the least")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workload", choices=bench_losses.WORKLOADS, default="W1")
+    parser.add_argument("--operations", type=Path, metavar="FILE", help="write what torch.profiler sees of the step")
+    parser.add_argument("--metrics", action="store_true", help="print the names of ncu's metrics, and no more")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="of ncu; needs --results of bench_losses.py and --out")
+    parser.add_argument("--results", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    workload, device = bench_losses.WORKLOADS[args.workload], torch.device("cuda")
+    if args.metrics:
+        print(",".join([TIME, READ, WRITTEN, *METRICS.values()]))
+    elif args.csv:
+        results = json.loads(args.results.read_text())
+        summary = summarize(launches(args.csv), results["rates"], results["floor"]["least_bytes"])
+        args.out.write_text(json.dumps(summary, indent=1) + "\n")
+        show(summary)
+    elif args.operations:
+        found = operations(workload, device)
+        args.operations.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{sum(o['times'] for o in found)} operations, {sum(o['us'] for o in found):.1f} us")
+    else:
+        run_step(workload, device, torch.cuda.profiler.start, torch.cuda.profiler.stop)
+
+
+if __name__ == "__main__":
+    main()
