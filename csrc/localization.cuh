@@ -49,8 +49,9 @@ struct Softmax {
 
   // KL(teacher || student)
   __device__ T divergence(T scale) const {
-    return (difference / teacher_sum + (student_max - teacher_max)) * static_cast<T>(scale * Exp::kNatural) +
-           log(student_sum / teacher_sum);
+    // Both terms in the units of the exponentials: in others the scale would be rounded once more, and they may cancel.
+    return ((difference / teacher_sum + (student_max - teacher_max)) * scale + Exp::log(student_sum / teacher_sum)) *
+           static_cast<T>(Exp::kNatural);
   }
 
   __device__ void write(T* out, int64_t stride) const {  // out: [5] with that stride

@@ -86,6 +86,12 @@ struct Exponential {
   static constexpr bool kFast = sizeof(X) == 2;
   static constexpr double kNatural = kFast ? 0.6931471805599453 : 1;  // ln 2: from its logarithms to natural ones
 
+  __device__ static T log(T x) {
+    if constexpr (kFast)
+      return log2f(x);
+    else
+      return ::log(x);
+  }
   static T scale(double temperature) { return static_cast<T>(1 / (kNatural * temperature)); }
   __device__ static T of(T difference, T scale) {
     if constexpr (kFast)

@@ -25,6 +25,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--emulate", type=int, metavar="ORDER", help="run the CUDA kernels on the CPU, threads in that order"
     )
+    parser.addoption("--emulate-with", choices=["races", "sanitize"], help="an option of load() in emulator/build.py")
 
 
 def pytest_configure(config):
@@ -32,7 +33,8 @@ def pytest_configure(config):
     if order is not None:
         from emulator import operators
 
-        operators.install().settings(seed=order)
+        option = config.getoption("--emulate-with")
+        operators.install(**({option: True} if option else {})).settings(seed=order)
 
 
 def pytest_report_header(config):

@@ -10,7 +10,6 @@ from emulator import build, operators
 import sea_kernels as sk
 from sea_kernels import ops
 
-
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing())
 
 

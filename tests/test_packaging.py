@@ -13,7 +13,7 @@ import pytest
 
 import sea_kernels
 from sea_kernels import ops
-from sea_kernels.__main__ import KERNELS
+from sea_kernels.ops import KERNELS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(sea_kernels.__file__).parent
