@@ -4,6 +4,7 @@ Schemas are defined here and only implemented in C++, so names and fakes exist w
 defaults: with `Tensor[]` those break autograd's registration in some versions of torch.
 """
 
+import functools
 import json
 import os
 import re
@@ -94,29 +95,40 @@ def _load() -> str | None:
 LIBRARY_ERROR = _load()
 
 
-@torch.compiler.assume_constant_result
-def lacks_code(index: int | None) -> str:
-    """Why the library has no code for a GPU; empty where it has."""
-    if LIBRARY_ERROR or not torch.cuda.is_available():
-        return ""
-    capability, architectures = torch.cuda.get_device_capability(index), build_info()["architectures"]
-    for name in architectures:
-        major, minor = (int(n) for n in re.match(r"(\d+)\.(\d+)", name).groups())
-        # machine code serves later GPUs of its generation, PTX all later ones
-        if capability >= (major, minor) and (capability[0] == major or name.endswith("+PTX")):
-            return ""
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs what was built for an architecture: machine code of its generation, or earlier PTX."""
+    major, minor, kind, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture).groups()
+    built = int(major), int(minor)
+    if kind == "a":
+        return built == capability
+    return built <= capability and (built[0] == capability[0] or (ptx is not None and not kind))
+
+
+@functools.cache
+def _lacks_code(index: int | None) -> str | None:
+    if not torch.cuda.is_available():  # a fake tensor's device
+        return None
+    capability, built = torch.cuda.get_device_capability(index), build_info()["architectures"]
+    if any(_runs_on(architecture, capability) for architecture in built):
+        return None
     return (
-        f"this GPU has compute capability {capability[0]}.{capability[1]}, and the kernels were built for "
-        f"{', '.join(architectures)} (set TORCH_CUDA_ARCH_LIST and install again; 8.0 is the oldest)"
+        f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}, and this build "
+        f"is for {' '.join(built)} (8.0 is the earliest; build with TORCH_CUDA_ARCH_LIST for a later one)"
     )
+
+
+@torch.compiler.assume_constant_result
+def lacks_code(index: int | None) -> str | None:
+    """Why this build's kernels cannot run on a GPU; None where they can."""
+    return None if LIBRARY_ERROR else _lacks_code(index)  # the cache is not to be seen by torch.compile
 
 
 def require(name: str, device: torch.device) -> None:
     """Raises where an operator has no kernel for a device: there is no silent fall back."""
     reason = LIBRARY_ERROR
     if reason is None and device.type in ("cpu", "cuda") and has_kernel(name, device.type.upper()):
-        reason = lacks_code(device.index) if device.type == "cuda" else ""
-        if not reason:
+        reason = lacks_code(device.index) if device.type == "cuda" else None
+        if reason is None:
             return
     reason = reason or f"this build has no {device.type} kernels (see `python -m sea_kernels`)"
     raise RuntimeError(

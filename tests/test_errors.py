@@ -221,3 +221,42 @@ def test_instruction_sets_agree(name):
     assert len(values) == 12 * 9
     torch.testing.assert_close(values, wanted, rtol=2e-3, atol=0)
     torch.testing.assert_close(values[:27], wanted[:27], rtol=2e-6, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------- other GPUs
+
+
+@pytest.mark.parametrize(
+    "built, capability, runs",
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 6), True),
+        ("8.0", (9, 0), False),
+        ("8.0", (7, 5), False),
+        ("8.6", (8, 0), False),
+        ("8.0+PTX", (12, 1), True),
+        ("8.0+PTX", (7, 5), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (9, 1), False),
+        ("10.0f", (10, 3), True),
+        ("10.0f+PTX", (12, 0), False),
+    ],
+)
+def test_which_gpus_an_architecture_runs_on(built, capability, runs):
+    assert ops._runs_on(built, capability) == runs
+
+
+def test_a_gpu_without_code_is_named(monkeypatch):
+    """One clear error on an older GPU, before any kernel runs."""
+    monkeypatch.setattr(ops, "LIBRARY_ERROR", None)
+    monkeypatch.setattr(ops, "has_kernel", lambda name, key: True)
+    monkeypatch.setattr(ops, "build_info", lambda: {"architectures": ["8.0+PTX", "9.0"]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    ops._lacks_code.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"on cuda:0: Tesla T4 has compute capability 7\.5, .* 8\.0\+PTX 9\.0"):
+            ops.require("sea_loss", torch.device("cuda:0"))
+    finally:
+        ops._lacks_code.cache_clear()
