@@ -395,7 +395,7 @@ __device__ inline void write_unit(X* units,  // [parts, masks, pitch] of one sid
 
 // Grid: masks, then batch * blocks of channels; pairs.
 template <class X>
-__global__ void __launch_bounds__(kFinishThreads) pool_finish(const __grid_constant__ PoolFinishParams<X> params) {
+__global__ void __launch_bounds__(kFinishThreads, 2) pool_finish(const __grid_constant__ PoolFinishParams<X> params) {
   using T = Compute<X>;
   const Pyramid& pyramid = params.pyramid;
   const Pair& pair = pyramid.pairs[blockIdx.y];
