@@ -10,6 +10,7 @@ struct BackwardParams {
   Pyramid pyramid;
   Masks masks;
   Panel panel;
+  bool copied;  // whether backward() copies the masks' words to shared memory
   // Upstream gradients on the device; null: the loss gives no gradient.
   const T* anchor;
   const T* distance;
@@ -80,8 +81,8 @@ struct Receives {
 
 template <class X>
 struct BackwardMemory {
-  static __host__ __device__ int64_t bytes(int64_t masks) {
-    return 4 * PoolMemory<X>::kTile + TileMasks::bytes(masks, kPoolPixels<X>);
+  static __host__ __device__ int64_t bytes(int64_t masks, bool copied) {
+    return 4 * PoolMemory<X>::kTile + TileMasks::bytes(copied ? masks : 0, kPoolPixels<X>);
   }
 };
 
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kPoolThreads, 3) backward(const __grid_constan
   constexpr int64_t kTile = PoolMemory<X>::kTile;
   const Pyramid& pyramid = params.pyramid;
   unsigned char* memory = shared_memory();
-  TileMasks masks(memory + 4 * kTile, (present_masks(params.masks) + 31) / 32, kPixels, true);
+  TileMasks masks(memory + 4 * kTile, (present_masks(params.masks) + 31) / 32, kPixels, params.copied);
   const int64_t c0 = static_cast<int64_t>(blockIdx.y) * kPoolChannels;
   const int64_t begin = first_tile(pyramid, blockIdx.x), end = first_tile(pyramid, blockIdx.x + 1);
   const auto channels_of = [&](const Pair& pair) {
@@ -139,6 +140,14 @@ __global__ void __launch_bounds__(kPoolThreads, 3) backward(const __grid_constan
     if (channels > 0) store_tile(tiles[0], pair.gradient, at.image, at.first, at.count, c0, channels);
     __syncthreads();
   }
+}
+
+template <class X>
+void run_backward_without_distances(BackwardParams<Compute<X>> params, cudaStream_t stream) {
+  const int64_t masks = params.masks.masks;
+  params.copied = BackwardMemory<X>::bytes(masks, true) <= shared_memory_limit();
+  const dim3 grid(params.pyramid.slices, static_cast<unsigned>(divide_up(params.pyramid.most_channels, kPoolChannels)));
+  launch(backward<X>, "backward", grid, kPoolThreads, BackwardMemory<X>::bytes(masks, params.copied), stream, params);
 }
 
 // Maps with distances, or features of cosines. Grid: slices, groups.

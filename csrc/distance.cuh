@@ -440,6 +440,7 @@ template <class X>
 __global__ void __launch_bounds__(kDistanceThreads, 1) distance(const __grid_constant__ DistanceParams<X> params) {
   using T = Compute<X>;
   Distances<X> d(params.pyramid, params.masks, params.panel, 2, false);
+  if (d.own > 0 && d.chunks > 1) return;  // only the moments of the other groups would be left to do, by moments()
   typename Distances<X>::Moments moments{};
   double total = 0;
   int pair_index = -1;

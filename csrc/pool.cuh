@@ -18,10 +18,11 @@ template <class T>
 struct PoolParams {
   Pyramid pyramid;
   Masks masks;
-  T scale;     // of the localization's Exponential
-  T* sums;     // [slices + pairs, sides, masks, most_channels]
-  T* softmax;  // [slices + pairs * batch, 5, most_channels]
-  int sides;   // 1: the students alone
+  T scale;      // of the localization's Exponential
+  T* sums;      // [slices + pairs, sides, masks, most_channels]
+  T* softmax;   // [slices + pairs * batch, 5, most_channels]
+  int sides;    // 1: the students alone
+  bool copied;  // whether the masks' words are copied to shared memory
 };
 
 // The masks of the pixels of a tile: their words, in shared memory or where they lie, and one bit a pixel.
@@ -97,17 +98,17 @@ __device__ inline int present_masks(const Masks& masks) {
 
 // Which rows of shared memory hold which masks' sums.
 struct Rows {
-  int16_t* row_of;   // [masks] -1: none
-  int16_t* mask_of;  // [kPoolRows]
+  int16_t* row_of;   // [masks] -1: none; after the others
+  int32_t* mask_of;  // [kPoolRows]
   int32_t* used;     // [1]
   int32_t* reset;    // [1] whether the rows must be written out first
 
-  static __host__ __device__ int64_t bytes(int64_t masks) { return round_up(2 * masks, 4) + 2 * kPoolRows + 8; }
+  static __host__ __device__ int64_t bytes(int64_t masks) { return 2 * masks + 4 * kPoolRows + 8; }
   __device__ Rows(unsigned char* memory, int64_t masks) {
     used = reinterpret_cast<int32_t*>(memory);
     reset = used + 1;
-    mask_of = reinterpret_cast<int16_t*>(reset + 1);
-    row_of = mask_of + kPoolRows;
+    mask_of = reset + 1;
+    row_of = reinterpret_cast<int16_t*>(mask_of + kPoolRows);
   }
 
   // One warp: gives a row to each of the tile's masks that has none. Where there are not enough, it says so and leaves
@@ -128,7 +129,7 @@ struct Rows {
             if (round == 0) ++wanted;
             if (round == 1 && next < kPoolRows) {
               row_of[mask] = static_cast<int16_t>(next);
-              mask_of[next++] = static_cast<int16_t>(mask);
+              mask_of[next++] = mask;
             }
           }
       }
@@ -196,16 +197,16 @@ struct PoolMemory {
   T* sums;   // [2 sides, kPoolRows, kPoolChannels]
   unsigned char *tile_masks, *rows;
 
-  static __host__ __device__ int64_t bytes(int64_t masks) {
+  static __host__ __device__ int64_t bytes(int64_t masks, bool copied) {
     return 4 * kTile + 2 * kPoolRows * kPoolChannels * sizeof(T) +
-           round_up(TileMasks::bytes(masks, kPoolPixels<X>), 16) + Rows::bytes(masks);
+           round_up(TileMasks::bytes(copied ? masks : 0, kPoolPixels<X>), 16) + Rows::bytes(masks);
   }
-  __device__ PoolMemory(int64_t masks) {
+  __device__ PoolMemory(int64_t masks, bool copied) {
     unsigned char* memory = shared_memory();
     tiles = reinterpret_cast<X*>(memory);
     sums = reinterpret_cast<T*>(memory + 4 * kTile);
     tile_masks = reinterpret_cast<unsigned char*>(sums + 2 * kPoolRows * kPoolChannels);
-    rows = tile_masks + round_up(TileMasks::bytes(masks, kPoolPixels<X>), 16);
+    rows = tile_masks + round_up(TileMasks::bytes(copied ? masks : 0, kPoolPixels<X>), 16);
   }
   __device__ X* tile(int stage, int side) const { return tiles + (2 * stage + side) * kTile / sizeof(X); }
 };
@@ -217,8 +218,8 @@ __global__ void __launch_bounds__(kPoolThreads, 2) pool(const __grid_constant__ 
   constexpr int kPixels = kPoolPixels<X>;
   const Pyramid& pyramid = params.pyramid;
   const int count = present_masks(params.masks), thread = threadIdx.x;
-  const PoolMemory<X> memory(params.masks.masks);
-  TileMasks masks(memory.tile_masks, (count + 31) / 32, kPixels, true);
+  const PoolMemory<X> memory(params.masks.masks, params.copied);
+  TileMasks masks(memory.tile_masks, (count + 31) / 32, kPixels, params.copied);
   Rows rows(memory.rows, params.masks.masks);
   const int64_t slice = blockIdx.x, c0 = static_cast<int64_t>(blockIdx.y) * kPoolChannels;
   const int64_t begin = first_tile(pyramid, slice), end = first_tile(pyramid, slice + 1);
@@ -490,10 +491,11 @@ __global__ void __launch_bounds__(kFinishThreads, 2) pool_finish(const __grid_co
 
 // Launches the pooling of a pyramid; `sums` and `softmax` as in PoolParams.
 template <class X>
-void run_pool(const PoolParams<Compute<X>>& params, PoolFinishParams<X> finish, cudaStream_t stream) {
+void run_pool(PoolParams<Compute<X>> params, PoolFinishParams<X> finish, cudaStream_t stream) {
   const Pyramid& pyramid = params.pyramid;
+  params.copied = PoolMemory<X>::bytes(params.masks.masks, true) <= shared_memory_limit();
   const dim3 grid(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.most_channels, kPoolChannels)));
-  launch(pool<X>, "pool", grid, kPoolThreads, PoolMemory<X>::bytes(params.masks.masks), stream, params);
+  launch(pool<X>, "pool", grid, kPoolThreads, PoolMemory<X>::bytes(params.masks.masks, params.copied), stream, params);
   finish.pyramid = pyramid;
   finish.masks = params.masks;
   finish.sums = params.sums;

@@ -58,7 +58,7 @@ Pyramid make_pyramid(const Pair* pairs, int64_t count, int tile_pixels, int slic
   Pyramid out{};
   for (int64_t i = 0; i < count; ++i) {
     if (!takes(pairs[i])) continue;
-    if (pairs[i].image() >= int64_t{1} << 31) throw std::runtime_error("sea_kernels: a map of 2^31 pixels or more");
+    if (pairs[i].image() > INT32_MAX - 128) throw std::runtime_error("sea_kernels: a map of 2^31 pixels or more");
     Pair& pair = out.pairs[out.count++] = pairs[i];
     pair.first_tile = out.tiles;
     out.batch = pair.student.batch;
@@ -177,7 +177,8 @@ void forward_part(const Pair* given, int64_t count, const Masks& masks, const Lo
   double* distance_terms = arena.take<double>(distances.slices + distances.count);
 
   const int64_t start = arena.used();
-  PoolParams<T> pooling{all, masks, Exponential<X>::scale(options.localization_temperature), nullptr, nullptr, 2};
+  PoolParams<T> pooling{all, masks, Exponential<X>::scale(options.localization_temperature), nullptr, nullptr,
+                        2,   false};
   pooling.sums = arena.take<T>((all.slices + all.count) * 2 * masks.masks * all.most_channels);
   pooling.softmax = arena.take<T>((all.slices + all.count * all.batch) * 5 * all.most_channels);
   PoolFinishParams<X> finish_pool{};
@@ -246,22 +247,18 @@ void run_backward(std::vector<Pair> pairs, const Masks& masks, const LossOptions
   for (Pair& pair : pairs)
     pair.parts &= (upstream[0] ? kAnchor : 0) | (upstream[1] ? kDistance : 0) | (upstream[2] ? kLocalization : 0);
   each_launch(pairs, [&](const Pair* first, int64_t count) {
-    BackwardParams<T> params{{},
-                             masks,
-                             {},
-                             upstream[0],
-                             upstream[1],
-                             upstream[2],
-                             false,
-                             static_cast<T>(options.distance_temperature),
-                             static_cast<T>(options.localization_temperature),
-                             Exponential<X>::scale(options.distance_temperature),
-                             Exponential<X>::scale(options.localization_temperature)};
+    BackwardParams<T> params{};
+    params.masks = masks;
+    params.anchor = upstream[0];
+    params.distance = upstream[1];
+    params.localization = upstream[2];
+    params.distance_temperature = static_cast<T>(options.distance_temperature);
+    params.localization_temperature = static_cast<T>(options.localization_temperature);
+    params.distance_exponent = Exponential<X>::scale(options.distance_temperature);
+    params.localization_exponent = Exponential<X>::scale(options.localization_temperature);
     params.pyramid = make_pyramid(first, count, kPoolPixels<X>, 2 * options.slices,
                                   [](const Pair& pair) { return !(pair.parts & kDistance); });
-    launch(backward<X>, "backward",
-           dim3(params.pyramid.slices, static_cast<unsigned>(divide_up(params.pyramid.most_channels, kPoolChannels))),
-           kPoolThreads, BackwardMemory<X>::bytes(masks.masks), stream, params);
+    run_backward_without_distances<X>(params, stream);
     params.pyramid = make_pyramid(first, count, kDistancePixels<X>, options.slices,
                                   [](const Pair& pair) { return pair.parts & kDistance; });
     if (params.pyramid.count == 0) return;
@@ -298,7 +295,8 @@ void run_pool_anchors(const std::vector<Pair>& pairs, const Masks& masks, int sl
                          T(0),
                          static_cast<T*>(scratch),
                          nullptr,
-                         1};
+                         1,
+                         false};
     PoolFinishParams<X> finish{};
     finish.anchors = anchors + first->level * masks.masks * first->student.channels;
     run_pool(params, finish, stream);
@@ -317,9 +315,7 @@ void run_pool_backward(const std::vector<Map>& gradients, const Masks& masks, in
     params.pyramid = make_pyramid(first, count, kPoolPixels<X>, 2 * slices, [](const Pair&) { return true; });
     params.masks = masks;
     params.pooled = true;
-    launch(backward<X>, "backward",
-           dim3(params.pyramid.slices, static_cast<unsigned>(divide_up(params.pyramid.most_channels, kPoolChannels))),
-           kPoolThreads, BackwardMemory<X>::bytes(masks.masks), stream, params);
+    run_backward_without_distances<X>(params, stream);
   });
 }
 

@@ -5,9 +5,11 @@
 //   Tensor gradient = make_gradient(map);
 //   pool(..., on.stream());                  // a host function of <pool.cuh>
 //
-// torch's functions on streams are there only where torch has CUDA: weak, so that the library loads without them.
+// torch's functions on streams are there only where torch has CUDA, in a library that nobody loads for others to see:
+// they are looked up in it when they are first needed.
 #pragma once
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <launch.h>
 #include <maps.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,21 +18,31 @@
 #include <pyramid.cuh>
 #include <vec.cuh>
 
-#pragma weak aoti_torch_get_current_cuda_stream
-
 namespace sea {
+
+inline void* current_stream(int32_t device) {
+  static const auto get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    if (!found)
+      throw std::runtime_error("sea_kernels: this torch has no CUDA streams (libtorch_cuda.so is not loaded)");
+    return reinterpret_cast<decltype(&aoti_torch_get_current_cuda_stream)>(found);
+  }();
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
 
 // While it lives, the device of a tensor is the current one; and its current stream.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
-  }
+  explicit OnDevice(const Tensor& tensor)
+      : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
+  void* stream_;
 };
 
 // A contiguous tensor on the device of `like`, its values not set.
