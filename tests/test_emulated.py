@@ -166,7 +166,7 @@ def test_the_emulator_sees_mistakes(mutation):
     """Mistakes in the kernels themselves: a missing barrier, a wrong index, a missing mask."""
     kernels = operators.install(edits=[mutation])
     try:
-        regions = make_regions(levels=2, shapes=[(9, 31), (3, 5)], strides=[18, 50])
+        regions = make_regions(levels=2, shapes=[(20, 28), (5, 5)], strides=[8, 40])
         failed = []
         for order in (0, 1):
             kernels.settings(seed=order)
