@@ -97,10 +97,7 @@ __global__ void __launch_bounds__(kPoolThreads, 3) backward(const __grid_constan
   TileMasks masks(memory + 4 * kTile, (present_masks(params.masks) + 31) / 32, kPixels, params.copied);
   const int64_t c0 = static_cast<int64_t>(blockIdx.y) * kPoolChannels;
   const int64_t begin = first_tile(pyramid, blockIdx.x), end = first_tile(pyramid, blockIdx.x + 1);
-  const auto channels_of = [&](const Pair& pair) {
-    const int64_t left = pair.student.channels - c0;
-    return static_cast<int>(left < 0 ? 0 : left < kPoolChannels ? left : kPoolChannels);
-  };
+  const auto channels_of = [&](const Pair& pair) { return part_of(pair.student.channels - c0, kPoolChannels); };
   const auto tile_data = [&](int stage, int side) { return reinterpret_cast<X*>(memory + (2 * stage + side) * kTile); };
   Cursor next{}, at{};
   const auto reads = [&](const Pair& pair) { return params.localization && pair.parts & kLocalization; };
@@ -161,24 +158,20 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
   Distances<X> d(params.pyramid, params.masks, params.panel, kOfCosines ? 1 : 2, kOfCosines);
   typename Distances<X>::Directions directions{};
   Receives<T> receives;
-  d.each_tile([&](int64_t t) {
+  const auto work = [&](int64_t t) {
     T along = 0;
     d.each_chunk(
         t, 0, d.chunks, scale, [] {},
         [&](int p0, int rows) {
           const bool counts = d.counts(d.pixel);
-          constexpr int kSize = PixelSoftmax<X>::kSize;
           PixelSoftmax<X> q;
-          if (counts && !kOfCosines)
-            q = PixelSoftmax<X>(static_cast<const T*>(d.pair().statistics) + d.pixel_of_level(d.pixel) * kSize);
+          if (counts && !kOfCosines) q = PixelSoftmax<X>(d.statistics());
           d.template write_coefficients<X>(rows, [&](int row) {
             if (!counts || !d.memory.valid[row]) return T(0);
             const T cosine = *d.cosine(0, d.pixel, row);
             T value;
             if constexpr (kOfCosines) {
-              const Map& gradient = d.pair().teacher;
-              value = load_as<T>(gradient.data, gradient.dtype,
-                                 offset_of(gradient, d.at.image, p0 + row, d.at.first + d.pixel));
+              value = d.cosine_gradient(p0 + row);
             } else {
               value = q(cosine, *d.cosine(1, d.pixel, row)) * kUnit;
             }
@@ -214,7 +207,8 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
     __syncthreads();
     if (channels > 0)
       store_tile(d.tile[0], d.pair().gradient, d.at.image, d.at.first, d.at.count, d.own_channel(), channels);
-  });
+  };
+  d.each_tile(work, [] {});
 }
 
 }  // namespace sea

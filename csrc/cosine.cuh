@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kFinishThreads) prepare(const __grid_constant_
 template <class T>
 __global__ void __launch_bounds__(kDistanceThreads, 1) cosine(const __grid_constant__ CosineParams<T> params) {
   Distances<T> d(params.pyramid, params.masks, params.panel, 1, true);
-  d.each_tile([&](int64_t t) {
+  const auto work = [&](int64_t t) {
     d.each_chunk(
         t, 0, d.chunks, T(1), [] {},
         [&](int p0, int rows) {
@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kDistanceThreads, 1) cosine(const __grid_const
                   d.memory.valid[row] ? *d.cosine(0, u, row) : T(0);
           }
         });
-  });
+  };
+  d.each_tile(work, [] {});
 }
 
 }  // namespace sea

@@ -176,20 +176,33 @@ class Distances {
   __device__ int64_t own_channel() const { return static_cast<int64_t>(own) * panel.width; }
   __device__ int own_channels() const { return channels_of(pair(), own); }
   __device__ bool counts(int u) const { return everywhere ? u < at.count : tile_masks.counts_at(u); }
-  // Pixel u of the tile among all of the level.
-  __device__ int64_t pixel_of_level(int u) const { return at.image * pair().image() + at.first + u; }
+  // What is saved of the softmax of this thread's pixel.
+  __device__ T* statistics() const {  // [PixelSoftmax<X>::kSize]
+    const int64_t of_level = at.image * pair().image() + at.first + pixel;
+    return static_cast<T*>(pair().statistics) + of_level * PixelSoftmax<X>::kSize;
+  }
+  // The gradient of this thread's pixel's cosine with a mask, where the teacher stands for it.
+  __device__ T cosine_gradient(int64_t mask) const {
+    const Map& gradient = pair().teacher;
+    return load_as<T>(gradient.data, gradient.dtype, offset_of(gradient, at.image, mask, at.first + pixel));
+  }
 
-  // Calls work(tile) for the tiles of this block. work calls each_chunk() exactly once.
-  template <class F>
-  __device__ void each_tile(F work) {
+  // Calls work(tile) for the tiles of this block, and leave() after the last one of each pair. work calls each_chunk()
+  // exactly once.
+  template <class Work, class Leave>
+  __device__ void each_tile(Work work, Leave leave) {
     step_ = 0;
     if (begin < end) load(0, begin, group_at(0));
     for (int64_t t = begin; t < end; ++t) {
-      at.seek(pyramid, t, kPixels);
+      Cursor next = at;
+      next.seek(pyramid, t, kPixels);
+      if (t > begin && next.pair != at.pair) leave();
+      at = next;
       tile_masks.load(masks, pair(), at);
       work(t);
       __syncthreads();
     }
+    if (begin < end) leave();
   }
 
   // Calls work(first mask, masks rounded up to 16) for chunks first, first + 1 .. last - 1, with the cosines times
@@ -198,8 +211,7 @@ class Distances {
   template <class Ready, class Work>
   __device__ void each_chunk(int64_t t, int first, int last, T scale, Ready ready, Work work) {
     for (int chunk = first; chunk < last; ++chunk) {
-      const int p0 = chunk * panel.rows, left = count - p0 < panel.rows ? count - p0 : panel.rows;
-      const int rows = static_cast<int>(round_up(left, 16));
+      const int p0 = chunk * panel.rows, rows = static_cast<int>(round_up(part_of(count - p0, panel.rows), 16));
       T products[kRowTiles][1][2][4] = {};
       T square[2] = {0, 0};
       for (int i = 0; i < groups; ++i) {
@@ -211,10 +223,6 @@ class Distances {
         multiply_units(products, rows);
       }
       if (groups > 1 || chunk == first) write_norms(square);
-      if (threadIdx.x < kMostRows) {
-        const int p = p0 + threadIdx.x;
-        memory.valid[threadIdx.x] = p < count && masks.area[pair().level * masks.masks + p] > 0;
-      }
       __syncthreads();
       write_cosines(products, rows, scale);
       __syncthreads();
@@ -316,8 +324,7 @@ class Distances {
   Cursor next_{};
 
   __device__ int channels_of(const Pair& p, int group) const {
-    const int64_t left = p.student.channels - static_cast<int64_t>(group) * panel.width;
-    return static_cast<int>(left < 0 ? 0 : left < panel.width ? left : panel.width);
+    return part_of(p.student.channels - static_cast<int64_t>(group) * panel.width, panel.width);
   }
   __device__ int group_at(int i) const { return (own + 1 + i) % groups; }
 
@@ -362,12 +369,15 @@ class Distances {
     __syncthreads();
     const Pair& p = pair();
     const int64_t pitch = p.pitch(), c0 = static_cast<int64_t>(group) * panel.width;
-    const int64_t left = pitch - c0, p0 = static_cast<int64_t>(chunk) * panel.rows;
-    const int columns = static_cast<int>(left < 0 ? 0 : left < panel.width ? left : panel.width);
+    const int64_t p0 = static_cast<int64_t>(chunk) * panel.rows;
+    if (threadIdx.x < kMostRows) {
+      const int64_t mask = p0 + threadIdx.x;
+      memory.valid[threadIdx.x] = mask < count && masks.area[p.level * masks.masks + mask] > 0;
+    }
     for (int i = 0; i < sides * kParts<X>; ++i) {
       const X* source = static_cast<const X*>(p.units) + (i * masks.masks + p0) * pitch + c0;
       copy_rows<16>(units(i / kParts<X>, i % kParts<X>), rows, panel.width, source, pitch,
-                    static_cast<int>(masks.masks - p0 < rows ? masks.masks - p0 : rows), columns);
+                    part_of(masks.masks - p0, rows), part_of(pitch - c0, panel.width));
     }
     copy_async_commit();
     copy_async_wait<0>();
@@ -443,24 +453,15 @@ __global__ void __launch_bounds__(kDistanceThreads, 1) distance(const __grid_con
   if (d.own > 0 && d.chunks > 1) return;  // only the moments of the other groups would be left to do, by moments()
   typename Distances<X>::Moments moments{};
   double total = 0;
-  int pair_index = -1;
-  const auto leave_pair = [&] {
-    const int64_t at = blockIdx.x + pair_index;
+  const auto leave = [&] {
+    const int64_t at = blockIdx.x + d.at.pair;
     const double sum = sum_over_block(total, d.memory.scratch);
     if (threadIdx.x == 0 && d.own == 0) params.terms[at] = sum;
     if (params.moments && d.chunks == 1)
       d.write_moments(moments, params.moments + at * params.masks.masks * params.pyramid.most_channels, 0);
     total = 0;
   };
-  d.each_tile([&](int64_t t) {
-    // leave_pair() writes with the channels of the pair that is left: those of d.at are the new one's
-    const Cursor now = d.at;
-    if (pair_index >= 0 && pair_index != now.pair) {
-      d.at.pair = pair_index;
-      leave_pair();
-      d.at = now;
-    }
-    pair_index = now.pair;
+  const auto work = [&](int64_t t) {
     Softmax<X> softmax;
     d.each_chunk(
         t, 0, d.chunks, params.scale,
@@ -496,12 +497,10 @@ __global__ void __launch_bounds__(kDistanceThreads, 1) distance(const __grid_con
     softmax.difference = sum_over_lanes<d.kLanes>(softmax.difference);
     if (d.own == 0 && d.lane == 0 && d.counts(d.pixel)) {
       total += softmax.divergence(T(1));
-      constexpr int kSize = PixelSoftmax<X>::kSize;
-      if (params.save)
-        PixelSoftmax<X>(softmax).write(static_cast<T*>(d.pair().statistics) + d.pixel_of_level(d.pixel) * kSize);
+      if (params.save) PixelSoftmax<X>(softmax).write(d.statistics());
     }
-  });
-  if (pair_index >= 0) leave_pair();
+  };
+  d.each_tile(work, leave);
 }
 
 // Moments of one chunk, for more chunks than one, or from the gradient of cosines. Grid: slices, groups, chunks.
@@ -522,39 +521,24 @@ __global__ void __launch_bounds__(kDistanceThreads, 1) moments(const __grid_cons
   const int chunk = blockIdx.z;
   if (chunk >= d.chunks || (!kOfCosines && d.chunks == 1)) return;
   typename Distances<X>::Moments moments{};
-  int pair_index = -1;
-  const auto leave_pair = [&] {
-    const int64_t at = blockIdx.x + pair_index;
+  const auto leave = [&] {
+    const int64_t at = blockIdx.x + d.at.pair;
     d.write_moments(moments, params.moments + at * params.masks.masks * params.pyramid.most_channels,
                     static_cast<int64_t>(chunk) * params.panel.rows);
   };
-  d.each_tile([&](int64_t t) {
-    const Cursor now = d.at;
-    if (pair_index >= 0 && pair_index != now.pair) {
-      d.at.pair = pair_index;
-      leave_pair();
-      d.at = now;
-    }
-    pair_index = now.pair;
+  const auto work = [&](int64_t t) {
     d.each_chunk(
         t, chunk, chunk + 1, params.scale, [&] { d.clear_uncounted(); },
         [&](int p0, int rows) {
           const bool counts = d.counts(d.pixel);
           const T inverse = d.memory.inverse_norm[d.pixel];
           if constexpr (kOfCosines) {
-            const Map& gradient = d.pair().teacher;
             d.template write_coefficients<Wide<X>>(rows, [&](int row) {
-              return counts && d.memory.valid[row]
-                         ? load_as<T>(gradient.data, gradient.dtype,
-                                      offset_of(gradient, d.at.image, p0 + row, d.at.first + d.pixel)) *
-                               inverse
-                         : T(0);
+              return counts && d.memory.valid[row] ? d.cosine_gradient(p0 + row) * inverse : T(0);
             });
           } else {
-            constexpr int kSize = PixelSoftmax<X>::kSize;
             PixelSoftmax<X> q;
-            if (counts)
-              q = PixelSoftmax<X>(static_cast<const T*>(d.pair().statistics) + d.pixel_of_level(d.pixel) * kSize);
+            if (counts) q = PixelSoftmax<X>(d.statistics());
             d.template write_coefficients<Wide<X>>(rows, [&](int row) {
               return counts && d.memory.valid[row] ? q(*d.cosine(0, d.pixel, row), *d.cosine(1, d.pixel, row)) * inverse
                                                    : T(0);
@@ -563,8 +547,8 @@ __global__ void __launch_bounds__(kDistanceThreads, 1) moments(const __grid_cons
           __syncthreads();
           d.add_moments(moments, rows);
         });
-  });
-  if (pair_index >= 0) leave_pair();
+  };
+  d.each_tile(work, leave);
 }
 
 // The anchors' gradient from the moments: summed up, projected away from the anchor, over its norm. Grid: masks, pairs.

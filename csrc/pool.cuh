@@ -225,10 +225,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2) pool(const __grid_constant__ 
   const int64_t begin = first_tile(pyramid, slice), end = first_tile(pyramid, slice + 1);
   const int64_t most = pyramid.most_channels;
 
-  const auto channels_of = [&](const Pair& pair) {
-    const int64_t left = pair.student.channels - c0;
-    return static_cast<int>(left < 0 ? 0 : left < kPoolChannels ? left : kPoolChannels);
-  };
+  const auto channels_of = [&](const Pair& pair) { return part_of(pair.student.channels - c0, kPoolChannels); };
   Cursor next{}, at{};
   const auto load = [&](int64_t tile, int stage) {
     next.seek(pyramid, tile, kPixels);

@@ -86,8 +86,7 @@ __device__ inline void copy_rows(const Matrix<X>& matrix, int rows, int columns,
   const int per_row = columns / kElements;
   for (int i = threadIdx.x; i < rows * per_row; i += blockDim.x) {
     const int row = i / per_row, column = i % per_row * kElements;
-    int valid = row < valid_rows ? valid_columns - column : 0;
-    valid = valid < 0 ? 0 : valid > kElements ? kElements : valid;
+    const int valid = row < valid_rows ? part_of(valid_columns - column, kElements) : 0;
     const X* from = valid > 0 ? source + row * stride + column : source;
     copy_async<kBytes>(matrix.at(row, column), from, valid * static_cast<int>(sizeof(X)));
   }

@@ -102,6 +102,10 @@ struct Exponential {
 };
 
 __host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// How many of `left` things, maybe below zero, a part of `most` holds.
+__host__ __device__ inline int part_of(int64_t left, int most) {
+  return static_cast<int>(left < 0 ? 0 : left < most ? left : most);
+}
 __host__ __device__ inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 }  // namespace sea

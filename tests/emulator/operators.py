@@ -50,27 +50,15 @@ def _regions(tensors):
     return [x.data_ptr() for x in tensors] + [classes.numel(), pixels]
 
 
-def _compute_dtype(*maps):
-    return torch.float64 if any(x.dtype == torch.float64 for x in maps) else torch.float32
-
-
 def _type(*maps):
     """Of the maps in shared memory."""
     dtypes = {x.dtype for x in maps}
-    dtype = dtypes.pop() if len(dtypes) == 1 else _compute_dtype(*maps)
+    dtype = dtypes.pop() if len(dtypes) == 1 else ops._compute_dtype(maps)
     return str(dtype).removeprefix("torch.")
 
 
 def _gradient(x):
-    strides = torch.empty_like(x).stride()
-    order = sorted((s, n) for s, n in zip(x.stride(), x.shape) if n != 1)
-    expected = 1
-    for stride, size in order:
-        if stride != expected:
-            strides = torch.empty(x.shape).stride()
-            break
-        expected *= size
-    return _new(x.shape, x.dtype, strides)
+    return _new(x.shape, x.dtype, ops._gradient(x).stride())
 
 
 def _pointer(x):
@@ -113,7 +101,7 @@ class Operators:
     def anchor_pool(self, features, regions):
         kind, arguments = _type(*features), (_maps(features), _regions(regions), SLICES)
         scratch = _new((self.kernels.pool_scratch(kind, *arguments),), torch.uint8)
-        anchors = _new((len(features), regions[1].shape[1], features[0].shape[1]), _compute_dtype(*features))
+        anchors = _new((len(features), regions[1].shape[1], features[0].shape[1]), ops._compute_dtype(features))
         self.kernels.pool(kind, *arguments, scratch.data_ptr(), anchors.data_ptr())
         _check_guards()
         return anchors
@@ -156,7 +144,7 @@ class Operators:
 
     def sea_loss(self, student, teacher, parts, regions, *rest):
         *options, save, _kept_rows = rest
-        dtype = _compute_dtype(*student, *teacher)
+        dtype = ops._compute_dtype([*student, *teacher])
         loss = self._loss(student, teacher, [], parts, regions, options, save)
         saved = [_new((n,), dtype) for n in loss.lay_out([0, 0, 0])]
         loss.lay_out([x.data_ptr() for x in saved])
