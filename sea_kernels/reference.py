@@ -43,20 +43,58 @@ def _inside(first: Tensor, end: Tensor, size: int) -> Tensor:
     return (u >= first.clamp(0, size).long().unsqueeze(-1)) & (u < end.clamp(0, size).long().unsqueeze(-1))
 
 
+def _span(low: Tensor, high: Tensor, stride: Tensor, size: int) -> Tensor:
+    """bool [..., size]: the rows (or columns) of a map that low .. high in pixels of the input covers"""
+    first = (low / stride).floor()
+    return _inside(first, torch.maximum((high / stride).ceil(), first + 1), size)
+
+
 def _cover(boxes: Tensor, shape: tuple[int, int], stride: tuple[Tensor, Tensor]) -> Tensor:
     """bool [G, H, W]: the pixels that each box covers"""
     x1, y1, x2, y2 = boxes.unbind(1)
-    (h, w), (sy, sx) = shape, stride
-    top, left = (y1 / sy).floor(), (x1 / sx).floor()
-    rows = _inside(top, torch.maximum((y2 / sy).ceil(), top + 1), h)
-    columns = _inside(left, torch.maximum((x2 / sx).ceil(), left + 1), w)
+    rows, columns = _span(y1, y2, stride[0], shape[0]), _span(x1, x2, stride[1], shape[1])
     return rows.unsqueeze(2) & columns.unsqueeze(1)
+
+
+def _cover_masks(masks: Tensor, shape: tuple[int, int], stride: tuple[Tensor, Tensor]) -> Tensor:
+    """bool [G, H, W]: the pixels that each instance covers; masks float32 [G, H_b, W_b], above zero in the instance
+
+    A matrix product: rows[y, i] says that row y of the mask covers row i of the map. A sum of non-negative numbers
+    that are not all zero is not rounded to zero, so whether it is above zero is exact, TF32 or not.
+    """
+    pixels = [torch.arange(n, dtype=stride[0].dtype, device=masks.device) for n in masks.shape[1:]]
+    rows, columns = (_span(u, u + 1, s, n).float() for u, s, n in zip(pixels, stride, shape))
+    with torch.autocast(masks.device.type, enabled=False):
+        return rows.t() @ (masks @ columns) > 0
+
+
+def _bounds(masks: Tensor) -> Tensor:
+    """[G, 4]: the bounding box x1 y1 x2 y2 of each mask; anything for an empty one"""
+    found = []
+    for used in (masks.any(1), masks.any(2)):  # columns, rows
+        before, after = ((x.cumsum(1) == 0).sum(1) for x in (used, used.flip(1)))
+        found.append((before, used.shape[1] - after))
+    (x1, x2), (y1, y2) = found
+    return torch.stack([x1, y1, x2, y2], dim=1)
 
 
 def _image_of(batch_index: Tensor | None, counts: Sequence[int], device: torch.device) -> Tensor:
     if batch_index is not None:
         return batch_index
     return torch.cat([torch.full((n,), b, device=device) for b, n in enumerate(counts)])
+
+
+def _levels(
+    level_shapes: Sequence[int], strides: Sequence[float], like: Tensor
+) -> list[tuple[tuple[int, int], tuple[Tensor, Tensor]]]:
+    """(shape, stride) of every level, strides in the dtype to compute in
+
+    They are tensors, because a division by a Python number may be a multiplication by its reciprocal.
+    """
+    return [
+        (tuple(level_shapes[i : i + 2]), tuple(like.new_full((), s) for s in strides[i : i + 2]))
+        for i in range(0, len(level_shapes), 2)
+    ]
 
 
 def _usable(boxes: Tensor, image: Tensor, batch_size: int) -> Tensor:
@@ -82,10 +120,72 @@ def rasterize(
     center_ratio: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """The operator `rasterize`: (classes, area, counted, extent, dense masks of every level), as in `Regions`."""
-    device = boxes.device
-    image = _image_of(batch_index, counts, device)
+    image = _image_of(batch_index, counts, boxes.device)
     usable = (labels >= 0) & (labels < num_classes) & _usable(boxes, image, batch_size)
+    boxes = torch.where(usable.unsqueeze(1), boxes, 0)
+    ignored = None
+    if ignore_boxes is not None:
+        ignored = ignore_boxes, _image_of(ignore_batch_index, ignore_counts, boxes.device)
+    levels = _levels(level_shapes, strides, boxes)
+    covers = [_cover(boxes, *level) for level in levels]
+    sizes = image_sizes, image_size_list
+    return _assemble(
+        covers, boxes, usable, labels, image, ignored, *sizes, batch_size, levels, num_classes, center_ratio
+    )
 
+
+def rasterize_masks(
+    masks: Sequence[Tensor],
+    labels: Tensor,
+    ignore_boxes: Tensor | None,
+    ignore_counts: Sequence[int],
+    image_sizes: Tensor | None,
+    image_size_list: Sequence[int],
+    level_shapes: Sequence[int],
+    strides: Sequence[float],
+    num_classes: int,
+    center_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """What `rasterize` returns, of instance masks [G_b, H_b, W_b] of each image; labels are packed [G].
+
+    No operator: this is the specification and the implementation of either backend.
+    """
+    image = _image_of(None, [len(m) for m in masks], labels.device)
+    filled = torch.cat([m.flatten(1).any(1).bool() for m in masks])  # any of uint8 is uint8
+    usable = (labels >= 0) & (labels < num_classes) & filled
+    boxes = torch.cat([_bounds(m) for m in masks]).to(torch.float32 if ignore_boxes is None else ignore_boxes.dtype)
+    ignored = None if ignore_boxes is None else (ignore_boxes, _image_of(None, ignore_counts, labels.device))
+    levels = _levels(level_shapes, strides, boxes)
+    covers = []
+    for m in masks:  # an image at a time: its masks in float32 are the most memory that this takes
+        m = m.float()
+        covers.append([_cover_masks(m, *level) for level in levels])
+    covers = [torch.cat(level) for level in zip(*covers)]
+    sizes = image_sizes, image_size_list
+    return _assemble(
+        covers, boxes, usable, labels, image, ignored, *sizes, len(masks), levels, num_classes, center_ratio
+    )
+
+
+def _assemble(
+    covers: Sequence[Tensor],
+    boxes: Tensor,
+    usable: Tensor,
+    labels: Tensor,
+    image: Tensor,
+    ignored: tuple[Tensor, Tensor] | None,
+    image_sizes: Tensor | None,
+    image_size_list: Sequence[int],
+    batch_size: int,
+    levels: Sequence[tuple[tuple[int, int], tuple[Tensor, Tensor]]],
+    num_classes: int,
+    center_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """What `rasterize` returns, of the pixels that each instance covers on every level, bool [G, H_l, W_l].
+
+    The boxes give the centres. `ignored`: ignore boxes, and whose image each is.
+    """
+    device = boxes.device
     # A skipped row points at the spare entry `num_classes`, an absent category at the spare entry K.
     capacity = min(boxes.shape[0], num_classes)
     labels = torch.where(usable, labels, num_classes)
@@ -102,11 +202,10 @@ def rasterize(
     rx, ry = center_ratio * (x2 - x1) / 2, center_ratio * (y2 - y1) / 2
     centers = torch.stack([cx - rx, cy - ry, cx + rx, cy + ry], dim=1)
     has_center = centers.isfinite().all(1)  # may overflow
-    boxes = torch.where(usable.unsqueeze(1), boxes, 0)
     centers = torch.where(has_center.unsqueeze(1), centers, 0)
 
-    if ignore_boxes is not None:
-        ignore_image = _image_of(ignore_batch_index, ignore_counts, device)
+    if ignored is not None:
+        ignore_boxes, ignore_image = ignored
         ignore = _usable(ignore_boxes, ignore_image, batch_size)
         ignore_boxes = torch.where(ignore.unsqueeze(1), ignore_boxes, 0)
         ignore_image = torch.where(ignore, ignore_image, 0)
@@ -115,11 +214,7 @@ def rasterize(
         image_sizes = torch.cat([boxes.new_full((1,), n) for n in image_size_list]).view(batch_size, 2)
 
     area, counted, extent, dense = [], [], [], []
-    for i in range(len(level_shapes) // 2):
-        h, w = level_shapes[2 * i : 2 * i + 2]
-        # Tensors, because a division by a Python number may be a multiplication by its reciprocal.
-        stride = tuple(boxes.new_full((), s) for s in strides[2 * i : 2 * i + 2])
-
+    for instance, ((h, w), stride) in zip(covers, levels):
         if image_sizes is None:
             ends = [boxes.new_full((batch_size,), n) for n in (h, w)]
         else:
@@ -128,22 +223,22 @@ def rasterize(
         zero = torch.zeros_like(ends[0])
         in_image = _inside(zero, ends[0], h).unsqueeze(2) & _inside(zero, ends[1], w).unsqueeze(1)
 
-        box = _cover(boxes, (h, w), stride) & usable.view(-1, 1, 1)
-        center = _cover(centers, (h, w), stride) & has_center.view(-1, 1, 1) & box
+        instance = instance & usable.view(-1, 1, 1)
+        center = _cover(centers, (h, w), stride) & has_center.view(-1, 1, 1) & instance
         # The sum of bools is their union.
         masks = torch.zeros((1 + 2 * capacity) * batch_size, h, w, dtype=torch.bool, device=device)
-        masks = masks.index_add(0, slot, center).index_add(0, slot + batch_size, box & ~center)
+        masks = masks.index_add(0, slot, center).index_add(0, slot + batch_size, instance & ~center)
         masks = masks.view(1 + 2 * capacity, batch_size, h, w) & in_image
-        in_box = masks.any(0)
-        background = in_image & ~in_box
-        if ignore_boxes is not None:
+        in_instance = masks.any(0)
+        background = in_image & ~in_instance
+        if ignored is not None:
             crowd = _cover(ignore_boxes, (h, w), stride) & ignore.view(-1, 1, 1)
             background = background & ~torch.zeros_like(background).index_add(0, ignore_image, crowd)
         masks = torch.cat([background.unsqueeze(0), masks[1:]])
 
         dense.append(masks)
         area.append(masks.sum((1, 2, 3)).to(torch.float32))
-        counted.append((in_box | background).sum().to(torch.float32))
+        counted.append((in_instance | background).sum().to(torch.float32))
         extent.append(torch.stack(ends, dim=1).to(torch.int32))
     return classes, torch.stack(area), torch.stack(counted), torch.stack(extent), tuple(dense)
 
@@ -328,6 +423,7 @@ def sea_loss(
     localization_temperature: float = 1.0,
     detach_anchors: bool = False,
     distance_on_box: bool = False,
+    anchor_on_box: bool = True,
 ) -> SEALoss:
     """See :func:`sea_kernels.sea_loss`."""
     student_cls, teacher_cls = _sets("student_cls", student_cls, "teacher_cls", teacher_cls)
@@ -342,13 +438,16 @@ def sea_loss(
     localization = sum(
         _localization_term(s, t, regions, localization_temperature, dtype) for s, t in zip(student_box, teacher_box)
     )
-    for student, teacher, with_distance in (
-        (student_cls, teacher_cls, True),
-        (student_box, teacher_box, distance_on_box),
+    for student, teacher, with_anchor, with_distance in (
+        (student_cls, teacher_cls, True, True),
+        (student_box, teacher_box, anchor_on_box, distance_on_box),
     ):
+        if not (with_anchor or with_distance):
+            continue
         for s, t in zip(student, teacher):
             s, t, a_s, a_t = _pool_pair(s, t, masks, regions, dtype)
-            anchor = anchor + _anchor_term(a_s, a_t, regions)
+            if with_anchor:
+                anchor = anchor + _anchor_term(a_s, a_t, regions)
             if with_distance:
                 a_s = a_s.detach() if detach_anchors else a_s
                 distance = distance + _distance_term(s, t, a_s, a_t, regions, distance_temperature)

@@ -2,8 +2,9 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,14 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 Boxes = Tensor | Sequence[Tensor]
+Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]  # of COCO: polygons, or run lengths
 
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """Masks over the pixels of a feature pyramid, built by :meth:`from_boxes`; immutable, never differentiated.
+    """Masks over the pixels of a feature pyramid; immutable, never differentiated.
 
+    Built by :meth:`from_boxes` or :meth:`from_masks`.
     There are `P = 1 + 2K` masks a level: row 0 is the background, rows `1 + 2k` and `2 + 2k` are the centre and the
     edge of category `classes[k]`. A pixel may lie in several masks, or in none.
     """
@@ -110,10 +113,7 @@ class Regions:
         shapes = _level_shapes(level_shapes)
         num_strides = _strides(strides, len(shapes))
         _integer("num_classes", num_classes, 1)
-        if not _is_number(center_ratio):
-            raise TypeError(f"center_ratio is a {type(center_ratio).__name__}; expected a number from 0 to 1")
-        if not 0 <= center_ratio <= 1:
-            raise ValueError(f"center_ratio is {center_ratio}; expected a number from 0 to 1")
+        _center_ratio(center_ratio)
 
         if isinstance(boxes, Tensor):
             if batch_size is None:
@@ -135,15 +135,7 @@ class Regions:
         if isinstance(boxes, Tensor):
             _check_integers("labels", labels, (packed.shape[0],), packed.device)
         else:
-            if not isinstance(labels, (list, tuple)):
-                raise TypeError(
-                    f"labels is a {type(labels).__name__}; expected a list of {batch_size} tensors, as boxes"
-                )
-            if len(labels) != batch_size:
-                raise ValueError(f"labels has {len(labels)} tensors; expected {batch_size}, as boxes")
-            for b, x in enumerate(labels):
-                _check_integers(f"labels[{b}]", x, (counts[b],), packed.device)
-            labels = torch.cat([x.to(torch.int64) for x in labels])
+            labels = _pack_labels(labels, counts, packed.device, "boxes")
         labels = labels.to(torch.int64)
 
         ignore, ignore_counts, ignore_index = None, [], None
@@ -160,13 +152,7 @@ class Regions:
         elif ignore_batch_index is not None:
             raise ValueError("ignore_batch_index is given without ignore_boxes; expected both or neither")
 
-        sizes, size_list = None, []
-        if isinstance(image_sizes, Tensor):
-            _check_integers("image_sizes", image_sizes, (batch_size, 2), packed.device)
-            sizes = image_sizes.to(torch.int64)
-        elif image_sizes is not None:
-            size_list = _image_sizes(image_sizes, batch_size)
-
+        sizes, size_list = _image_sizes(image_sizes, batch_size, packed.device, "boxes")
         rows = (packed, labels, index, counts, ignore, ignore_index, ignore_counts)
         flat_shapes = [n for shape in shapes for n in shape]
         grid = (sizes, size_list, batch_size, flat_shapes, num_strides, num_classes, float(center_ratio))
@@ -182,6 +168,97 @@ class Regions:
         classes, area, counted, extent, dense = reference.rasterize(*rows, *grid)
         return Regions(classes, area, counted, extent, None, dense, shapes, batch_size)
 
+    @staticmethod
+    def from_masks(
+        masks: Sequence[Tensor | Sequence[Segmentation]],
+        labels: Sequence[Tensor],
+        level_shapes: Sequence[Sequence[int]],
+        strides: Sequence[float | Sequence[float]],
+        *,
+        num_classes: int = 80,
+        center_ratio: float = 0.5,
+        image_sizes: Sequence[Sequence[int]] | Tensor | None = None,
+        ignore_boxes: Sequence[Tensor] | None = None,
+    ) -> "Regions":
+        """Rasterise instance masks instead of boxes, for students that predict masks (Mask R-CNN, SOLOv2).
+
+        An instance covers a pixel of a level if any pixel of its mask touches it, by the rule of :meth:`from_boxes`:
+        column `x` of a mask covers columns `floor(x/s) .. max(ceil((x + 1)/s), floor(x/s) + 1) - 1`, and rows likewise.
+        Its centre is what it covers inside the centre box of its bounding box, its edge what it covers outside. A mask
+        without a pixel counts as no instance. All else is as in :meth:`from_boxes`, so that a mask which is a filled
+        rectangle gives what its box gives.
+
+        Plain PyTorch on the tensors' device, the same with either backend. With tensors no data moves between host and
+        device; COCO segmentations are decoded on the host and copied to the labels' device, which waits for it and
+        cannot be compiled. Memory: beside the masks 4 bytes for each of their pixels, an image at a time; then the `P`
+        dense masks of every level, a byte a pixel, and 16 bytes a pixel while those of one image and level are packed.
+
+        Args:
+            masks: of each of B images a bool or uint8 tensor `[G_b, H_b, W_b]`, not zero in the instance, in pixels of
+                the input: pixel (y, x) is the square from (y, x) to (y + 1, x + 1), and H_b x W_b may be any part of
+                the input from its first pixel on. Or a list of G_b COCO segmentations, also in pixels of the input
+                (scaled as the image is), which pycocotools decodes to the image's size: polygons (a list of flat lists
+                x y x y ...) or run lengths (`{"size": (h, w), "counts": bytes, str or list}`).
+            labels: B integer tensors `[G_b]`: `0 <= label < num_classes`, or -1 for an instance to skip.
+            level_shapes, strides, num_classes, center_ratio: as in :meth:`from_boxes`.
+            image_sizes: as in :meth:`from_boxes`; COCO segmentations need it, as a list.
+            ignore_boxes: B tensors `[I_b, 4]` of crowd boxes. All is computed in float64 if they are.
+
+        Raises:
+            ImportError: COCO segmentations are given and pycocotools is not installed.
+            TypeError, ValueError: as :meth:`from_boxes`; a segmentation that is malformed or not of the image's size.
+        """
+        shapes = _level_shapes(level_shapes)
+        num_strides = _strides(strides, len(shapes))
+        _integer("num_classes", num_classes, 1)
+        _center_ratio(center_ratio)
+
+        if not isinstance(masks, (list, tuple)):
+            raise TypeError(f"masks is a {type(masks).__name__}; expected a list with the masks of each image")
+        if len(masks) == 0:
+            raise ValueError("masks is an empty list; expected the masks of each image")
+        batch_size = len(masks)
+        for b, x in enumerate(masks):
+            _check_masks(f"masks[{b}]", x)
+        counts = [x.shape[0] if isinstance(x, Tensor) else len(x) for x in masks]
+        labels = _pack_labels(labels, counts, None, "masks")
+        device = labels.device
+
+        ignore, ignore_counts = None, []
+        if ignore_boxes is not None:
+            if not isinstance(ignore_boxes, (list, tuple)):
+                raise TypeError(f"ignore_boxes is a {type(ignore_boxes).__name__}; expected a list of tensors [G, 4]")
+            ignore, ignore_counts = _pack_boxes("ignore_boxes", ignore_boxes, "", None, batch_size)
+            if ignore.device != device:
+                raise ValueError(f"ignore_boxes is on {ignore.device}; expected {device}, as labels")
+        sizes, size_list = _image_sizes(image_sizes, batch_size, device, "labels")
+
+        pixels = []
+        for b, x in enumerate(masks):
+            if not isinstance(x, Tensor):
+                wanted = f"expected a list of (height, width), to which masks[{b}], COCO segmentations, is decoded"
+                if image_sizes is None:
+                    raise ValueError(f"image_sizes is None; {wanted}")
+                if isinstance(image_sizes, Tensor):
+                    raise TypeError(f"image_sizes is a Tensor; {wanted}")
+                x = _decode(f"masks[{b}]", x, *size_list[2 * b : 2 * b + 2]).to(device)
+            if x.device != device:
+                raise ValueError(f"masks[{b}] is on {x.device}; expected {device}, as labels")
+            pixels.append(x.detach())
+        if not torch.compiler.is_compiling() and device.type == "cpu":
+            check_values(None, labels, None, counts, ignore, None, ignore_counts, sizes, batch_size, num_classes)
+
+        from . import reference
+
+        flat_shapes = [n for shape in shapes for n in shape]
+        classes, area, counted, extent, dense = reference.rasterize_masks(
+            *(pixels, labels, ignore, ignore_counts, sizes, size_list, flat_shapes, num_strides),
+            *(num_classes, float(center_ratio)),
+        )
+        # Packed once for all losses; image by image, as that takes 16 bytes for each mask and pixel.
+        bits = torch.cat([_pack_bits(image) for level in dense for image in level.split(1, dim=1)], dim=1).flatten()
+        return _mark_dynamic(Regions(classes, area, counted, extent, bits, None, shapes, batch_size))
+
 
 def _mark_dynamic(regions: Regions) -> Regions:
     """Says to torch.compile that K changes: left to find out it compiles once more when K first needs another word."""
@@ -192,7 +269,7 @@ def _mark_dynamic(regions: Regions) -> Regions:
 
 
 def check_values(
-    boxes: Tensor,
+    boxes: Tensor | None,
     labels: Tensor,
     batch_index: Tensor | None,
     counts: Sequence[int],
@@ -203,10 +280,11 @@ def check_values(
     batch_size: int,
     num_classes: int,
 ) -> None:
-    """Raise ValueError for the first bad value of the tensors that `from_boxes` hands on. It synchronises."""
+    """Raise ValueError for the first bad value of the tensors that are to be rasterised. It synchronises."""
     used = labels >= 0
     _refuse((labels < -1) | (labels >= num_classes), "labels", labels, counts, f"-1 <= label < {num_classes}")
-    _refuse(used & ~_proper(boxes), "boxes", boxes, counts, "finite numbers with x1 <= x2 and y1 <= y2")
+    if boxes is not None:
+        _refuse(used & ~_proper(boxes), "boxes", boxes, counts, "finite numbers with x1 <= x2 and y1 <= y2")
     in_batch = f"0 <= index < {batch_size}"
     if batch_index is not None:
         bad = used & ((batch_index < 0) | (batch_index >= batch_size))
@@ -297,8 +375,22 @@ def _strides(strides: object, levels: int) -> list[float]:
     return out
 
 
-def _image_sizes(image_sizes: object, batch_size: int) -> list[int]:
-    """The image sizes as h0 w0 h1 w1 ..."""
+def _center_ratio(center_ratio: object) -> None:
+    if not _is_number(center_ratio):
+        raise TypeError(f"center_ratio is a {type(center_ratio).__name__}; expected a number from 0 to 1")
+    if not 0 <= center_ratio <= 1:
+        raise ValueError(f"center_ratio is {center_ratio}; expected a number from 0 to 1")
+
+
+def _image_sizes(
+    image_sizes: object, batch_size: int, device: torch.device, like: str
+) -> tuple[Tensor | None, list[int]]:
+    """The image sizes as a tensor [B, 2] if they are one, and else as h0 w0 h1 w1 ..."""
+    if image_sizes is None:
+        return None, []
+    if isinstance(image_sizes, Tensor):
+        _check_integers("image_sizes", image_sizes, (batch_size, 2), device, like)
+        return image_sizes.to(torch.int64), []
     if not isinstance(image_sizes, (list, tuple)):
         raise TypeError(
             f"image_sizes is a {type(image_sizes).__name__}; "
@@ -313,18 +405,33 @@ def _image_sizes(image_sizes: object, batch_size: int) -> list[int]:
             raise ValueError(f"image_sizes[{b}] has {len(size)} entries; expected (height, width)")
         _integer(f"image_sizes[{b}][0]", size[0], 0)
         _integer(f"image_sizes[{b}][1]", size[1], 0)
-    return [n for size in image_sizes for n in size]
+    return None, [n for size in image_sizes for n in size]
 
 
-def _check_integers(name: str, x: object, shape: tuple[int, ...], device: torch.device) -> None:
+def _pack_labels(labels: object, counts: Sequence[int], device: torch.device | None, like: str) -> Tensor:
+    """A list of labels as one tensor [G]; where no device is given, the first one's is expected of all"""
+    if not isinstance(labels, (list, tuple)):
+        raise TypeError(f"labels is a {type(labels).__name__}; expected a list of {len(counts)} tensors, as {like}")
+    if len(labels) != len(counts):
+        raise ValueError(f"labels has {len(labels)} tensors; expected {len(counts)}, as {like}")
+    for b, x in enumerate(labels):
+        _check_integers(f"labels[{b}]", x, (counts[b],), device, like)
+        if device is None:
+            device, like = x.device, "labels[0]"
+    return torch.cat([x.to(torch.int64) for x in labels])
+
+
+def _check_integers(
+    name: str, x: object, shape: tuple[int, ...], device: torch.device | None, like: str = "boxes"
+) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; expected an integer tensor")
     if x.dtype not in _INTEGERS:
         raise TypeError(f"{name} has dtype {x.dtype}; expected an integer dtype")
     if x.dim() != len(shape) or any(x.shape[d] != n for d, n in enumerate(shape)):
         raise ValueError(f"{name} has shape {_shape(x)}; expected [{', '.join(str(n) for n in shape)}]")
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device}; expected {device}, as boxes")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} is on {x.device}; expected {device}, as {like}")
 
 
 def _check_boxes(name: str, x: object) -> None:
@@ -367,3 +474,89 @@ def _pack_boxes(
         boxes = torch.cat(list(boxes))
     boxes = boxes.detach()
     return boxes if boxes.dtype == torch.float64 else boxes.to(torch.float32), counts
+
+
+def _check_masks(name: str, x: object) -> None:
+    if not isinstance(x, (Tensor, list, tuple)):
+        raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor [G, H, W] or a list of COCO segmentations")
+    if isinstance(x, Tensor):
+        if x.dtype not in (torch.bool, torch.uint8):
+            raise TypeError(f"{name} has dtype {x.dtype}; expected bool or uint8")
+        if x.dim() != 3:
+            raise ValueError(f"{name} has shape {_shape(x)}; expected [G, H, W]")
+
+
+def _decode(name: str, segmentations: Sequence[Segmentation], height: int, width: int) -> Tensor:
+    """COCO segmentations as masks, uint8 [G, height, width]"""
+    if len(segmentations) == 0 or height * width == 0:
+        return torch.zeros(len(segmentations), height, width, dtype=torch.uint8)
+    try:
+        from pycocotools import mask as coco
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is a list of COCO segmentations, which pycocotools decodes, and that is not installed: "
+            "pip install pycocotools, or give a tensor [G, H, W]"
+        ) from error
+    encoded = []
+    for g, x in enumerate(segmentations):
+        if isinstance(x, Mapping):
+            runs = _run_lengths(f"{name}[{g}]", x, height, width)
+            encoded.append(coco.frPyObjects({"size": [height, width], "counts": runs}, height, width))
+        else:
+            encoded.append(coco.merge(coco.frPyObjects(_polygons(f"{name}[{g}]", x), height, width)))
+    return torch.from_numpy(coco.decode(encoded)).permute(2, 0, 1).contiguous()
+
+
+def _polygons(name: str, polygons: object) -> list[list[float]]:
+    if not isinstance(polygons, (list, tuple)):
+        raise TypeError(f"{name} is a {type(polygons).__name__}; expected run lengths (a dict) or a list of polygons")
+    if len(polygons) == 0:
+        raise ValueError(f"{name} is empty; expected at least one polygon")
+    out = []
+    for i, x in enumerate(polygons):
+        x = x.tolist() if hasattr(x, "tolist") else x
+        if not isinstance(x, (list, tuple)):
+            raise TypeError(f"{name}[{i}] is a {type(x).__name__}; expected a polygon, a flat list x y x y ...")
+        if len(x) < 6 or len(x) % 2 != 0:
+            raise ValueError(f"{name}[{i}] has {len(x)} entries; expected x and y of three or more corners")
+        for j, v in enumerate(x):
+            if not _is_number(v):
+                raise TypeError(f"{name}[{i}][{j}] is a {type(v).__name__}; expected a number")
+            if not abs(v) < 1e6:  # pycocotools walks along the edges in steps of a fifth of a pixel
+                raise ValueError(f"{name}[{i}][{j}] is {v}; expected a number between -1e6 and 1e6")
+        out.append([float(v) for v in x])
+    return out
+
+
+def _run_lengths(name: str, encoded: Mapping[str, Any], height: int, width: int) -> list[int]:
+    """The runs of a run-length dict. They have to fill the image: pycocotools reads stray memory beyond them."""
+    for key in ("size", "counts"):
+        if key not in encoded:
+            raise ValueError(f"{name} has no {key!r}; expected {{'size': (height, width), 'counts': ...}}")
+    size, runs = encoded["size"], encoded["counts"]
+    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
+        raise ValueError(f"{name}['size'] is {size!r}; expected {[height, width]}, as image_sizes")
+    if not isinstance(runs, (bytes, str, list, tuple)):
+        raise TypeError(f"{name}['counts'] is a {type(runs).__name__}; expected bytes, str or a list of integers")
+    if isinstance(runs, (bytes, str)):
+        runs = _uncompress(runs.encode() if isinstance(runs, str) else runs)
+    for i, n in enumerate(runs):
+        _integer(f"{name}['counts'][{i}]", n, 0)
+    if sum(runs) != height * width:
+        raise ValueError(f"{name}['counts'] has {sum(runs)} pixels; expected {height} * {width}, as in 'size'")
+    return list(runs)
+
+
+def _uncompress(counts: bytes) -> list[int]:
+    """Runs from COCO's string: 5 bits a character, the lowest first; from the fourth run on less the last but one"""
+    runs, value, shift = [], 0, 0
+    for c in counts:
+        value |= (c - 48 & 31) << shift
+        shift += 5
+        if c - 48 & 32:
+            continue
+        if c - 48 & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value, shift = 0, 0
+    return runs
