@@ -263,12 +263,13 @@ def sea_loss(
     localization_temperature: float = 1.0,
     detach_anchors: bool = False,
     distance_on_box: bool = False,
+    anchor_on_box: bool = True,
 ) -> SEALoss:
     """The three losses of SEA from the fewest passes over memory (arXiv 2203.00862).
 
     Classification maps take part in the anchor and the distance loss, box maps in the anchor and the localisation loss
     (and in the distance loss with `distance_on_box`). The values are those of the single functions, `anchor` being the
-    sum over both branches.
+    sum over both branches (over the classification maps alone without `anchor_on_box`).
 
     Args:
         student_cls, teacher_cls, student_box, teacher_box: as for :func:`anchor_loss`; each has one dtype of its own.
@@ -276,6 +277,7 @@ def sea_loss(
         distance_temperature, localization_temperature: 1e-6 to 1e6; the defaults are ours.
         detach_anchors: cut the distance loss's gradient that reaches the student through its own anchors.
         distance_on_box: box maps take part in the distance loss as well.
+        anchor_on_box: box maps take part in the anchor loss.
 
     Returns:
         Three scalars `(anchor, distance, localization)`, unweighted; float32 (float64 if any map is). Gradient flows to
@@ -287,13 +289,13 @@ def sea_loss(
     if ops.current_backend() == "reference":
         return reference.sea_loss(
             student_cls, teacher_cls, student_box, teacher_box, regions,
-            distance_temperature, localization_temperature, detach_anchors, distance_on_box,
+            distance_temperature, localization_temperature, detach_anchors, distance_on_box, anchor_on_box,
         )  # fmt: skip
     cls = _pairs("student_cls", student_cls, "teacher_cls", teacher_cls)
     box = _pairs("student_box", student_box, "teacher_box", teacher_box)
     checks.regions("regions", regions, "student_cls", [s for s, _ in cls])
     checks.regions("regions", regions, "student_box", [s for s, _ in box])
-    box_part = ops.ANCHOR | ops.LOCALIZATION | (ops.DISTANCE if distance_on_box else 0)
+    box_part = ops.LOCALIZATION | (ops.ANCHOR if anchor_on_box else 0) | (ops.DISTANCE if distance_on_box else 0)
     sets = [(s, t, ops.ANCHOR | ops.DISTANCE) for s, t in cls] + [(s, t, box_part) for s, t in box]
     return _losses(
         sets,

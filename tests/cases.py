@@ -159,6 +159,7 @@ VARIANTS = {
         {"distance_on_box": True, "distance_temperature": 0.3, "localization_temperature": 2.0},
     ),
     "sea_loss, detached": (CALLS["sea_loss"], {"detach_anchors": True}),
+    "sea_loss, box maps for localization alone": (CALLS["sea_loss"], {"anchor_on_box": False}),
 }
 
 

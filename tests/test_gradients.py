@@ -40,6 +40,9 @@ FUNCTIONS = {  # f(regions, teacher's sets, *student's maps): teacher's sets hav
     "sea_loss, sets, distance_on_box": lambda r, t, *x: tuple(
         sk.sea_loss(pairs(x[:4]), t[:2], [x[4:]], t[2:], r, 0.5, 2.0, distance_on_box=True)
     ),
+    "sea_loss, anchor_on_box=False": lambda r, t, *x: tuple(
+        sk.sea_loss(x[:2], t[0], x[4:], t[2], r, distance_temperature=0.4, anchor_on_box=False)
+    ),
 }
 
 

@@ -104,6 +104,7 @@ def scenarios(draw):
         "seed": draw(st.integers(0, 1000)),
         "detach_anchors": draw(st.booleans()),
         "distance_on_box": draw(st.booleans()),
+        "anchor_on_box": draw(st.booleans()),
     }
 
 
@@ -143,6 +144,7 @@ def test_any_call(variant, scenario, device):
             "distance_temperature": temperature,
             "localization_temperature": temperature,
             "distance_on_box": scenario["distance_on_box"],
+            "anchor_on_box": scenario["anchor_on_box"],
             **detach,
         },
     }.get(variant, {})

@@ -588,15 +588,16 @@ def test_gradcheck(name):
         assert torch.autograd.gradcheck(f, inputs)
 
 
+@pytest.mark.parametrize("anchor_on_box", [False, True])
 @pytest.mark.parametrize("distance_on_box", [False, True])
-def test_sea_loss_is_the_sum_of_the_single_losses(distance_on_box):
+def test_sea_loss_is_the_sum_of_the_single_losses(distance_on_box, anchor_on_box):
     """Of two maps a branch, the box maps of other width; the gradient included."""
     case = CASES["crowd and padding"]
     regions = build(case)
     student_cls, teacher_cls = ([make_maps(case, 4, i + k, requires_grad=k == 0) for i in (0, 1)] for k in (0, 9))
     student_box, teacher_box = ([make_maps(case, 5, i + k, requires_grad=k == 20) for i in (0, 1)] for k in (20, 30))
     out = reference.sea_loss(
-        student_cls, teacher_cls, student_box, teacher_box, regions, 0.3, 2.0, False, distance_on_box
+        student_cls, teacher_cls, student_box, teacher_box, regions, 0.3, 2.0, False, distance_on_box, anchor_on_box
     )
     assert out._fields == ("anchor", "distance", "localization")
 
@@ -604,7 +605,8 @@ def test_sea_loss_is_the_sum_of_the_single_losses(distance_on_box):
         return sum(loss(s, t, *args) for s, t in zip(student, teacher))
 
     anchor = single(reference.anchor_loss, student_cls, teacher_cls, regions)
-    anchor = anchor + single(reference.anchor_loss, student_box, teacher_box, regions)
+    if anchor_on_box:
+        anchor = anchor + single(reference.anchor_loss, student_box, teacher_box, regions)
     distance = single(reference.topological_distance_loss, student_cls, teacher_cls, regions, 0.3)
     if distance_on_box:
         distance = distance + single(reference.topological_distance_loss, student_box, teacher_box, regions, 0.3)
