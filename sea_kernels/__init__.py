@@ -1,6 +1,7 @@
 """Fused kernels for the losses of SEA distillation (arXiv 2203.00862)."""
 
-from . import reference
+from . import plot, reference, taps
+from .distiller import Schedule, SEADistiller
 from .functional import (
     anchor_cosine,
     anchor_loss,
@@ -17,14 +18,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Regions",
+    "SEADistiller",
     "SEALoss",
+    "Schedule",
     "anchor_cosine",
     "anchor_loss",
     "anchor_pool",
     "backend",
     "build_info",
     "localization_alignment_loss",
+    "plot",
     "reference",
     "sea_loss",
+    "taps",
     "topological_distance_loss",
 ]

@@ -1,0 +1,490 @@
+"""SEADistiller: captures the maps of a student and a teacher, builds the regions, and gives the weighted losses."""
+
+import copy
+import logging
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import taps as ready_taps
+from .functional import sea_loss
+from .reference import SEALoss
+from .regions import Regions
+from .taps import Taps, names, unwrap
+
+_log = logging.getLogger("sea_kernels")
+_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A factor for all weights: grows from 0 to 1 over `warmup` steps, falls from 1 at `decay` to 0 at `stop`.
+
+    `stop` alone: 1 until that step. Any function of the step (an int from 0) will do in its place.
+    """
+
+    warmup: int = 0
+    decay: int | None = None
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and (self.stop is None or self.stop <= self.decay):
+            raise ValueError(f"decay is {self.decay} with stop={self.stop}; expected a later step to stop at")
+
+    def __call__(self, step: int) -> float:
+        factor = min(1.0, (step + 1) / self.warmup) if self.warmup > 0 else 1.0
+        if self.stop is not None and step >= self.stop:
+            return 0.0
+        if self.decay is not None and step > self.decay:
+            factor *= (self.stop - step) / (self.stop - self.decay)
+        return factor
+
+
+class Capture(NamedTuple):
+    """What the losses of one step compare, in the order in which :func:`sea_kernels.sea_loss` takes it."""
+
+    student_cls: list[list[Tensor]]  # [M][L] of [B, C, H_l, W_l]
+    teacher_cls: list[list[Tensor]]
+    student_box: list[list[Tensor]]
+    teacher_box: list[list[Tensor]]
+    regions: Regions
+
+
+class _Models(NamedTuple):
+    """A tuple, so that nn.Module takes neither for its submodule. A copy, as an EMA makes it, shares the teacher."""
+
+    student: nn.Module
+    teacher: nn.Module
+
+    def __deepcopy__(self, memo: dict) -> "_Models":
+        memo[id(self.teacher)] = self.teacher
+        return _Models(copy.deepcopy(self.student, memo), self.teacher)
+
+
+class SEADistiller(nn.Module):
+    """SEA distillation (arXiv 2203.00862) of a teacher into a student, for any detector and training loop.
+
+    Hooks on the student note its maps and the input of its backbone while it computes its own loss; `losses` then runs
+    the teacher on that input and compares the two. The teacher is frozen (evaluation mode, no gradient) and is no
+    submodule: `parameters()` are those of the adapters, which go to the optimiser.
+
+    Args:
+        student, teacher: detectors, bare or wrapped by DDP or torch.compile. Make the distiller before the student's
+            first compiled call: torch.compile does not see hooks that come later.
+        taps: where the student's maps are; default: those of :func:`sea_kernels.taps.find`.
+        teacher_taps: the same for the teacher; default: `taps`, or what `find` says of the teacher.
+        weights: of the anchor, the distance and the localisation loss, each a sum over maps and levels. The defaults
+            are ours: for FCOS, four maps a branch on five levels, they should make each about half the detection loss
+            when training starts, judged by the small detector of benchmarks/distill_ap.py. Choose by `unweighted`.
+        schedule: a factor for the weights as a function of the step (see :class:`Schedule`); a step is one call of
+            `losses`. Where it is 0 the teacher does not run.
+        num_classes: number of categories; default: the student's own, where the taps know it.
+        channels: ((student's, teacher's) channels of the classification maps, the same of the box maps). Default: read
+            off the tapped modules.
+        center_ratio: see :meth:`sea_kernels.Regions.from_boxes`.
+        distance_temperature, localization_temperature, detach_anchors, distance_on_box: see
+            :func:`sea_kernels.sea_loss`.
+        use_masks: regions from the instances' masks (:meth:`sea_kernels.Regions.from_masks`) instead of their boxes.
+
+    Attributes:
+        adapters: a 1x1 convolution for each set of maps of which student and teacher differ in channels; it brings the
+            student's to the teacher's number.
+        unweighted: the losses of the last step before their weights, detached; None before the first.
+        step: number of calls of `losses`; part of the state_dict.
+
+    Raises:
+        TypeError, ValueError: an unknown detector, a module that is not there, taps that do not pair up.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        taps: Taps | None = None,
+        *,
+        teacher_taps: Taps | None = None,
+        weights: Sequence[float] = (0.1, 0.1, 0.1),
+        schedule: Callable[[int], float] | None = None,
+        num_classes: int | None = None,
+        channels: Sequence[Sequence[int]] | None = None,
+        center_ratio: float = 0.5,
+        distance_temperature: float = 0.1,
+        localization_temperature: float = 1.0,
+        detach_anchors: bool = False,
+        distance_on_box: bool = False,
+        use_masks: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(weights) != 3 or not all(math.isfinite(w) for w in weights):
+            raise ValueError(f"weights is {tuple(weights)}; expected three numbers: anchor, distance, localization")
+        for name, model in (("student", student), ("teacher", teacher)):
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"{name} is a {type(model).__name__}; expected a torch.nn.Module")
+        student, teacher = unwrap(student), unwrap(teacher)
+        if student is teacher:
+            raise ValueError("teacher is the student itself; expected another model")
+        self._models = _Models(student, teacher)
+        teacher_taps = teacher_taps or taps or ready_taps.find(teacher)
+        taps = taps or ready_taps.find(student)
+        for branch in ("cls", "box"):
+            ours, theirs = getattr(taps, branch), getattr(teacher_taps, branch)
+            if len(ours) != len(theirs) or not ours:
+                raise ValueError(
+                    f"the teacher's taps name {len(theirs)} modules for {branch} ({', '.join(theirs)}); expected "
+                    f"{len(ours)}, as the student's ({', '.join(ours)})"
+                )
+        self._taps = taps, teacher_taps
+        self.num_classes = taps.num_classes if num_classes is None else num_classes
+        if self.num_classes is None:
+            raise ValueError("num_classes is None; expected the number of categories, which these taps do not know")
+        self.weights, self.schedule, self.use_masks = tuple(weights), schedule or Schedule(), use_masks
+        self._region_options = {"num_classes": self.num_classes, "center_ratio": center_ratio}
+        self._loss_options = {
+            "distance_temperature": distance_temperature,
+            "localization_temperature": localization_temperature,
+            "detach_anchors": detach_anchors,
+            "distance_on_box": distance_on_box,
+            "anchor_on_box": taps.anchor_on_box,
+        }
+        self.step, self.unweighted, self._said = 0, None, set()
+
+        teacher.requires_grad_(False).eval()
+        self._recorders = _Recorder("student", student, taps), _Recorder("teacher", teacher, teacher_taps)
+        self.adapters = nn.ModuleDict()
+        like = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0))
+        for branch, fixed in zip(("cls", "box"), channels or (None, None), strict=True):
+            for m, entries in enumerate(zip(getattr(taps, branch), getattr(teacher_taps, branch))):
+                own, target = fixed or (_channels(r.side, r.model, n) for r, n in zip(self._recorders, entries))
+                if own != target:
+                    self.adapters[f"{branch}_{m}"] = nn.Conv2d(own, target, 1, device=like.device)
+        self._recorders[0].listen()
+
+    @property
+    def student(self) -> nn.Module:
+        return self._models.student
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._models.teacher
+
+    def losses(
+        self,
+        boxes: Sequence[Tensor] | None = None,
+        labels: Sequence[Tensor] | None = None,
+        image_sizes: Sequence[Sequence[int]] | Tensor | None = None,
+        ignore_boxes: Sequence[Tensor] | None = None,
+        masks: Sequence[Any] | None = None,
+        teacher_input: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The weighted losses of the student's last forward; add them to its own. Nothing here synchronises.
+
+        Args:
+            boxes: B tensors `[G_b, 4]`: x1 y1 x2 y2 in pixels of the backbone's input. Default: what the taps saw.
+            labels: B integer tensors `[G_b]`, categories from 0; needed beside boxes or masks. Default: as boxes.
+            image_sizes: (height, width) of every image before padding, in the same pixels. Default: what the taps saw;
+                without it every image fills its maps.
+            ignore_boxes: B tensors `[I_b, 4]`: crowds. Default: none beside boxes or masks, else what the taps saw.
+            masks: instances' masks as :meth:`sea_kernels.Regions.from_masks` takes them, instead of boxes.
+            teacher_input: the batch `[B, 3, H, W]` for the teacher, where it wants another normalisation. Default: the
+                input of the student's backbone.
+
+        Returns:
+            `loss_sea_anchor`, `loss_sea_distance`, `loss_sea_localization`: scalars. Gradient flows to the student and
+            the adapters.
+
+        Raises:
+            RuntimeError: the student has not run; a map has no graph, or was overwritten.
+            ValueError: no boxes or labels; maps that do not pair up (the module and both counts are named).
+        """
+        factor = float(self.schedule(self.step))
+        self.step += 1
+        if factor == 0:
+            self._recorders[0].forget()
+            like = next(self.student.parameters())
+            # DDP waits for a gradient of every parameter
+            zero = sum((p.sum() * 0 for p in self.parameters()), torch.zeros((), device=like.device))
+            losses, weights = SEALoss(zero, zero, zero), (1.0, 1.0, 1.0)
+        else:
+            captured = self.capture(boxes, labels, image_sizes, ignore_boxes, masks, teacher_input)
+            losses = sea_loss(*captured, **self._loss_options)
+            weights = (factor * w for w in self.weights)
+        self.unweighted = SEALoss(*(x.detach() for x in losses))
+        return {f"loss_sea_{name}": w * x for (name, x), w in zip(losses._asdict().items(), weights)}
+
+    forward = losses  # so that DDP can wrap a distiller with adapters
+
+    def capture(
+        self,
+        boxes: Sequence[Tensor] | None = None,
+        labels: Sequence[Tensor] | None = None,
+        image_sizes: Sequence[Sequence[int]] | Tensor | None = None,
+        ignore_boxes: Sequence[Tensor] | None = None,
+        masks: Sequence[Any] | None = None,
+        teacher_input: Tensor | None = None,
+    ) -> Capture:
+        """What `losses` compares, with the same arguments: maps after the adapters, and the regions. Takes the maps."""
+        student, teacher = self._recorders
+        images, targets, ours = student.take()
+        regions = self._regions(ours["cls"][0], images, targets, boxes, labels, image_sizes, ignore_boxes, masks)
+        if self.teacher.training:
+            self.teacher.eval()
+        theirs = teacher.run(images if teacher_input is None else teacher_input, levels=len(ours["cls"][0]))
+        for branch, sets in ours.items():
+            for m, maps in enumerate(sets):
+                if f"{branch}_{m}" in self.adapters:
+                    maps = sets[m] = [self.adapters[f"{branch}_{m}"](x) for x in maps]
+                theirs[branch][m] = self._pair(getattr(self._taps[0], branch)[m], maps, theirs[branch][m])
+        return Capture(ours["cls"], theirs["cls"], ours["box"], theirs["box"], regions)
+
+    def _pair(self, name: str, student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
+        """The teacher's maps in the student's sizes."""
+        out = []
+        for level, (s, t) in enumerate(zip(student, teacher)):
+            if s.shape[:2] != t.shape[:2]:
+                raise ValueError(
+                    f"the teacher's map of level {level} for {name!r} has batch size and channels "
+                    f"{tuple(t.shape[:2])}; expected {tuple(s.shape[:2])}, as the student's (channels= sets adapters)"
+                )
+            if s.shape[2:] != t.shape[2:]:
+                if name not in self._said:
+                    self._said.add(name)
+                    _log.warning(
+                        "the teacher's maps for %s are resampled to the student's: level %d has %s, the student's %s",
+                        name, level, tuple(t.shape[2:]), tuple(s.shape[2:]),
+                    )  # fmt: skip
+                t = nn.functional.interpolate(t, size=s.shape[2:], mode="bilinear", align_corners=False)
+            out.append(t)
+        return out
+
+    def _regions(
+        self, maps: list[Tensor], images: Tensor, seen: Any, boxes, labels, image_sizes, ignore, masks
+    ) -> Regions:
+        taps = self._taps[0]
+        targets = None if seen is None else taps.read_targets(seen, self.use_masks)
+        if targets is not None:
+            image_sizes = targets.image_sizes if image_sizes is None else image_sizes
+            if boxes is None and masks is None:  # labels and ignore boxes belong to the boxes that they were seen with
+                boxes, masks = (None, targets.masks) if self.use_masks else (targets.boxes, None)
+                labels = targets.labels if labels is None else labels
+                ignore = targets.ignore_boxes if ignore is None else ignore
+        wanted = "masks" if self.use_masks else "boxes"
+        missing = [wanted] * (boxes is None and masks is None) + ["labels"] * (labels is None)
+        if missing:
+            why = f"{taps.targets!r} showed none" if taps.targets else "the taps name no module to take them from"
+            raise ValueError(f"{' and '.join(missing)} not given; expected them in losses(...), as {why}")
+        shapes = [tuple(x.shape[2:]) for x in maps]
+        strides = taps.strides
+        if strides is None:
+            strides = [tuple(n / m for n, m in zip(images.shape[2:], shape)) for shape in shapes]
+        options = {"image_sizes": image_sizes, "ignore_boxes": ignore, **self._region_options}
+        if masks is not None:
+            return Regions.from_masks(masks, labels, shapes, strides, **options)
+        return Regions.from_boxes(boxes, labels, shapes, strides, **options)
+
+    def student_state_dict(self) -> dict[str, Tensor]:
+        """The state_dict of the student alone, without prefixes of DDP or torch.compile."""
+        return self.student.state_dict()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "SEADistiller":
+        self.teacher._apply(fn)  # no submodule, but it goes along to another device
+        return super()._apply(fn, recurse)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+    def close(self) -> None:
+        """Removes the hooks. The distiller cannot be used afterwards."""
+        for recorder in self._recorders:
+            recorder.close()
+
+    def __enter__(self) -> "SEADistiller":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _submodule(side: str, model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name.removeprefix("module."))
+    except AttributeError as error:
+        raise ValueError(f"the {side}'s taps name the module {name!r}, which {type(model).__name__} lacks") from error
+
+
+def _may_be_overwritten(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a module is a layer with an activation in place beside it, which is likely to work on its output."""
+    parent = model.get_submodule(name.removeprefix("module.").rpartition(".")[0])
+    return isinstance(module, _LAYERS) and any(getattr(x, "inplace", False) for x in parent.children())
+
+
+def _channels(side: str, model: nn.Module, entry: str | tuple[str, ...]) -> int:
+    """Channels of a module's output: what it says, or its last layer, or what precedes it in a Sequential."""
+    name = names(entry)[0]
+    module = _submodule(side, model, name)
+    before: list[nn.Module] = []
+    parent, _, last = name.removeprefix("module.").rpartition(".")
+    if isinstance(model.get_submodule(parent), nn.Sequential):
+        before = list(model.get_submodule(parent))[: int(last) if last.isdigit() else 0]
+    for layer in [module, *reversed([*before, *module.modules()])]:
+        for key in ("out_channels", "num_channels", "num_features"):
+            if isinstance(getattr(layer, key, None), int):
+                return getattr(layer, key)
+    raise ValueError(
+        f"channels is None, and the {side}'s module {name!r} does not tell; expected ((int, int), (int, int))"
+    )
+
+
+class _Recorder:
+    """What the hooks on one model have seen of its last forward."""
+
+    def __init__(self, side: str, model: nn.Module, taps: Taps) -> None:
+        self.side, self.model, self.taps = side, model, taps
+        self.next_targets: Any = None
+        self.forget()
+        tapped = dict.fromkeys(name for entry in (*taps.cls, *taps.box) for name in names(entry))
+        modules = {name: _submodule(side, model, name) for name in tapped}
+        self.cloned = {name for name, module in modules.items() if _may_be_overwritten(model, name, module)}
+        self.handles = [x.register_forward_hook(_Hook(_record, self, name)) for name, x in modules.items()]
+
+    def listen(self) -> None:
+        """Hooks that tell where a forward of the student begins and ends, and its ground truth."""
+        begins = _submodule(self.side, self.model, self.taps.input)
+        self.handles.append(begins.register_forward_pre_hook(_Hook(_begin, self), prepend=True, with_kwargs=True))
+        self.handles.append(self.model.register_forward_hook(_Hook(_end, self)))
+        if self.taps.targets is not None:
+            source = _submodule(self.side, self.model, self.taps.targets)
+            self.handles.append(source.register_forward_hook(_Hook(_see_targets, self)))
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.forget()
+
+    def forget(self) -> None:
+        self.open, self.images, self.targets = False, None, None
+        self.fired: dict[str, list[tuple[Any, int | None]]] = {}
+
+    def run(self, images: Tensor, levels: int) -> dict[str, list[list[Tensor]]]:
+        """The teacher's maps of these images."""
+        self.open = True
+        try:
+            with torch.no_grad():
+                (self.taps.run or _call)(self.model, images)
+            return self.sets(levels)
+        finally:
+            self.forget()
+
+    def take(self) -> tuple[Tensor, Any, dict[str, list[list[Tensor]]]]:
+        """(input, targets, maps) of the student's forward, which are then forgotten."""
+        images, targets = self.images, self.targets
+        if images is None:
+            self.forget()
+            raise RuntimeError(
+                f"the student has not run since the last losses(): its module {self.taps.input!r} was not called with "
+                "gradients enabled (torch.compile: make the distiller before the first compiled call)"
+            )
+        try:
+            sets = self.sets(None if self.taps.strides is None else len(self.taps.strides))
+        finally:
+            self.forget()
+        for name, x in [(n, x) for b in sets for n, maps in zip(getattr(self.taps, b), sets[b]) for x in maps]:
+            if not x.requires_grad:
+                raise RuntimeError(
+                    f"the student's map of {name!r} has no graph, so its loss would teach nothing: it is frozen, ran "
+                    "without gradients, or lies in a reentrant checkpoint (use_reentrant=False works)"
+                )
+        return images, targets, sets
+
+    def sets(self, levels: int | None) -> dict[str, list[list[Tensor]]]:
+        """{"cls": [M][L] maps, "box": [M][L] maps}; every module must have given `levels`, or as many as the first."""
+        out: dict[str, list[list[Tensor]]] = {"cls": [], "box": []}
+        for branch, sets in out.items():
+            for name in getattr(self.taps, branch):
+                maps = self.maps(name) if isinstance(name, str) else [self.maps(n, 1)[0] for n in name]
+                levels = levels or len(maps)
+                if len(maps) != levels:
+                    raise self.miscounted(name, len(maps), levels)
+                sets.append(maps)
+        return out
+
+    def maps(self, name: str, count: int | None = None) -> list[Tensor]:
+        calls = self.fired.get(name, [])
+        outputs = [output for output, _ in calls]
+        if len(outputs) == 1 and not isinstance(outputs[0], Tensor):
+            outputs = list(outputs[0].values() if isinstance(outputs[0], dict) else outputs[0])
+        if not outputs or (count is not None and len(outputs) != count):
+            raise self.miscounted(name, len(outputs), count or "one a level")
+        for x in outputs:
+            if not isinstance(x, Tensor) or x.dim() != 4:
+                what = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                raise ValueError(f"the {self.side}'s module {name!r} gave {what}; expected maps [B, C, H, W]")
+        if any(version is not None and version != output._version for output, version in calls):
+            raise RuntimeError(
+                f"the {self.side}'s map of {name!r} was overwritten after the module returned it, as by an operation "
+                "in place behind it; expected a module whose output stays, such as the block around it"
+            )
+        return outputs
+
+    def miscounted(self, name: str, count: int, expected: Any) -> ValueError:
+        return ValueError(f"the {self.side}'s module {name!r} gave {count} maps in a forward; expected {expected}")
+
+
+def _call(model: nn.Module, images: Tensor) -> None:
+    model(images)
+
+
+class _Hook:
+    """A hook that holds its recorder weakly. A copy of it, as in a copied or pickled student, does nothing.
+
+    So neither an EMA copy nor a checkpoint takes the teacher along, and what the copy computes is not recorded.
+    """
+
+    def __init__(self, call: Callable, recorder: _Recorder, name: str = "") -> None:
+        self.call, self.recorder, self.name = call, weakref.ref(recorder), name
+
+    def __call__(self, module: nn.Module, *arguments: Any) -> None:
+        recorder = self.recorder()
+        if recorder is not None:
+            self.call(recorder, self.name, module, *arguments)
+
+    def __reduce__(self) -> tuple:
+        return _Nothing, ()
+
+
+class _Nothing:
+    def __call__(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def _begin(recorder: _Recorder, _name: str, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+    targets, recorder.next_targets = recorder.next_targets, None
+    recorder.forget()
+    # Without a graph this is an evaluation, of which nothing is kept.
+    if torch.is_grad_enabled():
+        recorder.open, recorder.targets = True, targets
+        recorder.images = args[0] if args else next(iter(kwargs.values()))
+
+
+def _record(recorder: _Recorder, name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
+    if not recorder.open:  # a checkpoint computes again in backward; a teacher runs for somebody else
+        return
+    if name in recorder.cloned:
+        output = output.clone()
+    tracked = isinstance(output, Tensor) and not torch.compiler.is_compiling() and not output.is_inference()
+    recorder.fired.setdefault(name, []).append((output, output._version if tracked else None))
+
+
+def _end(recorder: _Recorder, _name: str, _module: nn.Module, _args: tuple, _output: Any) -> None:
+    recorder.open = False
+
+
+def _see_targets(recorder: _Recorder, _name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
+    recorder.next_targets = output

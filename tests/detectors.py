@@ -1,0 +1,157 @@
+"""Real detectors, small, untrained: ResNet-18 students and ResNet-50 teachers of torchvision and MMDetection."""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+TORCHVISION = ("FCOS", "RetinaNet", "FasterRCNN", "MaskRCNN")
+MMDET = {
+    "FCOS": "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py",
+    "RetinaNet": "retinanet/retinanet_r50_fpn_1x_coco.py",
+    "ATSS": "atss/atss_r50_fpn_1x_coco.py",
+    "GFL": "gfl/gfl_r50_fpn_1x_coco.py",
+    "FasterRCNN": "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py",
+    "CascadeRCNN": "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py",
+    "MaskRCNN": "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py",
+    "SOLOv2": "solov2/solov2_r50_fpn_1x_coco.py",
+}
+NUM_CLASSES = 80
+
+
+def require(library):
+    """Skips the test where a library is missing; torchvision may be there and not fit the installed torch."""
+    try:
+        __import__(library)
+    except (ImportError, RuntimeError):
+        pytest.skip(f"{library} is not installed, or not for this torch")
+
+
+@functools.cache
+def coco_images(count=2, start=8):
+    """[(uint8 image [3, H, W], boxes [G, 4], labels [G])] of COCO's validation images; made up where there are none."""
+    import matplotlib.image
+
+    if "SEA_KERNELS_DATA" not in os.environ:
+        pytest.skip("SEA_KERNELS_DATA is not set")
+    folder = Path(os.environ["SEA_KERNELS_DATA"]) / "coco_mini"
+    coco = json.loads((folder / "instances_val2017.json").read_text())
+    out = []
+    for image in coco["images"][start:]:
+        rows = [a for a in coco["annotations"] if a["image_id"] == image["id"] and min(a["bbox"][2:]) >= 2]
+        pixels = torch.from_numpy(matplotlib.image.imread(folder / "images" / image["file_name"]).copy())
+        if not rows or pixels.dim() != 3:
+            continue
+        xywh = torch.tensor([a["bbox"] for a in rows])
+        boxes = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
+        out.append((pixels.permute(2, 0, 1), boxes, torch.tensor([a["category_id"] for a in rows])))
+        if len(out) == count:
+            return out
+    raise AssertionError("the annotation file has too few images with boxes")
+
+
+# ------------------------------------------------------------------------------------------------------- torchvision
+
+
+def torchvision_detector(name, depth=18, channels=256, seed=0, size=192):
+    require("torchvision")
+    from torchvision.models import detection, resnet
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+    torch.manual_seed(seed)
+    body = getattr(resnet, f"resnet{depth}")(weights=None, norm_layer=FrozenBatchNorm2d)
+    for module in body.modules():  # as good as trained norms: without any the activations grow from block to block
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.fill_(0.5)
+    options = {"min_size": size, "max_size": size}
+    if name in ("FCOS", "RetinaNet"):
+        levels, extra = [2, 3, 4], LastLevelP6P7(channels, channels)
+    else:
+        levels, extra = [1, 2, 3, 4], None
+    backbone = _resnet_fpn_extractor(body, 5, returned_layers=levels, extra_blocks=extra)
+    if channels != 256:
+        from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+        layers = {f"layer{k}": str(i) for i, k in enumerate(levels)}
+        widths = [body.inplanes // 8 * 2 ** (k - 1) for k in levels]
+        backbone = BackboneWithFPN(body, layers, widths, channels, extra_blocks=extra)
+    if name == "MaskRCNN":
+        pool = MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2)
+        return detection.MaskRCNN(backbone, NUM_CLASSES + 1, mask_roi_pool=pool, **options)
+    return getattr(detection, name)(backbone, NUM_CLASSES + ("RCNN" in name), **options)
+
+
+def torchvision_batch(name, count=2):
+    """(images, targets) as torchvision's detectors take them."""
+    images, targets = [], []
+    for pixels, boxes, labels in coco_images(count):
+        images.append(pixels.float() / 255)
+        target = {"boxes": boxes.clone(), "labels": labels + ("RCNN" in name)}
+        if name == "MaskRCNN":
+            target["masks"] = box_masks(boxes, pixels.shape[1:])
+        targets.append(target)
+    return images, targets
+
+
+def box_masks(boxes, size):
+    """uint8 [G, H, W]: each box's own pixels."""
+    masks = torch.zeros(len(boxes), *size, dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.round().long().tolist()):
+        mask[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)] = 1
+    return masks
+
+
+# ------------------------------------------------------------------------------------------------------- MMDetection
+
+
+def mmdet_config(name, depth=18):
+    require("mmdet")
+    import mmdet
+    from mmengine.config import Config
+    from mmengine.logging import MMLogger
+
+    MMLogger.get_current_instance().setLevel("ERROR")  # it lists every weight that is initialised
+    model = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / MMDET[name]).model
+    model.backbone.init_cfg = None
+    if depth == 18:
+        model.backbone.depth = 18
+        model.neck.in_channels = [64, 128, 256, 512]
+    if name == "SOLOv2":
+        model.mask_head.feat_channels = 128  # its grids are as large for small images: 512 channels take a minute
+    return model
+
+
+def mmdet_detector(name, depth=18, seed=0):
+    config = mmdet_config(name, depth)
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=True)
+    torch.manual_seed(seed)
+    model = MODELS.build(config)
+    model.init_weights()
+    return model
+
+
+def mmdet_batch(name, count=2, divisor=2):
+    """What an MMDetection data loader gives: {"inputs": [...], "data_samples": [...]}; images at half their size."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    inputs, samples = [], []
+    for pixels, boxes, labels in coco_images(count):
+        pixels, boxes = pixels[:, ::divisor, ::divisor].contiguous(), boxes / divisor
+        h, w = pixels.shape[1:]
+        instances = InstanceData(bboxes=boxes, labels=labels)
+        instances.masks = BitmapMasks(box_masks(boxes, (h, w)).numpy(), h, w)
+        ignored = InstanceData(bboxes=torch.tensor([[4.0, 4.0, 40.0, 30.0]]), labels=torch.tensor([0]))
+        meta = {"img_shape": (h, w), "ori_shape": (h, w), "scale_factor": (1.0, 1.0), "img_id": len(samples)}
+        samples.append(DetDataSample(metainfo=meta, gt_instances=instances, ignored_instances=ignored))
+        inputs.append(pixels)
+    return {"inputs": inputs, "data_samples": samples}

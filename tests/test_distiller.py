@@ -1,0 +1,525 @@
+"""SEADistiller on a small detector: what it captures, what it refuses, and what trainers do to a student."""
+
+import copy
+import dataclasses
+import gc
+import logging
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch._dynamo.testing
+from cases import CUDA, NO_CUDA
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from toy_detector import STRIDES, TAPS, Toy, batch
+
+import sea_kernels as sk
+
+IMAGES, BOXES, LABELS = batch()
+
+
+def pair(width=16, stride=8):
+    """(student in training mode, teacher)"""
+    return Toy().train(), Toy(width, stride, seed=1)
+
+
+def value(losses):
+    return sum(losses.values()).item()
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def by_hand(student, teacher, images=IMAGES, **options):
+    """The losses without hooks: the towers called one layer after the other."""
+
+    def maps(model):
+        sets = [[], [], []]
+        for x in model.features(images):
+            a = model.head.cls_tower[0](x).relu()
+            sets[0].append(a)
+            sets[1].append(model.head.cls_tower[2](a).relu())
+            sets[2].append(model.head.box_tower[0](x).relu())
+        return sets[:2], sets[2:]
+
+    student_cls, student_box = maps(student)
+    teacher_cls, teacher_box = maps(teacher)
+    shapes = [x.shape[2:] for x in student_cls[0]]
+    regions = sk.Regions.from_boxes(BOXES, LABELS, shapes, STRIDES, num_classes=4)
+    return sk.sea_loss(student_cls, teacher_cls, student_box, teacher_box, regions, **options)
+
+
+def test_losses_are_those_of_sea_loss():
+    student, teacher = pair()
+    distiller = sk.SEADistiller(student, teacher, TAPS, weights=(0.5, 2.0, 3.0), distance_temperature=0.3)
+    student(IMAGES)
+    losses = distiller.losses(BOXES, LABELS)
+    sum(losses.values()).backward()
+    found = gradients(student)
+
+    student.zero_grad()
+    expected = by_hand(student, teacher.eval(), distance_temperature=0.3)
+    weighted = [w * x for w, x in zip((0.5, 2.0, 3.0), expected)]
+    sum(weighted).backward()
+    assert list(losses) == ["loss_sea_anchor", "loss_sea_distance", "loss_sea_localization"]
+    for actual, plain, weight, want in zip(losses.values(), distiller.unweighted, (0.5, 2.0, 3.0), weighted):
+        torch.testing.assert_close(actual, want)
+        torch.testing.assert_close(plain * weight, want.detach())
+        assert not plain.requires_grad
+    for name, x in gradients(student).items():
+        torch.testing.assert_close(found[name], x)
+
+
+def test_modules_of_each_level():
+    """As in YOLO: an entry names a module for every level."""
+
+    class PerLevel(Toy):
+        def __init__(self):
+            super().__init__()
+            self.towers = nn.ModuleList(copy.deepcopy(self.head.box_tower) for _ in STRIDES)
+
+        def forward(self, images):
+            return {"loss": sum(tower(x).mean() for tower, x in zip(self.towers, self.features(images)))}
+
+    student, teacher = PerLevel(), PerLevel()
+    names = tuple(f"towers.{i}.0" for i in range(3))
+    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, cls=(names,), box=(names,)))
+    student(IMAGES)
+    captured = distiller.capture(BOXES, LABELS)
+    assert [tuple(x.shape[2:]) for x in captured.student_cls[0]] == [(8, 12), (4, 6), (2, 3)]
+    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, cls=(names[:2],), box=(names,)))
+    student(IMAGES)
+    with pytest.raises(ValueError, match=r"gave 2 maps in a forward; expected 3"):
+        distiller.losses(BOXES, LABELS)
+
+
+def test_image_sizes_ignore_boxes_and_masks_reach_the_regions():
+    student, teacher = pair()
+    distiller = sk.SEADistiller(student, teacher, TAPS, center_ratio=0.25)
+    student(IMAGES)
+    sizes, ignore = [(60, 96), (64, 50)], [torch.zeros(0, 4), torch.tensor([[0.0, 0.0, 40.0, 30.0]])]
+    regions = distiller.capture(BOXES, LABELS, sizes, ignore).regions
+    options = {"num_classes": 4, "center_ratio": 0.25}
+    shapes = regions.level_shapes
+    want = sk.Regions.from_boxes(BOXES, LABELS, shapes, STRIDES, image_sizes=sizes, ignore_boxes=ignore, **options)
+    for actual, expected in zip(regions.tensors(), want.tensors()):
+        assert torch.equal(actual, expected)
+    student(IMAGES)
+    masks = [torch.zeros(len(b), 64, 96, dtype=torch.bool) for b in BOXES]
+    masks[0][:, 5:20, 30:40] = masks[1][:, 3:9, 1:9] = True
+    regions = distiller.capture(labels=LABELS, masks=masks).regions
+    want = sk.Regions.from_masks(masks, LABELS, shapes, STRIDES, **options)
+    assert torch.equal(regions.area, want.area)
+
+
+def test_teacher_is_frozen_and_no_part_of_the_distiller():
+    student, teacher = pair()
+    teacher.train()
+    before = {n: x.clone() for n, x in teacher.state_dict().items()}
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    assert not teacher.training and list(distiller.parameters()) == []
+    student.train()
+    distiller.train()
+    teacher.train()  # by a trainer that walks over everything
+    student(IMAGES)
+    sum(distiller.losses(BOXES, LABELS).values()).backward()
+    assert not teacher.training and all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    for name, x in teacher.state_dict().items():
+        assert torch.equal(x, before[name]), name
+    assert set(distiller.state_dict()) == {"_extra_state"}
+    distiller.to(torch.float64)
+    assert next(teacher.parameters()).dtype == torch.float64  # goes where the distiller goes
+
+
+def test_relu_in_place_behind_a_tapped_convolution():
+    """The captured map is the convolution's, before the ReLU that overwrites it."""
+    student, teacher = pair()
+    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, cls=("head.cls_tower.0",)))
+    student(IMAGES)
+    maps = distiller.capture(BOXES, LABELS).student_cls[0]
+    with torch.no_grad():
+        x = student.features(IMAGES)[0]
+        torch.testing.assert_close(maps[0].detach(), student.head.cls_tower[0](x))
+    assert (maps[0] < 0).any()
+
+
+def test_overwritten_map_is_an_error():
+    student, teacher = pair()
+    student.head.cls_tower[1].inplace = False
+    student.head.cls_tower.insert(2, nn.Hardtanh(-1, 1, inplace=True))
+    taps = dataclasses.replace(TAPS, cls=("head.cls_tower.1",))
+    distiller = sk.SEADistiller(student, teacher, taps)
+    student(IMAGES)
+    with pytest.raises(RuntimeError, match=r"map of 'head.cls_tower.1' was overwritten"):
+        distiller.losses(BOXES, LABELS)
+
+
+# --------------------------------------------------------------------------------------- what trainers do to a student
+
+
+def test_gradient_accumulation_equals_the_sum_of_its_parts():
+    student, teacher = pair()
+    student.eval()  # the same norms for both
+    distiller, parts = sk.SEADistiller(student, teacher, TAPS), []
+    for seed in (0, 1):
+        images, boxes, labels = batch(seed)
+        student(images)
+        sum(distiller.losses(boxes, labels).values()).backward()
+        parts.append(gradients(student))
+    student.zero_grad()
+    images, boxes, labels = batch(1)
+    student(images)
+    sum(distiller.losses(boxes, labels).values()).backward()
+    for name, x in gradients(student).items():
+        torch.testing.assert_close(parts[1][name], parts[0][name] + x)
+
+
+def test_evaluation_between_forward_and_losses_keeps_nothing():
+    student, teacher = pair()
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    with torch.no_grad():
+        student(IMAGES)
+    assert not distiller._recorders[0].fired
+    with pytest.raises(RuntimeError, match="has not run since the last losses"):
+        distiller.losses(BOXES, LABELS)
+
+
+def test_only_the_last_forward_counts():
+    student, teacher = pair()
+    student.eval()
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    student(IMAGES)
+    want = value(distiller.losses(BOXES, LABELS))
+    student(batch(5)[0])
+    student.features(batch(6)[0])  # a forward that ended half-way
+    student(IMAGES)
+    student.head.cls_tower(torch.zeros(1, 8, 4, 4))  # a module called by somebody else
+    assert value(distiller.losses(BOXES, LABELS)) == want
+
+
+class Checkpointed(Toy):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, images):
+        return {"loss": checkpoint(self.head, self.features(images), **self.options)}
+
+
+def test_checkpoint_fires_twice_and_counts_once():
+    student, teacher = Checkpointed(use_reentrant=False).train(), pair()[1]
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    results = []
+    for _ in range(2):
+        student.zero_grad()
+        own = student(IMAGES)["loss"]
+        losses = distiller.losses(BOXES, LABELS)
+        (own + sum(losses.values())).backward()
+        results.append(value(losses))
+        assert not distiller._recorders[0].fired
+    plain = Toy().train()
+    torch.testing.assert_close(results[0], 0.1 * sum(by_hand(plain, teacher)).item())
+
+
+def test_reentrant_checkpoint_is_an_error():
+    student, teacher = Checkpointed(use_reentrant=True).train(), pair()[1]
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    student(IMAGES)
+    with pytest.raises(RuntimeError, match=r"'head.cls_tower.1' has no graph.*use_reentrant=False"):
+        distiller.losses(BOXES, LABELS)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copy_of_the_student_takes_nothing_along(clone):
+    """As an EMA makes it: neither the teacher is copied, nor is what the copy computes recorded."""
+    student, teacher = pair()
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    gc.collect()
+    before = sum(type(x) is Toy for x in gc.get_objects())
+    twin = clone(student)
+    assert sum(type(x) is Toy for x in gc.get_objects()) == before + 1
+    student.eval(), twin.eval()
+    student(IMAGES)
+    want = value(distiller.losses(BOXES, LABELS))
+    student(IMAGES)
+    twin(batch(3)[0])
+    assert value(distiller.losses(BOXES, LABELS)) == want
+
+
+def test_copy_of_a_model_that_holds_a_distiller_shares_the_teacher():
+    student, teacher = pair(width=24)
+    both = nn.ModuleDict({"student": student, "distiller": sk.SEADistiller(student, teacher, TAPS)})
+    twin = copy.deepcopy(both)
+    assert twin["distiller"].teacher is teacher
+    assert twin["distiller"].student is twin["student"] is not student
+    assert twin["distiller"].adapters["cls_0"] is not both["distiller"].adapters["cls_0"]
+    twin["student"](IMAGES)
+    assert not both["distiller"]._recorders[0].fired and not twin["distiller"]._recorders[0].fired
+
+
+def _hooks(model):
+    tables = ("_forward_hooks", "_forward_pre_hooks")
+    return [h for m in model.modules() for table in tables for h in getattr(m, table).values()]
+
+
+def test_close_and_context_manager_remove_the_hooks():
+    student, teacher = pair()
+    with sk.SEADistiller(student, teacher, TAPS):
+        assert _hooks(student) and _hooks(teacher)
+    assert not _hooks(student) and not _hooks(teacher)
+
+
+def test_a_forgotten_distiller_is_freed():
+    student, teacher = pair()
+    distiller = weakref.ref(sk.SEADistiller(student, teacher, TAPS))
+    student(IMAGES)
+    gc.collect()
+    assert distiller() is None
+    student(IMAGES)  # its hooks hold nothing and do nothing
+
+
+def test_maps_are_not_kept_after_the_step():
+    student, teacher = pair()
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    student(IMAGES)
+    kept = weakref.ref(distiller._recorders[0].fired["head.cls_tower.1"][0][0])
+    sum(distiller.losses(BOXES, LABELS).values()).backward()
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_scaler(device, dtype):
+    student, teacher = (m.to(device) for m in pair())
+    images, boxes, labels = IMAGES.to(device), [b.to(device) for b in BOXES], [x.to(device) for x in LABELS]
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    student(images)
+    exact = distiller.losses(boxes, labels)
+    scaler = torch.amp.GradScaler(device, init_scale=256.0)
+    with torch.autocast(device, dtype):
+        own = student(images)["loss"]
+        losses = distiller.losses(boxes, labels)
+    assert student.head.predict.weight.dtype == torch.float32
+    for name, x in losses.items():
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x, exact[name], rtol=0.05, atol=1e-3)
+    scaler.scale(own + sum(losses.values())).backward()
+    assert all(x.isfinite().all() for x in gradients(student).values())
+
+
+@pytest.mark.skipif(not CUDA, reason=NO_CUDA)
+def test_no_synchronisation():
+    student, teacher = (m.cuda() for m in pair(width=24))
+    images, boxes, labels = IMAGES.cuda(), [b.cuda() for b in BOXES], [x.cuda() for x in LABELS]
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    for mode in ("default", "error"):  # once to warm up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            student(images)
+            sum(distiller.losses(boxes, labels, image_sizes=[(60, 96), (64, 50)]).values()).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.compile
+def test_compiled_student():
+    """The hooks are traced: one graph, the same losses, no second compilation."""
+    student, teacher = pair()
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    student(IMAGES)
+    want = value(distiller.losses(BOXES, LABELS))
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(student, fullgraph=True, backend=counter)
+    again = sk.SEADistiller(compiled, teacher, TAPS)  # over a compiled model too, before its first call
+    for _ in range(3):
+        student.zero_grad()
+        compiled(IMAGES)
+        torch.testing.assert_close(value(distiller.losses(BOXES, LABELS)), want)
+        losses = again.losses(BOXES, LABELS)
+        torch.testing.assert_close(value(losses), want)
+        sum(losses.values()).backward()
+        assert student.backbone[0].weight.grad.abs().max() > 0
+    assert counter.frame_count == 1
+    assert again.student is student and not any(n.startswith("_orig") for n in again.student_state_dict())
+
+
+def _data_parallel(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    wrap = nn.parallel.DistributedDataParallel
+    student, teacher = pair(width=24)
+    ddp = wrap(student)
+    own_distiller = sk.SEADistiller(ddp, teacher, TAPS, schedule=sk.Schedule(stop=3))
+    distiller = wrap(own_distiller)  # it has adapters
+    optimizer = torch.optim.SGD([*ddp.parameters(), *distiller.parameters()], 0.01)
+    for step in range(4):
+        images, boxes, labels = batch(10 * step + rank)
+        losses = ddp(images) | distiller(boxes, labels)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    torch.save(
+        {"student": own_distiller.student_state_dict(), "adapters": own_distiller.adapters.state_dict()},
+        f"{folder}/{rank}",
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(tmp_path):
+    """Two processes with other images end with the same weights of student and adapters, which have moved."""
+    torch.multiprocessing.spawn(_data_parallel, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    begun = {"student": Toy().state_dict(), "adapters": sk.SEADistiller(*pair(width=24), TAPS).adapters.state_dict()}
+    for part in first:
+        trained = {n: x for n, x in first[part].items() if not ("running" in n or "num_batches" in n)}
+        assert trained and set(first[part]) == set(begun[part])
+        for name, x in trained.items():
+            torch.testing.assert_close(x, second[part][name])
+        assert any(not torch.equal(x, begun[part][n]) for n, x in trained.items()), part
+
+
+# --------------------------------------------------------------------------------- other widths, other strides, weights
+
+
+def test_adapters_bring_the_student_to_the_teachers_width():
+    student, teacher = pair(width=24)
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    assert len(distiller.adapters) == 3
+    assert all(a.weight.shape == (24, 16, 1, 1) for a in distiller.adapters.values())
+    student(IMAGES)
+    sum(distiller.losses(BOXES, LABELS).values()).backward()
+    assert all(p.grad.abs().max() > 0 for p in distiller.parameters())
+    assert student.backbone[0].weight.grad.abs().max() > 0
+    assert set(distiller.student_state_dict()) == set(student.state_dict())
+
+
+def test_channels_can_be_told():
+    student, teacher = pair(width=24)
+    distiller = sk.SEADistiller(student, teacher, TAPS, channels=((16, 24), (16, 24)))
+    assert len(distiller.adapters) == 3
+    distiller = sk.SEADistiller(student, teacher, TAPS, channels=((16, 16), (16, 16)))
+    student(IMAGES)
+    with pytest.raises(ValueError, match=r"level 0 for 'head.cls_tower.1' has batch size and channels \(2, 24\)"):
+        distiller.losses(BOXES, LABELS)
+
+
+def test_teacher_of_another_stride_is_resampled_and_said_once(caplog):
+    student, teacher = pair(stride=4)
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    with caplog.at_level(logging.WARNING, "sea_kernels"):
+        for _ in range(2):
+            student(IMAGES)
+            assert all(x.isfinite() for x in distiller.losses(BOXES, LABELS).values())
+    assert [r.args[0] for r in caplog.records] == ["head.cls_tower.1", "head.cls_tower.3", "head.box_tower.1"]
+
+
+def test_teacher_input():
+    student, teacher = pair()
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    student(IMAGES)
+    plain = value(distiller.losses(BOXES, LABELS))
+    student(IMAGES)
+    assert value(distiller.losses(BOXES, LABELS, teacher_input=2 * IMAGES + 1)) != plain
+
+
+def test_schedule():
+    schedule = sk.Schedule(warmup=4, decay=6, stop=10)
+    assert [schedule(s) for s in range(12)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
+    assert [sk.Schedule(stop=2)(s) for s in range(4)] == [1, 1, 0, 0] and sk.Schedule()(10**9) == 1
+    with pytest.raises(ValueError, match="decay is 5 with stop=5"):
+        sk.Schedule(decay=5, stop=5)
+
+
+def test_schedule_scales_the_losses_and_stops_the_teacher():
+    student, teacher = pair(width=24)
+    distiller = sk.SEADistiller(student, teacher, TAPS, schedule=sk.Schedule(warmup=2, stop=2))
+    student.eval()
+    student(IMAGES)
+    half = value(distiller.losses(BOXES, LABELS))
+    student(IMAGES)
+    torch.testing.assert_close(2 * half, value(distiller.losses(BOXES, LABELS)))
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    student(IMAGES)
+    losses = distiller.losses(BOXES, LABELS)
+    assert value(losses) == 0 and not calls
+    sum(losses.values()).backward()  # DDP waits for every adapter
+    assert all(p.grad is not None for p in distiller.parameters())
+    twin = sk.SEADistiller(student, teacher, TAPS)
+    twin.load_state_dict(distiller.state_dict())
+    assert twin.step == 3
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(match, kind=ValueError, run=True, taps=TAPS, losses=(BOXES, LABELS), **options):
+    student, teacher = pair()
+    with pytest.raises(kind, match=match):
+        distiller = sk.SEADistiller(student, teacher, taps, **options)
+        if run:
+            student(IMAGES)
+        distiller.losses(*losses)
+
+
+def test_bad_input():
+    replace = dataclasses.replace
+    refused("has not run since the last losses", RuntimeError, run=False)
+    refused("boxes and labels not given; expected them in losses.*the taps name no module", losses=())
+    refused("labels not given", losses=(BOXES,))
+    refused("student's taps name the module 'head.conv', which Toy lacks", taps=replace(TAPS, cls=("head.conv",)))
+    refused("student's taps name the module 'stem', which Toy lacks", taps=replace(TAPS, input="stem"))
+    refused(
+        r"'head.cls_tower.1' gave 3 maps in a forward; expected 5", taps=replace(TAPS, strides=(8, 16, 32, 64, 128))
+    )
+    refused("'backbone.0' gave 1 maps in a forward; expected 3", taps=replace(TAPS, box=("backbone.0",)))
+    refused("num_classes is None", taps=replace(TAPS, num_classes=None))
+    refused("teacher's taps name 1 modules for cls", teacher_taps=replace(TAPS, cls=("head.cls_tower.1",)))
+    refused("no ready taps for toy_detector.Toy", TypeError, taps=None)
+    refused("weights is .1, 2.; expected three numbers", weights=(1, 2))
+    refused("labels.0..1. is 3; expected -1 <= label < 2", num_classes=2)
+    with pytest.raises(ValueError, match="teacher is the student itself"):
+        sk.SEADistiller(*[pair()[0]] * 2, TAPS)
+    with pytest.raises(TypeError, match=r"teacher is a str; expected a torch\.nn\.Module"):
+        sk.SEADistiller(pair()[0], "teacher.pth", TAPS)
+
+
+def test_teacher_that_does_not_fire_or_has_other_levels():
+    student, teacher = pair()
+    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, run=lambda model, x: model.backbone(x)))
+    student(IMAGES)
+    with pytest.raises(
+        ValueError, match=r"the teacher's module 'head.cls_tower.1' gave 0 maps in a forward; expected one a level"
+    ):
+        distiller.losses(BOXES, LABELS)
+    run = lambda model, x: model.head(model.features(x)[:2])  # noqa: E731
+    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, run=run))
+    student(IMAGES)
+    with pytest.raises(
+        ValueError, match=r"the teacher's module 'head.cls_tower.1' gave 2 maps in a forward; expected 3"
+    ):
+        distiller.losses(BOXES, LABELS)
+
+
+def test_frozen_map_is_an_error():
+    student, teacher = pair()
+    student.requires_grad_(False)
+    student.head.predict.requires_grad_(True)
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    student(IMAGES)
+    with pytest.raises(RuntimeError, match=r"'head.cls_tower.1' has no graph, so its loss would teach nothing"):
+        distiller.losses(BOXES, LABELS)
+
+
+def test_after_an_error_the_next_step_works():
+    student, teacher = pair()
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    student(IMAGES)
+    with pytest.raises(ValueError, match="boxes and labels not given"):
+        distiller.losses()
+    student(IMAGES)
+    assert value(distiller.losses(BOXES, LABELS)) > 0

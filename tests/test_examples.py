@@ -1,0 +1,79 @@
+"""The examples in sea_kernels/README.md, each run as it stands there."""
+
+import re
+from pathlib import Path
+
+import torch
+from detectors import (
+    mmdet_batch,
+    mmdet_config,
+    mmdet_detector,
+    require,
+    torchvision_batch,
+    torchvision_detector,
+)
+from toy_detector import Toy, batch
+
+import sea_kernels as sk
+
+README = Path(__file__).parent.parent / "sea_kernels" / "README.md"
+
+
+def example(name):
+    return re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", README.read_text(), re.S)[1]
+
+
+def moved(model, before):
+    return [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+
+
+def snapshot(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def test_plain(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    student, teacher = Toy(), Toy(24, seed=1)
+    before = snapshot(student)
+    names = {"sk": sk, "torch": torch, "student": student, "teacher": teacher, "data_loader": [batch(0), batch(1)]}
+    exec(example("plain"), names)
+    assert len(names["losses"]) == 4 and all(x.isfinite() for x in names["losses"].values())
+    assert len(moved(student, before)) == len(before) and names["distiller"].step == 2
+    Toy().load_state_dict(torch.load("student.pth"))
+
+
+def test_torchvision():
+    model, teacher = torchvision_detector("FCOS").train(), torchvision_detector("FCOS", 50, seed=1)
+    before, fixed = snapshot(model), snapshot(teacher)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    names = {"sk": sk, "torch": torch, "model": model, "teacher": teacher, "optimizer": optimizer, "scaler": None}
+    exec(example("torchvision"), names | {"data_loader": [torchvision_batch("FCOS")]})
+    assert moved(model, before) and not moved(teacher, fixed)
+
+
+def test_mmdet(tmp_path, monkeypatch):
+    require("mmdet")
+    from mmengine.config import Config
+    from mmengine.optim import OptimWrapper
+
+    teacher = mmdet_detector("FCOS", 50, seed=1)
+    for name, depth in (("fcos_r18_fpn", 18), ("fcos_r50_fpn", 50)):
+        Config({"model": mmdet_config("FCOS", depth)}).dump(tmp_path / f"{name}.py")
+    torch.save(teacher.state_dict(), tmp_path / "fcos_r50_fpn.pth")
+    (tmp_path / "sea.py").write_text(example("mmdet"))
+    monkeypatch.chdir(tmp_path)
+
+    config = Config.fromfile("sea.py")
+    from mmdet.registry import MODELS
+
+    model = MODELS.build(config.model)
+    model.init_weights()
+    for key, x in model.distiller.teacher.state_dict().items():
+        assert torch.equal(x, teacher.state_dict()[key]), key
+    before = snapshot(model)
+    assert all(n.startswith("student.") for n in before)
+    logged = model.train().train_step(mmdet_batch("FCOS"), OptimWrapper(torch.optim.SGD(model.parameters(), 1e-3)))
+    assert {"loss_cls", "loss_bbox", "loss_centerness", "loss", "loss_sea_anchor"} <= set(logged)
+    assert all(x.isfinite() for x in logged.values()) and moved(model, before)
+    found = model.eval().val_step(mmdet_batch("FCOS"))
+    assert len(found) == 2 and "pred_instances" in found[0]
