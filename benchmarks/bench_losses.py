@@ -10,13 +10,9 @@ every sample and a picture. README.md beside this file says what each column mea
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import json
 import math
-import os
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -452,20 +448,6 @@ def floors(workload: Workload, boxes: box_sources.Boxes, rates: dict) -> dict:
     }
 
 
-def commit() -> str | None:
-    """Of the source tree; SEA_KERNELS_COMMIT says it where that is no repository."""
-
-    def git(*arguments):
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + " with changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SEA_KERNELS_COMMIT")
-
-
 def show(report: dict) -> None:
     workload = Workload(**report["workload"])
     machine, floor, rates = (report[key] for key in ("machine", "floor", "rates"))
@@ -540,17 +522,7 @@ def run(args: argparse.Namespace) -> dict | None:
     tell("copy and matrix product rates of the machine")
     rates = measure.rates(device, getattr(torch, workload.dtype), small=args.smoke)
     report = {
-        "command": "python benchmarks/bench_losses.py " + shlex.join(args.argv),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": measure.machine(device),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "sea_kernels": sk.__version__,
-        },
-        "build": sk.build_info(),
+        **measure.provenance("bench_losses.py", args.argv, device),
         "workload": dataclasses.asdict(workload),
         "batches": len(inputs),
         "boxes": {

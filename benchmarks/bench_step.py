@@ -11,10 +11,8 @@ and writes a JSON file with every sample and a picture. README.md beside this fi
 import argparse
 import copy
 import dataclasses
-import datetime
 import json
 import math
-import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -456,19 +454,10 @@ def run(args: argparse.Namespace) -> dict:
     rates = measure.rates(device, getattr(torch, workload.dtype), small=args.smoke)
     rows = bench.measure_rows(workload, inputs, makers, device, repeats, rates["copy"], tell, args.budget)
     parts, sea = summarize(rows)
+    origin = measure.provenance("bench_step.py", args.argv, device)
+    origin["versions"]["torchvision"] = sys.modules["torchvision"].__version__
     return {
-        "command": "python benchmarks/bench_step.py " + shlex.join(args.argv),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": bench.commit(),
-        "machine": measure.machine(device),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "torchvision": sys.modules["torchvision"].__version__,
-            "cuda": torch.version.cuda,
-            "sea_kernels": sk.__version__,
-        },
-        "build": sk.build_info(),
+        **origin,
         "models": models,
         "amp": args.amp,
         "workload": dataclasses.asdict(workload),

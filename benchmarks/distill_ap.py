@@ -9,10 +9,8 @@ one ended. Prints a table; writes it, a JSON file and a picture. README.md besid
 
 import argparse
 import dataclasses
-import datetime
 import json
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -24,7 +22,7 @@ import matplotlib
 import measure
 import shapes
 import torch
-from bench_losses import commit, table
+from bench_losses import table
 from torch.nn import functional as F
 
 import sea_kernels as sk
@@ -404,17 +402,7 @@ def main(argv: list[str] | None = None) -> None:
     if not rows:
         raise SystemExit(f"no run in {args.out} is finished")
     report = {
-        "command": "python benchmarks/distill_ap.py " + shlex.join(sys.argv[1:] if argv is None else argv),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": measure.machine(torch.device(args.device)),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "sea_kernels": sk.__version__,
-        },
-        "build": sk.build_info(),
+        **measure.provenance("distill_ap.py", sys.argv[1:] if argv is None else argv, torch.device(args.device)),
         "preset": "tiny" if args.tiny else args.preset,
         "settings": of_this_call,
         "categories": shapes.CATEGORIES,

@@ -3,11 +3,15 @@
 A *step* is `step(inputs, mark) -> (losses, gradients)`; it calls `mark()` once, between its forward and its backward.
 """
 
+import datetime
 import gc
 import math
 import os
 import platform
 import re
+import shlex
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +21,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports eac
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
+
+import sea_kernels as sk
 
 
 @dataclass
@@ -237,3 +243,34 @@ def machine(device):
         "cache_mib": cache_bytes(device) / 2**20,
         "system": platform.platform(),
     }
+
+
+def provenance(program, argv, device):
+    """What a report says of its origin: command, date, commit, machine, versions, build."""
+    return {
+        "command": f"python benchmarks/{program} {shlex.join(argv)}",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(device),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "sea_kernels": sk.__version__,
+        },
+        "build": sk.build_info(),
+    }
+
+
+def commit():
+    """Of the source tree; SEA_KERNELS_COMMIT says it where that is no repository."""
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + " with changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("SEA_KERNELS_COMMIT")
