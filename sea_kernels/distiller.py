@@ -33,6 +33,10 @@ class Schedule:
     stop: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("warmup", "decay", "stop"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; expected a number of steps, 0 or more")
         if self.decay is not None and (self.stop is None or self.stop <= self.decay):
             raise ValueError(f"decay is {self.decay} with stop={self.stop}; expected a later step to stop at")
 
@@ -93,7 +97,7 @@ class SEADistiller(nn.Module):
 
     Attributes:
         adapters: a 1x1 convolution for each set of maps of which student and teacher differ in channels; it brings the
-            student's to the teacher's number.
+            student's to the teacher's number. `to(device)` moves adapters and teacher.
         unweighted: the losses of the last step before their weights, detached; None before the first.
         step: number of calls of `losses`; part of the state_dict.
 
@@ -120,14 +124,20 @@ class SEADistiller(nn.Module):
         use_masks: bool = False,
     ) -> None:
         super().__init__()
-        if len(weights) != 3 or not all(math.isfinite(w) for w in weights):
-            raise ValueError(f"weights is {tuple(weights)}; expected three numbers: anchor, distance, localization")
+        if not isinstance(weights, Sequence) or len(weights) != 3 or not all(math.isfinite(w) for w in weights):
+            raise ValueError(f"weights is {weights}; expected three numbers: anchor, distance, localization")
+        if channels is not None and [len(pair) for pair in channels] != [2, 2]:
+            raise ValueError(f"channels is {channels}; expected ((student, teacher) of cls, (student, teacher) of box)")
         for name, model in (("student", student), ("teacher", teacher)):
             if not isinstance(model, nn.Module):
                 raise TypeError(f"{name} is a {type(model).__name__}; expected a torch.nn.Module")
         student, teacher = unwrap(student), unwrap(teacher)
         if student is teacher:
             raise ValueError("teacher is the student itself; expected another model")
+        own = {id(p) for p in student.parameters()}
+        shared = [name for name, p in teacher.named_parameters() if id(p) in own]
+        if shared:
+            raise ValueError(f"teacher shares {shared[0]!r} with the student, which would be frozen; expected a copy")
         self._models = _Models(student, teacher)
         teacher_taps = teacher_taps or taps or ready_taps.find(teacher)
         taps = taps or ready_taps.find(student)
@@ -161,7 +171,7 @@ class SEADistiller(nn.Module):
             for m, entries in enumerate(zip(getattr(taps, branch), getattr(teacher_taps, branch))):
                 own, target = fixed or (_channels(r.side, r.model, n) for r, n in zip(self._recorders, entries))
                 if own != target:
-                    self.adapters[f"{branch}_{m}"] = nn.Conv2d(own, target, 1, device=like.device)
+                    self.adapters[f"{branch}_{m}"] = nn.Conv2d(own, target, 1, device=like.device, dtype=like.dtype)
         self._recorders[0].listen()
 
     @property
@@ -172,6 +182,7 @@ class SEADistiller(nn.Module):
     def teacher(self) -> nn.Module:
         return self._models.teacher
 
+    @torch.compiler.disable  # it counts its steps, which would compile anew each time
     def losses(
         self,
         boxes: Sequence[Tensor] | None = None,
@@ -181,7 +192,10 @@ class SEADistiller(nn.Module):
         masks: Sequence[Any] | None = None,
         teacher_input: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The weighted losses of the student's last forward; add them to its own. Nothing here synchronises.
+        """The weighted losses of the student's last forward; add them to its own.
+
+        Nothing here synchronises with the device (MMDetection's masks alone, which lie on the host, are copied to it).
+        torch.compile leaves it out of its graphs.
 
         Args:
             boxes: B tensors `[G_b, 4]`: x1 y1 x2 y2 in pixels of the backbone's input. Default: what the taps saw.
@@ -202,7 +216,6 @@ class SEADistiller(nn.Module):
             ValueError: no boxes or labels; maps that do not pair up (the module and both counts are named).
         """
         factor = float(self.schedule(self.step))
-        self.step += 1
         if factor == 0:
             self._recorders[0].forget()
             like = next(self.student.parameters())
@@ -213,6 +226,7 @@ class SEADistiller(nn.Module):
             captured = self.capture(boxes, labels, image_sizes, ignore_boxes, masks, teacher_input)
             losses = sea_loss(*captured, **self._loss_options)
             weights = (factor * w for w in self.weights)
+        self.step += 1
         self.unweighted = SEALoss(*(x.detach() for x in losses))
         return {f"loss_sea_{name}": w * x for (name, x), w in zip(losses._asdict().items(), weights)}
 
@@ -231,8 +245,7 @@ class SEADistiller(nn.Module):
         student, teacher = self._recorders
         images, targets, ours = student.take()
         regions = self._regions(ours["cls"][0], images, targets, boxes, labels, image_sizes, ignore_boxes, masks)
-        if self.teacher.training:
-            self.teacher.eval()
+        self.teacher.eval()  # a trainer may have gone over all its modules
         theirs = teacher.run(images if teacher_input is None else teacher_input, levels=len(ours["cls"][0]))
         for branch, sets in ours.items():
             for m, maps in enumerate(sets):
@@ -272,11 +285,12 @@ class SEADistiller(nn.Module):
                 boxes, masks = (None, targets.masks) if self.use_masks else (targets.boxes, None)
                 labels = targets.labels if labels is None else labels
                 ignore = targets.ignore_boxes if ignore is None else ignore
-        wanted = "masks" if self.use_masks else "boxes"
-        missing = [wanted] * (boxes is None and masks is None) + ["labels"] * (labels is None)
-        if missing:
+        if boxes is None and masks is None:
+            what = "masks and labels" if self.use_masks else "boxes and labels"
             why = f"{taps.targets!r} showed none" if taps.targets else "the taps name no module to take them from"
-            raise ValueError(f"{' and '.join(missing)} not given; expected them in losses(...), as {why}")
+            raise ValueError(f"{what} not given; expected them in losses(...), as {why}")
+        if labels is None:
+            raise ValueError("labels not given; expected one tensor for each image beside boxes or masks")
         shapes = [tuple(x.shape[2:]) for x in maps]
         strides = taps.strides
         if strides is None:
@@ -294,11 +308,13 @@ class SEADistiller(nn.Module):
         self.teacher._apply(fn)  # no submodule, but it goes along to another device
         return super()._apply(fn, recurse)
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step}
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "step"] = torch.tensor(self.step)  # a tensor, as EMAs expect of every entry
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
+        self.step = int(state_dict.pop(prefix + "step", self.step))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def close(self) -> None:
         """Removes the hooks. The distiller cannot be used afterwards."""
@@ -314,14 +330,14 @@ class SEADistiller(nn.Module):
 
 def _submodule(side: str, model: nn.Module, name: str) -> nn.Module:
     try:
-        return model.get_submodule(name.removeprefix("module."))
+        return model.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"the {side}'s taps name the module {name!r}, which {type(model).__name__} lacks") from error
 
 
 def _may_be_overwritten(model: nn.Module, name: str, module: nn.Module) -> bool:
     """Whether a module is a layer with an activation in place beside it, which is likely to work on its output."""
-    parent = model.get_submodule(name.removeprefix("module.").rpartition(".")[0])
+    parent = model.get_submodule(name.rpartition(".")[0])
     return isinstance(module, _LAYERS) and any(getattr(x, "inplace", False) for x in parent.children())
 
 
@@ -330,7 +346,7 @@ def _channels(side: str, model: nn.Module, entry: str | tuple[str, ...]) -> int:
     name = names(entry)[0]
     module = _submodule(side, model, name)
     before: list[nn.Module] = []
-    parent, _, last = name.removeprefix("module.").rpartition(".")
+    parent, _, last = name.rpartition(".")
     if isinstance(model.get_submodule(parent), nn.Sequential):
         before = list(model.get_submodule(parent))[: int(last) if last.isdigit() else 0]
     for layer in [module, *reversed([*before, *module.modules()])]:
@@ -353,6 +369,7 @@ class _Recorder:
         modules = {name: _submodule(side, model, name) for name in tapped}
         self.cloned = {name for name, module in modules.items() if _may_be_overwritten(model, name, module)}
         self.handles = [x.register_forward_hook(_Hook(_record, self, name)) for name, x in modules.items()]
+        self.closed = False
 
     def listen(self) -> None:
         """Hooks that tell where a forward of the student begins and ends, and its ground truth."""
@@ -366,14 +383,21 @@ class _Recorder:
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
+        self.closed = True
         self.forget()
 
     def forget(self) -> None:
         self.open, self.images, self.targets = False, None, None
-        self.fired: dict[str, list[tuple[Any, int | None]]] = {}
+        self.fired: dict[str, list[Any]] = {}
+        self.versions: list[tuple[str, Tensor, int]] = []  # of every tensor that was recorded
 
     def run(self, images: Tensor, levels: int) -> dict[str, list[list[Tensor]]]:
         """The teacher's maps of these images."""
+        here = next(self.model.parameters(), images).device
+        if here != images.device:
+            raise ValueError(
+                f"the teacher is on {here}; expected {images.device}, as its input (distiller.to moves it)"
+            )
         self.open = True
         try:
             with torch.no_grad():
@@ -385,12 +409,21 @@ class _Recorder:
     def take(self) -> tuple[Tensor, Any, dict[str, list[list[Tensor]]]]:
         """(input, targets, maps) of the student's forward, which are then forgotten."""
         images, targets = self.images, self.targets
+        if self.closed:
+            raise RuntimeError("the distiller is closed: its hooks are gone")
         if images is None:
             self.forget()
             raise RuntimeError(
                 f"the student has not run since the last losses(): its module {self.taps.input!r} was not called with "
                 "gradients enabled (torch.compile: make the distiller before the first compiled call)"
             )
+        for name, x, version in self.versions:
+            if x._version != version:
+                self.forget()
+                raise RuntimeError(
+                    f"the student's {name} was overwritten after it was recorded, as by an operation in place behind "
+                    "it; expected a module whose output stays, such as the block around it"
+                )
         try:
             sets = self.sets(None if self.taps.strides is None else len(self.taps.strides))
         finally:
@@ -416,25 +449,26 @@ class _Recorder:
         return out
 
     def maps(self, name: str, count: int | None = None) -> list[Tensor]:
-        calls = self.fired.get(name, [])
-        outputs = [output for output, _ in calls]
+        outputs = self.fired.get(name, [])
         if len(outputs) == 1 and not isinstance(outputs[0], Tensor):
-            outputs = list(outputs[0].values() if isinstance(outputs[0], dict) else outputs[0])
+            outputs = _values(outputs[0])
         if not outputs or (count is not None and len(outputs) != count):
             raise self.miscounted(name, len(outputs), count or "one a level")
         for x in outputs:
             if not isinstance(x, Tensor) or x.dim() != 4:
                 what = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
                 raise ValueError(f"the {self.side}'s module {name!r} gave {what}; expected maps [B, C, H, W]")
-        if any(version is not None and version != output._version for output, version in calls):
-            raise RuntimeError(
-                f"the {self.side}'s map of {name!r} was overwritten after the module returned it, as by an operation "
-                "in place behind it; expected a module whose output stays, such as the block around it"
-            )
         return outputs
 
     def miscounted(self, name: str, count: int, expected: Any) -> ValueError:
         return ValueError(f"the {self.side}'s module {name!r} gave {count} maps in a forward; expected {expected}")
+
+
+def _values(output: Any) -> list:
+    """The levels in what a module returned."""
+    if isinstance(output, dict):
+        return list(output.values())
+    return list(output) if isinstance(output, (list, tuple)) else [output]
 
 
 def _call(model: nn.Module, images: Tensor) -> None:
@@ -471,6 +505,7 @@ def _begin(recorder: _Recorder, _name: str, _module: nn.Module, args: tuple, kwa
     if torch.is_grad_enabled():
         recorder.open, recorder.targets = True, targets
         recorder.images = args[0] if args else next(iter(kwargs.values()))
+        _note_versions(recorder, f"input of {recorder.taps.input!r}", recorder.images)
 
 
 def _record(recorder: _Recorder, name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
@@ -478,8 +513,13 @@ def _record(recorder: _Recorder, name: str, _module: nn.Module, _args: tuple, ou
         return
     if name in recorder.cloned:
         output = output.clone()
-    tracked = isinstance(output, Tensor) and not torch.compiler.is_compiling() and not output.is_inference()
-    recorder.fired.setdefault(name, []).append((output, output._version if tracked else None))
+    recorder.fired.setdefault(name, []).append(output)
+    _note_versions(recorder, f"map of {name!r}", output)
+
+
+def _note_versions(recorder: _Recorder, what: str, output: Any) -> None:
+    if recorder.side == "student" and not torch.compiler.is_compiling():  # compiled code overwrites nothing
+        recorder.versions += [(what, x, x._version) for x in _values(output) if isinstance(x, Tensor)]
 
 
 def _end(recorder: _Recorder, _name: str, _module: nn.Module, _args: tuple, _output: Any) -> None:

@@ -1,9 +1,4 @@
-"""A detector with SEA distillation, usable from an MMDetection config (the file of an existing detector unchanged):
-
-custom_imports = dict(imports=["sea_kernels.mmdet"], allow_failed_imports=False)
-_base_ = "fcos_r18_fpn.py"
-model = dict(_delete_=True, type="SEADistilled", student=..., teacher=..., teacher_checkpoint="fcos_r101.pth")
-"""
+"""A detector with SEA distillation for MMDetection's configs; README.md beside this file shows one."""
 
 from typing import Any
 
@@ -22,22 +17,38 @@ class SEADistilled(BaseModel):
 
     Args:
         student, teacher: configs of detectors, or file names of configs whose `model` is meant.
-        teacher_checkpoint: file name of the teacher's weights; None: as its config initialises it.
+        teacher_checkpoint: file name of the teacher's weights, all of them; None: as its config initialises it.
         **options: of :class:`sea_kernels.SEADistiller`.
+
+    Raises:
+        ValueError: the two normalise their input in different ways; as SEADistiller.
+        RuntimeError: the checkpoint is not the teacher's.
     """
 
     def __init__(self, student: Any, teacher: Any, teacher_checkpoint: str | None = None, **options: Any) -> None:
         student, teacher = _build(student), _build(teacher)
         super().__init__(data_preprocessor=student.data_preprocessor)
-        teacher.init_weights()
-        if teacher_checkpoint is not None:
-            load_checkpoint(teacher, teacher_checkpoint, map_location="cpu")
+        theirs, ours = (_normalisation(model) for model in (teacher, student))
+        if theirs != ours:
+            raise ValueError(
+                f"teacher normalises its input by {theirs}; expected {ours}, as the student, whose it gets"
+            )
+        if teacher_checkpoint is None:
+            teacher.init_weights()
+        else:
+            load_checkpoint(teacher, teacher_checkpoint, map_location="cpu", strict=True)
         self.student = student
         self.distiller = SEADistiller(student, teacher, **options)
 
     def forward(self, inputs: Any, data_samples: Any = None, mode: str = "tensor") -> Any:
         out = self.student(inputs, data_samples, mode=mode)
         return out | self.distiller.losses() if mode == "loss" else out
+
+
+def _normalisation(model: nn.Module) -> dict[str, Any]:
+    own = model.data_preprocessor
+    values = {name: getattr(own, name).flatten().tolist() for name in ("mean", "std") if hasattr(own, name)}
+    return values | {"channel_conversion": getattr(own, "_channel_conversion", None)}
 
 
 def _build(config: Any) -> nn.Module:

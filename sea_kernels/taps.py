@@ -89,9 +89,9 @@ def find(model: nn.Module) -> Taps:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The detector inside DistributedDataParallel, DataParallel and torch.compile."""
+    """The detector inside DistributedDataParallel and torch.compile."""
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod

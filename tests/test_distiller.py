@@ -52,16 +52,29 @@ def by_hand(student, teacher, images=IMAGES, **options):
     return sk.sea_loss(student_cls, teacher_cls, student_box, teacher_box, regions, **options)
 
 
-def test_losses_are_those_of_sea_loss():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"distance_temperature": 0.3},
+        {"localization_temperature": 2.0},
+        {"detach_anchors": True},
+        {"distance_on_box": True},
+        {"anchor_on_box": False},
+    ],
+)
+def test_losses_are_those_of_sea_loss(options):
     student, teacher = pair()
-    distiller = sk.SEADistiller(student, teacher, TAPS, weights=(0.5, 2.0, 3.0), distance_temperature=0.3)
+    taps, own = TAPS, dict(options)
+    if "anchor_on_box" in own:
+        taps = dataclasses.replace(TAPS, anchor_on_box=own.pop("anchor_on_box"))
+    distiller = sk.SEADistiller(student, teacher, taps, weights=(0.5, 2.0, 3.0), **own)
     student(IMAGES)
     losses = distiller.losses(BOXES, LABELS)
     sum(losses.values()).backward()
     found = gradients(student)
 
     student.zero_grad()
-    expected = by_hand(student, teacher.eval(), distance_temperature=0.3)
+    expected = by_hand(student, teacher.eval(), **options)
     weighted = [w * x for w, x in zip((0.5, 2.0, 3.0), expected)]
     sum(weighted).backward()
     assert list(losses) == ["loss_sea_anchor", "loss_sea_distance", "loss_sea_localization"]
@@ -129,7 +142,7 @@ def test_teacher_is_frozen_and_no_part_of_the_distiller():
     assert not teacher.training and all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     for name, x in teacher.state_dict().items():
         assert torch.equal(x, before[name]), name
-    assert set(distiller.state_dict()) == {"_extra_state"}
+    assert set(distiller.state_dict()) == {"step"}
     distiller.to(torch.float64)
     assert next(teacher.parameters()).dtype == torch.float64  # goes where the distiller goes
 
@@ -144,6 +157,46 @@ def test_relu_in_place_behind_a_tapped_convolution():
         x = student.features(IMAGES)[0]
         torch.testing.assert_close(maps[0].detach(), student.head.cls_tower[0](x))
     assert (maps[0] < 0).any()
+
+
+def test_norm_before_a_relu_in_place():
+    student, teacher = pair()
+    for model in (student, teacher):
+        model.head.box_tower.insert(1, nn.GroupNorm(4, 16))
+    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, box=("head.box_tower.1",)))
+    student(IMAGES)
+    assert (distiller.capture(BOXES, LABELS).student_box[0][0] < 0).any()
+
+
+class Listed(Toy):
+    """Its neck gives all levels at once, and somebody overwrites one, or the input."""
+
+    def __init__(self, overwrite=None):
+        super().__init__()
+        self.neck, self.overwrite = nn.Identity(), overwrite
+
+    def forward(self, images):
+        images = images.clone()
+        levels = self.neck(self.features(images))
+        if self.overwrite is not None:
+            (images if self.overwrite == "input" else levels[1]).mul_(0.5)
+        return {"loss": self.head(levels)}
+
+
+def test_module_that_gives_all_levels_at_once():
+    student, teacher = Listed(), Listed()
+    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, cls=("neck",)), channels=((8, 8), (16, 16)))
+    student(IMAGES)
+    assert [tuple(x.shape[2:]) for x in distiller.capture(BOXES, LABELS).student_cls[0]] == [(8, 12), (4, 6), (2, 3)]
+
+
+@pytest.mark.parametrize(("overwrite", "what"), [("input", "input of 'backbone'"), ("levels", "map of 'neck'")])
+def test_overwritten_input_or_list_is_an_error(overwrite, what):
+    student, teacher = Listed(overwrite), Listed()
+    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, cls=("neck",)), channels=((8, 8), (16, 16)))
+    student(IMAGES)
+    with pytest.raises(RuntimeError, match=f"the student's {what} was overwritten"):
+        distiller.losses(BOXES, LABELS)
 
 
 def test_overwritten_map_is_an_error():
@@ -273,11 +326,13 @@ def test_close_and_context_manager_remove_the_hooks():
 
 
 def test_a_forgotten_distiller_is_freed():
+    """And its teacher, which the student's hooks do not hold."""
     student, teacher = pair()
-    distiller = weakref.ref(sk.SEADistiller(student, teacher, TAPS))
+    distiller, kept = weakref.ref(sk.SEADistiller(student, teacher, TAPS)), weakref.ref(teacher)
     student(IMAGES)
+    del teacher
     gc.collect()
-    assert distiller() is None
+    assert distiller() is None and kept() is None
     student(IMAGES)  # its hooks hold nothing and do nothing
 
 
@@ -285,10 +340,12 @@ def test_maps_are_not_kept_after_the_step():
     student, teacher = pair()
     distiller = sk.SEADistiller(student, teacher, TAPS)
     student(IMAGES)
-    kept = weakref.ref(distiller._recorders[0].fired["head.cls_tower.1"][0][0])
+    kept = weakref.ref(distiller._recorders[0].fired["head.cls_tower.1"][0])
     sum(distiller.losses(BOXES, LABELS).values()).backward()
     gc.collect()
     assert kept() is None
+    for recorder in distiller._recorders:
+        assert not (recorder.fired or recorder.versions or recorder.open) and recorder.images is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -344,6 +401,16 @@ def test_compiled_student():
         sum(losses.values()).backward()
         assert student.backbone[0].weight.grad.abs().max() > 0
     assert counter.frame_count == 1
+
+    @torch.compile(backend=counter)
+    def step(images):
+        return student(images)["loss"] + sum(distiller.losses(BOXES, LABELS).values())
+
+    counts = []
+    for _ in range(12):  # steps are counted without compiling anew
+        step(IMAGES)
+        counts.append(counter.frame_count)
+    assert counts[1] == counts[-1]
     assert again.student is student and not any(n.startswith("_orig") for n in again.student_state_dict())
 
 
@@ -415,6 +482,60 @@ def test_teacher_of_another_stride_is_resampled_and_said_once(caplog):
             student(IMAGES)
             assert all(x.isfinite() for x in distiller.losses(BOXES, LABELS).values())
     assert [r.args[0] for r in caplog.records] == ["head.cls_tower.1", "head.cls_tower.3", "head.box_tower.1"]
+    student(IMAGES)
+    captured = distiller.capture(BOXES, LABELS)
+    with torch.no_grad():
+        own = teacher.head.box_tower(teacher.features(IMAGES)[0])
+        want = nn.functional.interpolate(own, size=(8, 12), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(captured.teacher_box[0][0], want)
+
+
+def test_teacher_with_modules_of_other_names():
+    student, teacher = pair()
+    student.eval()
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    student(IMAGES)
+    want = value(distiller.losses(BOXES, LABELS))
+    teacher.other = teacher.head
+    del teacher.head
+    theirs = dataclasses.replace(
+        TAPS,
+        cls=tuple(name.replace("head", "other") for name in TAPS.cls),
+        box=("other.box_tower.1",),
+        run=lambda model, x: model.other(model.features(x)),
+    )
+    distiller = sk.SEADistiller(student, teacher, TAPS, teacher_taps=theirs)
+    student(IMAGES)
+    assert value(distiller.losses(BOXES, LABELS)) == want
+
+
+class Given(Toy):
+    """Shows its ground truth to a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.truth = nn.Identity()
+
+    def forward(self, images):
+        self.truth((BOXES, LABELS))
+        return super().forward(images)
+
+
+def test_targets_that_the_taps_see_give_way_to_those_given():
+    sizes, student, teacher = [(60, 96), (64, 50)], Given(), Given()
+    taps = dataclasses.replace(
+        TAPS, targets="truth", read_targets=lambda output, with_masks: sk.taps.Targets(*output, sizes)
+    )
+    distiller = sk.SEADistiller(student, teacher, taps)
+    others = [torch.tensor([0, 2]), torch.tensor([3])]
+    for given, labels in (((), LABELS), ((BOXES, others), others)):
+        student(IMAGES)
+        found = distiller.capture(*given).regions
+        want = sk.Regions.from_boxes(BOXES, labels, found.level_shapes, STRIDES, image_sizes=sizes, num_classes=4)
+        assert all(torch.equal(a, b) for a, b in zip(found.tensors(), want.tensors()))
+    student(IMAGES)
+    with pytest.raises(ValueError, match="labels not given; expected one tensor for each image beside boxes"):
+        distiller.losses(BOXES)
 
 
 def test_teacher_input():
@@ -432,6 +553,8 @@ def test_schedule():
     assert [sk.Schedule(stop=2)(s) for s in range(4)] == [1, 1, 0, 0] and sk.Schedule()(10**9) == 1
     with pytest.raises(ValueError, match="decay is 5 with stop=5"):
         sk.Schedule(decay=5, stop=5)
+    with pytest.raises(ValueError, match="warmup is -3; expected a number of steps"):
+        sk.Schedule(warmup=-3)
 
 
 def test_schedule_scales_the_losses_and_stops_the_teacher():
@@ -446,7 +569,7 @@ def test_schedule_scales_the_losses_and_stops_the_teacher():
     teacher.register_forward_hook(lambda *_: calls.append(1))
     student(IMAGES)
     losses = distiller.losses(BOXES, LABELS)
-    assert value(losses) == 0 and not calls
+    assert value(losses) == 0 and not calls and not distiller._recorders[0].fired
     sum(losses.values()).backward()  # DDP waits for every adapter
     assert all(p.grad is not None for p in distiller.parameters())
     twin = sk.SEADistiller(student, teacher, TAPS)
@@ -481,11 +604,29 @@ def test_bad_input():
     refused("teacher's taps name 1 modules for cls", teacher_taps=replace(TAPS, cls=("head.cls_tower.1",)))
     refused("no ready taps for toy_detector.Toy", TypeError, taps=None)
     refused("weights is .1, 2.; expected three numbers", weights=(1, 2))
+    refused("weights is 0.1; expected three numbers", weights=0.1)
+    refused("channels is ..16, 24.,.; expected", channels=((16, 24),))
     refused("labels.0..1. is 3; expected -1 <= label < 2", num_classes=2)
     with pytest.raises(ValueError, match="teacher is the student itself"):
         sk.SEADistiller(*[pair()[0]] * 2, TAPS)
     with pytest.raises(TypeError, match=r"teacher is a str; expected a torch\.nn\.Module"):
         sk.SEADistiller(pair()[0], "teacher.pth", TAPS)
+
+
+def test_models_that_cannot_go_together():
+    student, teacher = pair()
+    teacher.backbone = student.backbone
+    with pytest.raises(ValueError, match=r"teacher shares 'backbone.0.weight' with the student"):
+        sk.SEADistiller(student, teacher, TAPS)
+    distiller = sk.SEADistiller(student, Toy().to("meta"), TAPS)
+    student(IMAGES)
+    with pytest.raises(
+        ValueError, match=r"the teacher is on meta; expected cpu, as its input \(distiller.to moves it\)"
+    ):
+        distiller.losses(BOXES, LABELS)
+    distiller.close()
+    with pytest.raises(RuntimeError, match="the distiller is closed"):
+        distiller.losses(BOXES, LABELS)
 
 
 def test_teacher_that_does_not_fire_or_has_other_levels():

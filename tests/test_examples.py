@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from detectors import (
     mmdet_batch,
@@ -38,7 +39,8 @@ def test_plain(tmp_path, monkeypatch):
     names = {"sk": sk, "torch": torch, "student": student, "teacher": teacher, "data_loader": [batch(0), batch(1)]}
     exec(example("plain"), names)
     assert len(names["losses"]) == 4 and all(x.isfinite() for x in names["losses"].values())
-    assert len(moved(student, before)) == len(before) and names["distiller"].step == 2
+    towers = {f"head.{name}.weight" for name in ("cls_tower.0", "cls_tower.2", "box_tower.0", "predict")}
+    assert towers | {"backbone.0.weight"} <= set(moved(student, before)) and names["distiller"].step == 2
     Toy().load_state_dict(torch.load("student.pth"))
 
 
@@ -54,16 +56,19 @@ def test_torchvision():
 def test_mmdet(tmp_path, monkeypatch):
     require("mmdet")
     from mmengine.config import Config
+    from mmengine.model import ExponentialMovingAverage
     from mmengine.optim import OptimWrapper
 
     teacher = mmdet_detector("FCOS", 50, seed=1)
     for name, depth in (("fcos_r18_fpn", 18), ("fcos_r50_fpn", 50)):
-        Config({"model": mmdet_config("FCOS", depth)}).dump(tmp_path / f"{name}.py")
+        rest = {"train_cfg": {"max_epochs": 12}}
+        Config({"model": mmdet_config("FCOS", depth), **rest}).dump(tmp_path / f"{name}.py")
     torch.save(teacher.state_dict(), tmp_path / "fcos_r50_fpn.pth")
     (tmp_path / "sea.py").write_text(example("mmdet"))
     monkeypatch.chdir(tmp_path)
 
     config = Config.fromfile("sea.py")
+    assert config.train_cfg.max_epochs == 12  # the rest of the student's config is there
     from mmdet.registry import MODELS
 
     model = MODELS.build(config.model)
@@ -75,5 +80,19 @@ def test_mmdet(tmp_path, monkeypatch):
     logged = model.train().train_step(mmdet_batch("FCOS"), OptimWrapper(torch.optim.SGD(model.parameters(), 1e-3)))
     assert {"loss_cls", "loss_bbox", "loss_centerness", "loss", "loss_sea_anchor"} <= set(logged)
     assert all(x.isfinite() for x in logged.values()) and moved(model, before)
+    ema = ExponentialMovingAverage(model, update_buffers=True)
+    ema.update_parameters(model)
+    assert ema.module.distiller.teacher is model.distiller.teacher
+    model.distiller.step = 7
+    model.load_state_dict(model.state_dict())
+    assert model.distiller.step == 7
     found = model.eval().val_step(mmdet_batch("FCOS"))
     assert len(found) == 2 and "pred_instances" in found[0]
+
+    torch.save(model.state_dict(), "wrong.pth")  # of the wrapper, not of a teacher
+    with pytest.raises(RuntimeError, match="do not match"):
+        MODELS.build(config.model | {"teacher_checkpoint": "wrong.pth"})
+    other = mmdet_config("FCOS", 50)
+    other.data_preprocessor.std = [58.4, 57.1, 57.4]
+    with pytest.raises(ValueError, match=r"teacher normalises its input by .*58\.4.*; expected .*1\.0"):
+        MODELS.build(config.model | {"teacher": other})
