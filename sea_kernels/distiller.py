@@ -145,8 +145,8 @@ class SEADistiller(nn.Module):
             ours, theirs = getattr(taps, branch), getattr(teacher_taps, branch)
             if len(ours) != len(theirs) or not ours:
                 raise ValueError(
-                    f"the teacher's taps name {len(theirs)} modules for {branch} ({', '.join(theirs)}); expected "
-                    f"{len(ours)}, as the student's ({', '.join(ours)})"
+                    f"the teacher's taps name {len(theirs)} modules for {branch}, {theirs}; expected {len(ours)}, "
+                    f"as the student's, {ours}"
                 )
         self._taps = taps, teacher_taps
         self.num_classes = taps.num_classes if num_classes is None else num_classes
