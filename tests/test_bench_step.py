@@ -9,14 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectors import require
 from torch import nn
 
 import sea_kernels as sk
-
-try:
-    import torchvision.models.detection  # noqa: F401
-except Exception:  # one for another torch fails in its own ways
-    pytest.skip("torchvision is not installed, or not for this torch", allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent
 PARTS = ["student forward", "student backward", "optimizer step", "teacher forward"]
@@ -25,6 +21,11 @@ WHOLE = [
     "whole step with sea_kernels",
     "whole step with eager reference",
 ]
+
+
+@pytest.fixture(autouse=True)
+def torchvision():
+    require("torchvision")
 
 
 @pytest.fixture
@@ -36,6 +37,7 @@ def bench(monkeypatch):
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """(stdout, report, picture) of a tiny run."""
+    require("torchvision")
     out = tmp_path_factory.mktemp("step")
     path = os.pathsep.join(filter(None, [str(Path(sk.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "benchmarks/bench_step.py", "--smoke", "--device", "cpu", "--out", str(out)]
