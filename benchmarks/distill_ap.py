@@ -240,7 +240,7 @@ def measured(scenes, call) -> dict:
 def work(args: argparse.Namespace, preset: Preset) -> None:
     """Does what is not done yet; returns early when the budget is spent."""
     out, device = args.out, torch.device(args.device)
-    todo = [r for r in runs(preset) if not run_file(out, *r).exists()]
+    todo = [r for r in runs(preset) if r[0] in args.rows and not run_file(out, *r).exists()]
     if not todo or args.budget <= 0:
         return
     tell(f"{preset.train} train and {preset.val} validation images of {preset.size}x{preset.size}")
@@ -368,6 +368,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=PRESETS, default="gpu")
+    parser.add_argument("--share", type=float, help="a distillation loss's part of the detection loss (default: 0.5)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="only these rows")
     parser.add_argument("--tiny", action="store_true", help="minutes, one seed: checks the program, teaches nothing")
     parser.add_argument(
         "--budget",
@@ -395,6 +397,8 @@ def main(argv: list[str] | None = None) -> None:
     _start = time.monotonic()
     args = arguments(argv)
     preset = TINY if args.tiny else PRESETS[args.preset]
+    if args.share is not None:
+        preset = dataclasses.replace(preset, share=args.share)
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
     of_this_call = settings(args, preset)
     work(args, preset)
