@@ -238,9 +238,13 @@ def test_a_second_call_goes_on_and_a_third_does_nothing(distill, little, tmp_pat
     first = (tmp_path / "runs" / "student_alone-0.json").read_text()
     distill.main([*call, "--budget", "0"])
     assert len(trained) == 3 and "1 of 4 student runs are done" in capsys.readouterr().out
+    distill.main([*call, "--rows", "all three"])
+    assert trained[3:] == [("all three", 0)]
     distill.main(call)
     assert trained[3:] == [("all three", 0), ("pixel matching", 0), ("distance", 0)]
     assert (tmp_path / "runs" / "student_alone-0.json").read_text() == first
+    with pytest.raises(SystemExit, match="other settings"):
+        distill.main([*call, "--share", "0.1"])
     capsys.readouterr()
     distill.main(call)
     assert len(trained) == 6
