@@ -83,8 +83,8 @@ class SEADistiller(nn.Module):
         taps: where the student's maps are; default: those of :func:`sea_kernels.taps.find`.
         teacher_taps: the same for the teacher; default: `taps`, or what `find` says of the teacher.
         weights: of the anchor, the distance and the localisation loss, each a sum over maps and levels. The defaults
-            are ours: for FCOS, four maps a branch on five levels, they should make each about half the detection loss
-            when training starts, judged by the small detector of benchmarks/distill_ap.py. Choose by `unweighted`.
+            are ours: for FCOS, four maps a branch on five levels, they should make each about a tenth of the detection
+            loss when training starts, judged by the small detector of benchmarks/distill_ap.py. Choose by `unweighted`.
         schedule: a factor for the weights as a function of the step (see :class:`Schedule`); a step is one call of
             `losses`. Where it is 0 the teacher does not run.
         num_classes: number of categories; default: the student's own, where the taps know it.
@@ -112,7 +112,7 @@ class SEADistiller(nn.Module):
         taps: Taps | None = None,
         *,
         teacher_taps: Taps | None = None,
-        weights: Sequence[float] = (0.1, 0.1, 0.1),
+        weights: Sequence[float] = (0.02, 0.02, 0.02),
         schedule: Callable[[int], float] | None = None,
         num_classes: int | None = None,
         channels: Sequence[Sequence[int]] | None = None,
