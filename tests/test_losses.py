@@ -29,7 +29,10 @@ SIZES = {"kept": {"number": 3, "channels": 96}, "recomputed": {"number": 12, "ch
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_native_is_as_exact_as_the_reference(variant, dtypes, size, device):
     regions = make_regions(device, size["number"], levels=2, num_classes=20)
-    scalars, seeds = [], 2 if variant in ("anchor_pool", "anchor_cosine") and dtypes != (F32, F32) else 16
+    scalars, seeds = [], 16
+    # Scalars want sixteen, the rest has many values in one; to float64, which is exact, rounding is granted instead.
+    if F64 in dtypes or (variant in ("anchor_pool", "anchor_cosine") and dtypes != (F32, F32)):
+        seeds = 2
     for seed in range(seeds):
         inputs = make_inputs(regions, size["channels"], 24, 1, *dtypes, seed, device)
         native, plain = run(variant, inputs, regions), run(variant, inputs, regions, "reference")
