@@ -60,7 +60,7 @@ def coco_images(count=2, start=8):
 def torchvision_detector(name, depth=18, channels=256, seed=0, size=192):
     require("torchvision")
     from torchvision.models import detection, resnet
-    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
     from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -74,13 +74,9 @@ def torchvision_detector(name, depth=18, channels=256, seed=0, size=192):
         levels, extra = [2, 3, 4], LastLevelP6P7(channels, channels)
     else:
         levels, extra = [1, 2, 3, 4], None
-    backbone = _resnet_fpn_extractor(body, 5, returned_layers=levels, extra_blocks=extra)
-    if channels != 256:
-        from torchvision.models.detection.backbone_utils import BackboneWithFPN
-
-        layers = {f"layer{k}": str(i) for i, k in enumerate(levels)}
-        widths = [body.inplanes // 8 * 2 ** (k - 1) for k in levels]
-        backbone = BackboneWithFPN(body, layers, widths, channels, extra_blocks=extra)
+    layers = {f"layer{k}": str(i) for i, k in enumerate(levels)}
+    widths = [body.inplanes // 8 * 2 ** (k - 1) for k in levels]
+    backbone = BackboneWithFPN(body, layers, widths, channels, extra_blocks=extra)
     if name == "MaskRCNN":
         pool = MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2)
         return detection.MaskRCNN(backbone, NUM_CLASSES + 1, mask_roi_pool=pool, **options)
