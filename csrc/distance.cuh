@@ -584,7 +584,7 @@ __global__ void __launch_bounds__(kFinishThreads) project(const __grid_constant_
   T along = 0;
   for (int64_t c = threadIdx.x; c < channels; c += kFinishThreads) {
     T sum = 0;
-    if (!empty)
+    if (!empty && tiles > 0)
       for (int64_t s = first; s <= last; ++s)
         sum += params.moments[((s + blockIdx.y) * masks + mask) * pyramid.most_channels + c];
     out[c] = sum;

@@ -347,6 +347,10 @@ __global__ void __launch_bounds__(kPoolThreads, 2) pool(const __grid_constant__ 
   }
 }
 
+// Whether the anchors are made of the sums and used at once, or written to each pair's `anchors` and no more, or read
+// from there.
+enum class Anchors { used, written, given };
+
 // What the sums come to, a mask and pair at a time; and the pieces of the softmax.
 template <class X>
 struct PoolFinishParams {
@@ -357,7 +361,7 @@ struct PoolFinishParams {
   const T* softmax;  // as in PoolParams
   T scale;           // as in PoolParams
   int sides;
-  T* anchors;            // [pairs, masks, channels] the mean of one side; null: two sides
+  Anchors anchors;
   double* anchor;        // [pairs, masks] terms of the anchor loss
   double* localization;  // [pairs, batch, blocks of channels] terms of the localization loss
 };
@@ -433,15 +437,17 @@ __global__ void __launch_bounds__(kFinishThreads, 2) pool_finish(const __grid_co
   const int64_t tiles = pair.student.batch * per_image;
   const int64_t first = slice_of(pyramid, pair.first_tile), last = slice_of(pyramid, pair.first_tile + tiles - 1);
   const auto mean = [&](int side, int64_t channel) {
+    if (params.anchors == Anchors::given) return static_cast<const T*>(pair.anchors[side])[mask * channels + channel];
     T sum = 0;
-    if (area > 0)
+    if (area > 0 && tiles > 0)
       for (int64_t s = first; s <= last; ++s)
         sum += params.sums[(((s + blockIdx.y) * params.sides + side) * masks + mask) * most + channel];
     return area > 0 ? sum / static_cast<T>(area) : 0;
   };
-  if (params.anchors) {
-    for (int64_t c = threadIdx.x; c < channels; c += kFinishThreads)
-      params.anchors[(blockIdx.y * masks + mask) * channels + c] = mean(0, c);
+  if (params.anchors == Anchors::written) {
+    for (int side = 0; side < params.sides; ++side)
+      for (int64_t c = threadIdx.x; c < channels; c += kFinishThreads)
+        static_cast<T*>(pair.anchors[side])[mask * channels + c] = mean(side, c);
     return;
   }
   const int present = count_masks(params.masks, pair.level);
@@ -486,20 +492,23 @@ __global__ void __launch_bounds__(kFinishThreads, 2) pool_finish(const __grid_co
   }
 }
 
-// Launches the pooling of a pyramid; `sums` and `softmax` as in PoolParams.
+// Launches the pooling of a pyramid, or of given anchors what follows it; `sums` and `softmax` as in PoolParams.
 template <class X>
 void run_pool(PoolParams<Compute<X>> params, PoolFinishParams<X> finish, cudaStream_t stream) {
   const Pyramid& pyramid = params.pyramid;
   params.copied = PoolMemory<X>::bytes(params.masks.masks, true) <= shared_memory_limit();
   const dim3 grid(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.most_channels, kPoolChannels)));
-  launch(pool<X>, "pool", grid, kPoolThreads, PoolMemory<X>::bytes(params.masks.masks, params.copied), stream, params);
+  if (finish.anchors != Anchors::given)
+    launch(pool<X>, "pool", grid, kPoolThreads, PoolMemory<X>::bytes(params.masks.masks, params.copied), stream,
+           params);
   finish.pyramid = pyramid;
   finish.masks = params.masks;
   finish.sums = params.sums;
   finish.softmax = params.softmax;
   finish.scale = params.scale;
   finish.sides = params.sides;
-  const int64_t blocks = pyramid.batch * divide_up(pyramid.most_channels, kFinishThreads);
+  const int64_t blocks =
+      finish.anchors == Anchors::given ? 0 : pyramid.batch * divide_up(pyramid.most_channels, kFinishThreads);
   launch(pool_finish<X>, "pool_finish", dim3(static_cast<unsigned>(params.masks.masks + blocks), pyramid.count),
          kFinishThreads, 32 * sizeof(double), stream, finish);
 }

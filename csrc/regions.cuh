@@ -34,9 +34,10 @@ struct RasterInput {
   const double* strides;  // [levels, 2] on the host: y, x
   int64_t num_classes;
   double center_ratio;
+  const bool* present;  // [num_classes] the categories that get rows, whether boxes show them or not; null: no others
 
-  int64_t capacity() const { return std::min(boxes.count, num_classes); }  // K
-  int64_t masks() const { return 1 + 2 * capacity(); }                     // P
+  int64_t capacity() const { return present ? num_classes : std::min(boxes.count, num_classes); }  // K
+  int64_t masks() const { return 1 + 2 * capacity(); }                                             // P
   int64_t words() const { return (masks() + 31) / 32; }
   int64_t pixels() const {  // N
     int64_t sum = 0;
@@ -70,6 +71,7 @@ struct RankParams {
   const T* corners;       // [boxes, 4]
   const int64_t* labels;  // [boxes]
   const int64_t* image;   // [boxes]; or null: each belongs to one
+  const bool* present;    // [num_classes], or null
   int64_t boxes, batch, num_classes, capacity, counters;
   int64_t* classes;  // [capacity]
   RasterScratch scratch;
@@ -118,6 +120,9 @@ __global__ void __launch_bounds__(kRankThreads) rank_labels(const __grid_constan
       const int64_t label = usable_label(params, g) - begin;
       if (label >= 0 && label < kRankWindow) atomicOr(&found[label / 32], 1u << label % 32);
     }
+    for (int64_t k = begin + thread; params.present && k < min(begin + kRankWindow, params.num_classes);
+         k += kRankThreads)
+      if (params.present[k]) atomicOr(&found[(k - begin) / 32], 1u << (k - begin) % 32);
     __syncthreads();
     if (thread < 32) {
       uint32_t total = 0;
@@ -393,8 +398,8 @@ void rasterize(const RasterInput<T>& in, const RasterOutput& out, void* memory, 
     return static_cast<uint32_t>((items + threads - 1) / threads);
   };
 
-  const RankParams<T> rank{in.boxes.corners, in.labels,     in.boxes.image, in.boxes.count, in.batch,
-                           in.num_classes,   in.capacity(), all_counters,   out.classes,    scratch};
+  const RankParams<T> rank{in.boxes.corners, in.labels,     in.boxes.image, in.present,  in.boxes.count, in.batch,
+                           in.num_classes,   in.capacity(), all_counters,   out.classes, scratch};
   const int64_t label_words = (std::min(in.num_classes, kRankWindow) + 31) / 32;
   launch(rank_labels<T>, "rank_labels", dim3(1 + std::min(blocks(all_counters, 4 * kRankThreads), 1024u)), kRankThreads,
          (2 * label_words + 1) * sizeof(uint32_t), stream, rank);

@@ -80,6 +80,7 @@ struct LossOptions {
   double distance_temperature, localization_temperature;
   bool detach_anchors, save;
   int slices = kSlices;
+  Anchors anchors = Anchors::used;  // written: pooling and localization alone; given: without them
 };
 
 // What forward saves for backward, elements of T; its sizes come from shapes alone.
@@ -118,6 +119,21 @@ SavedSizes lay_out(std::vector<Pair>& pairs, int64_t masks, const LossOptions& o
   return sizes;
 }
 
+// Points the pairs to the anchors of the sets that have any: [2 sides, levels, masks, channels] of one after the other.
+// Returns their number; with a null pointer it counts.
+template <class T>
+int64_t lay_out_anchors(std::vector<Pair>& pairs, int64_t levels, int64_t masks, T* anchors) {
+  int64_t used = 0;
+  for (Pair& pair : pairs) {
+    if (!(pair.parts & (kAnchor | kDistance))) continue;
+    const int64_t table = masks * pair.student.channels;
+    for (int side = 0; side < 2 && anchors; ++side)
+      pair.anchors[side] = anchors + used + (side * levels + pair.level) * table;
+    if (pair.level == levels - 1) used += 2 * levels * table;
+  }
+  return used;
+}
+
 // The losses as sums of their terms. Grid: one block.
 template <class T>
 struct FinishParams {
@@ -127,7 +143,7 @@ struct FinishParams {
   const double* localization;  // [pairs, blocks]
   const double* distance;      // [slices + pairs] of the pyramid of the distances
   int64_t blocks;
-  T* losses[3];
+  T* losses[3];  // null: not asked for
   bool add;
 };
 
@@ -137,9 +153,9 @@ __global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__
   const int64_t masks = params.masks.masks;
   for (int i = 0; i < params.pyramid.count; ++i) {
     const Pair& pair = params.pyramid.pairs[i];
-    if (pair.parts & kAnchor)
+    if (params.losses[0] && pair.parts & kAnchor)
       for (int64_t p = threadIdx.x; p < masks; p += kFinishThreads) sum[0] += params.anchor[i * masks + p];
-    if (pair.parts & kLocalization)
+    if (params.losses[2] && pair.parts & kLocalization)
       for (int64_t k = threadIdx.x; k < params.blocks; k += kFinishThreads)
         sum[2] += params.localization[i * params.blocks + k];
   }
@@ -147,14 +163,15 @@ __global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__
   for (int i = 0; i < pyramid.count; ++i) {
     const float counted = params.masks.counted[pyramid.pairs[i].level];
     const int64_t end = i + 1 < pyramid.count ? pyramid.pairs[i + 1].first_tile : pyramid.tiles;
-    if (!(counted > 0)) continue;
+    if (!(counted > 0) || end == pyramid.pairs[i].first_tile) continue;
     for (int64_t s = slice_of(pyramid, pyramid.pairs[i].first_tile) + threadIdx.x; s <= slice_of(pyramid, end - 1);
          s += kFinishThreads)
       sum[1] += params.distance[s + i] / counted;
   }
   for (int i = 0; i < 3; ++i) {
     const double total = sum_over_block(sum[i], reinterpret_cast<double*>(shared_memory()));
-    if (threadIdx.x == 0) *params.losses[i] = static_cast<T>(total + (params.add ? *params.losses[i] : 0));
+    if (threadIdx.x == 0 && params.losses[i])
+      *params.losses[i] = static_cast<T>(total + (params.add ? *params.losses[i] : 0));
   }
 }
 
@@ -168,8 +185,9 @@ void forward_part(const Pair* given, int64_t count, const Masks& masks, const Lo
     if (pair.parts & kDistance) pair.inverse_norm = arena.take<T>(masks.masks);
   const Pyramid all =
       make_pyramid(pairs.data(), count, kPoolPixels<X>, options.slices, [](const Pair&) { return true; });
-  const Pyramid distances = make_pyramid(pairs.data(), count, kDistancePixels<X>, options.slices,
-                                         [](const Pair& pair) { return pair.parts & kDistance; });
+  const Pyramid distances =
+      make_pyramid(pairs.data(), count, kDistancePixels<X>, options.slices,
+                   [&](const Pair& pair) { return pair.parts & kDistance && options.anchors != Anchors::written; });
   const int64_t blocks = all.batch * divide_up(all.most_channels, kFinishThreads);
   FinishParams<T> last{all, distances, masks, {}, {}, {}, blocks, {losses[0], losses[1], losses[2]}, add};
   double* anchor = arena.take<double>(count * masks.masks);
@@ -177,11 +195,13 @@ void forward_part(const Pair* given, int64_t count, const Masks& masks, const Lo
   double* distance_terms = arena.take<double>(distances.slices + distances.count);
 
   const int64_t start = arena.used();
+  const bool pools = options.anchors != Anchors::given;
   PoolParams<T> pooling{all, masks, Exponential<X>::scale(options.localization_temperature), nullptr, nullptr,
                         2,   false};
-  pooling.sums = arena.take<T>((all.slices + all.count) * 2 * masks.masks * all.most_channels);
-  pooling.softmax = arena.take<T>((all.slices + all.count * all.batch) * 5 * all.most_channels);
+  pooling.sums = arena.take<T>(pools ? (all.slices + all.count) * 2 * masks.masks * all.most_channels : 0);
+  pooling.softmax = arena.take<T>(pools ? (all.slices + all.count * all.batch) * 5 * all.most_channels : 0);
   PoolFinishParams<X> finish_pool{};
+  finish_pool.anchors = options.anchors;
   finish_pool.anchor = anchor;
   finish_pool.localization = localization;
   if (!dry) run_pool(pooling, finish_pool, stream);
@@ -285,10 +305,11 @@ int64_t pool_scratch(const std::vector<Pair>& pairs, const Masks& masks, int sli
 
 // pairs: of students alone, with part kAnchor.
 template <class X>
-void run_pool_anchors(const std::vector<Pair>& pairs, const Masks& masks, int slices, void* scratch,
+void run_pool_anchors(std::vector<Pair> pairs, const Masks& masks, int slices, void* scratch,
                       Compute<X>* anchors,  // [levels, masks, channels]
                       cudaStream_t stream) {
   using T = Compute<X>;
+  for (Pair& pair : pairs) pair.anchors[0] = anchors + pair.level * masks.masks * pair.student.channels;
   each_launch(pairs, [&](const Pair* first, int64_t count) {
     PoolParams<T> params{make_pyramid(first, count, kPoolPixels<X>, slices, [](const Pair&) { return true; }),
                          masks,
@@ -298,7 +319,7 @@ void run_pool_anchors(const std::vector<Pair>& pairs, const Masks& masks, int sl
                          1,
                          false};
     PoolFinishParams<X> finish{};
-    finish.anchors = anchors + first->level * masks.masks * first->student.channels;
+    finish.anchors = Anchors::written;
     run_pool(params, finish, stream);
   });
 }

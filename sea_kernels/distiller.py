@@ -6,16 +6,20 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from . import taps as ready_taps
 from .functional import sea_loss
 from .reference import SEALoss
 from .regions import Regions
 from .taps import Taps, names, unwrap
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _log = logging.getLogger("sea_kernels")
 _LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -60,14 +64,15 @@ class Capture(NamedTuple):
 
 
 class _Models(NamedTuple):
-    """A tuple, so that nn.Module takes neither for its submodule. A copy, as an EMA makes it, shares the teacher."""
+    """A tuple, so that nn.Module takes none for its submodule. A copy, as an EMA makes it, shares all but the student."""
 
     student: nn.Module
     teacher: nn.Module
+    group: Any  # ProcessGroup or None
 
     def __deepcopy__(self, memo: dict) -> "_Models":
         memo[id(self.teacher)] = self.teacher
-        return _Models(copy.deepcopy(self.student, memo), self.teacher)
+        return self._replace(student=copy.deepcopy(self.student, memo))
 
 
 class SEADistiller(nn.Module):
@@ -94,6 +99,8 @@ class SEADistiller(nn.Module):
         distance_temperature, localization_temperature, detach_anchors, distance_on_box: see
             :func:`sea_kernels.sea_loss`.
         use_masks: regions from the instances' masks (:meth:`sea_kernels.Regions.from_masks`) instead of their boxes.
+        group: a `torch.distributed.ProcessGroup`: the batch whose anchors are compared is that of all its ranks, all of
+            which must call `losses` at every step, with the same options. Default: each process for itself.
 
     Attributes:
         adapters: a 1x1 convolution for each set of maps of which student and teacher differ in channels; it brings the
@@ -122,6 +129,7 @@ class SEADistiller(nn.Module):
         detach_anchors: bool = False,
         distance_on_box: bool = False,
         use_masks: bool = False,
+        group: "ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
         if not isinstance(weights, Sequence) or len(weights) != 3 or not all(math.isfinite(w) for w in weights):
@@ -138,7 +146,7 @@ class SEADistiller(nn.Module):
         shared = [name for name, p in teacher.named_parameters() if id(p) in own]
         if shared:
             raise ValueError(f"teacher shares {shared[0]!r} with the student, which would be frozen; expected a copy")
-        self._models = _Models(student, teacher)
+        self._models = _Models(student, teacher, group)
         teacher_taps = teacher_taps or taps or ready_taps.find(teacher)
         taps = taps or ready_taps.find(student)
         for branch in ("cls", "box"):
@@ -292,10 +300,14 @@ class SEADistiller(nn.Module):
         if labels is None:
             raise ValueError("labels not given; expected one tensor for each image beside boxes or masks")
         shapes = [tuple(x.shape[2:]) for x in maps]
+        options = {"image_sizes": image_sizes, "ignore_boxes": ignore, "group": self._models.group}
+        options |= self._region_options
         strides = taps.strides
         if strides is None:
             strides = [tuple(n / m for n, m in zip(images.shape[2:], shape)) for shape in shapes]
-        options = {"image_sizes": image_sizes, "ignore_boxes": ignore, **self._region_options}
+            if self._models.group is not None:  # compared here, and so not there: these strides may differ by rank
+                group = distributed.join(self._models.group, images.device)
+                distributed.compare(group, "Regions", num_classes=self.num_classes, levels=len(shapes))
         if masks is not None:
             return Regions.from_masks(masks, labels, shapes, strides, **options)
         return Regions.from_boxes(boxes, labels, shapes, strides, **options)

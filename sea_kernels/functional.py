@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, ops, reference
-from .reference import SEALoss
+from . import checks, distributed, ops, reference
+from .reference import SEALoss, localization_share
 from .regions import Regions
 
 Maps = Sequence[Tensor] | Sequence[Sequence[Tensor]]
@@ -73,14 +73,31 @@ class _AnchorCosine(torch.autograd.Function):
         return None, out[-1], *out[:-1]
 
 
+def _sea_loss(student, teacher, parts, regions, options, group, save, kept_rows):
+    """(anchor, distance, localization, saved) of the operators; with a group the anchors are those of all its ranks."""
+    if group is None:
+        return torch.ops.sea_kernels.sea_loss(student, teacher, parts, regions, *options, save, kept_rows)
+    distance_temperature, localization_temperature, detach_anchors = options
+    pool, compare = torch.ops.sea_kernels.sea_loss_pool, torch.ops.sea_kernels.sea_loss_compare
+    # What a process pools is divided by the area of all: the sum is the mean.
+    anchors, localization, softmax = pool(student, teacher, parts, regions, localization_temperature)
+    anchors = distributed.all_reduce(anchors, group)
+    rest = distance_temperature, detach_anchors, save, kept_rows
+    anchor, distance, kept, gradients = compare(student, teacher, parts, regions, anchors, *rest)
+    if save and not detach_anchors:
+        # Here, not in backward: a process that skips backward leaves nobody waiting.
+        gradients = distributed.all_reduce(gradients, group)
+    return anchor, distance, localization, [kept, gradients, softmax, anchors]
+
+
 class _SEALoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, regions, teacher, options, *student):
+    def forward(ctx, parts, regions, teacher, options, group, *student):
         share = sum(x.numel() * x.element_size() for x in student) * _KEPT_SHARE[0] // _KEPT_SHARE[1]
         size = 8 if any(x.dtype == torch.float64 for x in (*student, *teacher)) else 4
         kept_rows = share // (size * max(ops.kept_elements(student, parts), 1))
-        *losses, saved = torch.ops.sea_kernels.sea_loss(student, teacher, parts, regions, *options, True, kept_rows)
-        ctx.parts, ctx.options, ctx.count = parts, options, (len(student), len(regions))
+        *losses, saved = _sea_loss(student, teacher, parts, regions, options, group, True, kept_rows)
+        ctx.parts, ctx.options, ctx.group, ctx.count = parts, options, group, (len(student), len(regions))
         _save(ctx, *student, *teacher, *regions, *saved)
         ctx.set_materialize_grads(False)
         return tuple(losses)
@@ -88,6 +105,8 @@ class _SEALoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, anchor, distance, localization):
         _refuse_second_derivative("sea_loss")
+        if ctx.group is not None and anchor is not None:
+            anchor = anchor * ctx.group.size  # every rank has the whole loss, which their sum counts so often
         maps, regions = ctx.count
         tensors = _saved(ctx)
         student, teacher = tensors[:maps], tensors[maps : 2 * maps]
@@ -95,7 +114,7 @@ class _SEALoss(torch.autograd.Function):
             anchor, distance, localization, student, teacher, ctx.parts,
             tensors[2 * maps : 2 * maps + regions], tensors[2 * maps + regions :], *ctx.options,
         )  # fmt: skip
-        return None, None, None, None, *gradients
+        return None, None, None, None, None, *gradients
 
 
 def _losses(
@@ -110,9 +129,21 @@ def _losses(
     ops.require("sea_loss", student[0].device)
     parts, options = [part for _, _, part in sets], (distance_temperature, localization_temperature, detach_anchors)
     tensors = regions.tensors() if regions is not None else []
-    if not _needs_gradient(*student):
-        return SEALoss(*torch.ops.sea_kernels.sea_loss(student, teacher, parts, tensors, *options, False, 0)[:3])
-    return SEALoss(*_SEALoss.apply(parts, tensors, teacher, options, *student))
+    group = regions.group if regions is not None else None
+    distributed.compare(
+        group, "losses", parts=tuple(parts), options=options, dtype=str(checks.compute_dtype(student, teacher)),
+        channels=tuple(maps[0].shape[1] for maps, _, _ in sets),
+    )  # fmt: skip
+    if _needs_gradient(*student):
+        losses = _SEALoss.apply(parts, tensors, teacher, options, group, *student)
+    else:
+        losses = _sea_loss(student, teacher, parts, tensors, options, group, False, 0)[:3]
+    if group is None:
+        return SEALoss(*losses)
+    # The mean of all ranks' losses is that of one process with the whole batch; what a rank's backward gives is the
+    # gradient of their sum.
+    anchor, distance, localization = losses
+    return SEALoss(anchor, distance * group.size, localization * localization_share(regions))
 
 
 def _pairs(student_name: str, student: Maps, teacher_name: str, teacher: Maps) -> list[tuple[list, list]]:
@@ -144,9 +175,15 @@ def anchor_pool(features: Sequence[Tensor], regions: Regions) -> Tensor:
     features = checks.maps("features", features)
     checks.regions("regions", regions, "features", [features])
     ops.require("anchor_pool", features[0].device)
-    if not _needs_gradient(*features):
-        return torch.ops.sea_kernels.anchor_pool(features, regions.tensors())
-    return _AnchorPool.apply(regions.tensors(), *features)
+    distributed.compare(
+        regions.group, "anchor_pool", channels=features[0].shape[1], dtype=str(checks.compute_dtype(features))
+    )
+    if _needs_gradient(*features):
+        own = _AnchorPool.apply(regions.tensors(), *features)
+    else:
+        own = torch.ops.sea_kernels.anchor_pool(features, regions.tensors())
+    # What a process pools is divided by the area of all: the sum is the mean.
+    return distributed.differentiable_sum(own, regions.group)
 
 
 def anchor_cosine(features: Sequence[Tensor], anchors: Tensor, regions: Regions) -> list[Tensor]:

@@ -25,7 +25,8 @@ _BOXES = (
 _REGIONS = "(Tensor classes, Tensor area, Tensor counted, Tensor extent, Tensor bits)"
 _SCHEMAS = {
     "regions": f"({_BOXES}, bool validate) -> {_REGIONS}",
-    "rasterize": f"({_BOXES}) -> {_REGIONS}",
+    # present: bool [num_classes], the categories that get rows, boxes or not; K = num_classes then.
+    "rasterize": f"({_BOXES}, Tensor? present) -> {_REGIONS}",
     "anchor_pool": "(Tensor[] features, Tensor[] regions) -> Tensor",
     "anchor_pool_backward": "(Tensor gradient, Tensor[] features, Tensor[] regions) -> Tensor[]",
     "anchor_cosine": "(Tensor[] features, Tensor anchors, Tensor[] regions) -> Tensor[]",
@@ -35,6 +36,14 @@ _SCHEMAS = {
     "sea_loss": "(Tensor[] student, Tensor[] teacher, int[] parts, Tensor[] regions, float distance_temperature, "
     "float localization_temperature, bool detach_anchors, bool save, SymInt kept_rows) -> "
     "(Tensor anchor, Tensor distance, Tensor localization, Tensor[] saved)",
+    # The same in two steps, between which the anchors of several processes are summed up. anchors: [2 sides, L, P, C]
+    # of every set that takes part in the anchor or distance loss, one after the other.
+    "sea_loss_pool": "(Tensor[] student, Tensor[] teacher, int[] parts, Tensor[] regions, "
+    "float localization_temperature) -> (Tensor anchors, Tensor localization, Tensor softmax)",
+    "sea_loss_compare": "(Tensor[] student, Tensor[] teacher, int[] parts, Tensor[] regions, Tensor anchors, "
+    "float distance_temperature, bool detach_anchors, bool save, SymInt kept_rows) -> "
+    "(Tensor anchor, Tensor distance, Tensor kept, Tensor gradients)",
+    # saved: kept, gradients, softmax; and the anchors where they come from several processes
     "sea_loss_backward": "(Tensor? anchor, Tensor? distance, Tensor? localization, Tensor[] student, Tensor[] teacher, "
     "int[] parts, Tensor[] regions, Tensor[] saved, float distance_temperature, float localization_temperature, "
     "bool detach_anchors) -> Tensor[]",
@@ -179,9 +188,7 @@ def _regions(*arguments):
     *rasterize, validate = arguments
     if validate or arguments[0].device.type == "cpu":
         check_values(*rasterize[:8], batch_size=rasterize[9], num_classes=rasterize[12])
-    # packed boxes are often columns of one tensor; the kernels read them as rows
-    rasterize = [x.contiguous() if isinstance(x, Tensor) else x for x in rasterize]
-    return torch.ops.sea_kernels.rasterize(*rasterize)
+    return torch.ops.sea_kernels.rasterize(*rasterize, None)
 
 
 _library.impl("regions", _regions, "CompositeExplicitAutograd")
@@ -193,9 +200,9 @@ def _fake(name):
 
 def _fake_regions(
     boxes, labels, batch_index, counts, ignore_boxes, ignore_batch_index, ignore_counts, image_sizes, image_size_list,
-    batch_size, level_shapes, strides, num_classes, center_ratio, validate=False,
+    batch_size, level_shapes, strides, num_classes, center_ratio, present,
 ):  # fmt: skip
-    classes = torch.sym_min(labels.shape[0], num_classes)
+    classes = torch.sym_min(labels.shape[0], num_classes) if present is None else num_classes
     masks, levels = 1 + 2 * classes, len(level_shapes) // 2
     pixels = batch_size * sum(level_shapes[2 * i] * level_shapes[2 * i + 1] for i in range(levels))
     return (
@@ -207,7 +214,7 @@ def _fake_regions(
     )
 
 
-_fake("regions")(_fake_regions)
+_fake("regions")(lambda *arguments: _fake_regions(*arguments[:-1], None))
 _fake("rasterize")(_fake_regions)
 
 
@@ -289,6 +296,28 @@ def _(student, teacher, parts, regions, _distance, _localization, detach_anchors
     saved = saved_elements(student, teacher, parts, masks, detach_anchors, kept_rows) if save else (0, 0, 0)
     losses = (student[0].new_empty((), dtype=dtype) for _ in range(3))
     return *losses, [student[0].new_empty(n, dtype=dtype) for n in saved]
+
+
+def anchor_elements(student: list[Tensor], parts: list[int], masks: int) -> int:
+    """Elements of the anchors of both sides, of the sets that have any."""
+    levels = len(student) // len(parts)
+    pooled = (s for s, part in enumerate(parts) if part & (ANCHOR | DISTANCE))
+    return sum(2 * levels * masks * student[s * levels].shape[1] for s in pooled)
+
+
+@_fake("sea_loss_pool")
+def _(student, teacher, parts, regions, _localization):
+    dtype, masks = _compute_dtype(student + teacher), regions[1].shape[1]
+    softmax = saved_elements(student, teacher, [x & LOCALIZATION for x in parts], masks, False, 0)[2]
+    anchors = anchor_elements(student, parts, masks)
+    return tuple(student[0].new_empty(n, dtype=dtype) for n in ((anchors,), (), (softmax,)))
+
+
+@_fake("sea_loss_compare")
+def _(student, teacher, parts, regions, anchors, _distance, detach_anchors, save, kept_rows):
+    dtype, masks = _compute_dtype(student + teacher), regions[1].shape[1]
+    saved = saved_elements(student, teacher, parts, masks, detach_anchors, kept_rows) if save else (0, 0, 0)
+    return tuple(student[0].new_empty(n, dtype=dtype) for n in ((), (), (saved[0],), (saved[1],)))
 
 
 @_fake("sea_loss_backward")

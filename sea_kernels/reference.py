@@ -3,13 +3,14 @@
 Nothing here synchronises with the host. Maps are taken as `[B, C, N]` with `N = H * W` pixels, masks as `[B, P, N]`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, distributed
 from .regions import Regions
 
 __all__ = [
@@ -118,8 +119,12 @@ def rasterize(
     strides: Sequence[float],
     num_classes: int,
     center_ratio: float,
+    present: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """The operator `rasterize`: (classes, area, counted, extent, dense masks of every level), as in `Regions`."""
+    """The operator `rasterize`: (classes, area, counted, extent, dense masks of every level), as in `Regions`.
+
+    present: bool [num_classes], the categories that get rows whether boxes show them or not, so that K = num_classes.
+    """
     image = _image_of(batch_index, counts, boxes.device)
     usable = (labels >= 0) & (labels < num_classes) & _usable(boxes, image, batch_size)
     boxes = torch.where(usable.unsqueeze(1), boxes, 0)
@@ -130,11 +135,11 @@ def rasterize(
     covers = [_cover(boxes, *level) for level in levels]
     sizes = image_sizes, image_size_list
     return _assemble(
-        covers, boxes, usable, labels, image, ignored, *sizes, batch_size, levels, num_classes, center_ratio
+        covers, boxes, usable, labels, image, ignored, *sizes, batch_size, levels, num_classes, center_ratio, present
     )
 
 
-def rasterize_masks(
+def mask_rasterizer(
     masks: Sequence[Tensor],
     labels: Tensor,
     ignore_boxes: Tensor | None,
@@ -145,8 +150,10 @@ def rasterize_masks(
     strides: Sequence[float],
     num_classes: int,
     center_ratio: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """What `rasterize` returns, of instance masks [G_b, H_b, W_b] of each image; labels are packed [G].
+) -> Callable[[Tensor | None], tuple]:
+    """Gives what `rasterize` returns, of its last argument, for instance masks [G_b, H_b, W_b] of each image.
+
+    Labels are packed [G].
 
     No operator: this is the specification and the implementation of either backend.
     """
@@ -162,8 +169,9 @@ def rasterize_masks(
         covers.append([_cover_masks(m, *level) for level in levels])
     covers = [torch.cat(level) for level in zip(*covers)]
     sizes = image_sizes, image_size_list
-    return _assemble(
-        covers, boxes, usable, labels, image, ignored, *sizes, len(masks), levels, num_classes, center_ratio
+    return partial(
+        _assemble,
+        *(covers, boxes, usable, labels, image, ignored, *sizes, len(masks), levels, num_classes, center_ratio),
     )
 
 
@@ -180,17 +188,19 @@ def _assemble(
     levels: Sequence[tuple[tuple[int, int], tuple[Tensor, Tensor]]],
     num_classes: int,
     center_ratio: float,
+    also: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """What `rasterize` returns, of the pixels that each instance covers on every level, bool [G, H_l, W_l].
 
-    The boxes give the centres. `ignored`: ignore boxes, and whose image each is.
+    The boxes give the centres. `ignored`: ignore boxes, and whose image each is. `also`: see `rasterize`, `present`.
     """
     device = boxes.device
     # A skipped row points at the spare entry `num_classes`, an absent category at the spare entry K.
-    capacity = min(boxes.shape[0], num_classes)
+    capacity = min(boxes.shape[0], num_classes) if also is None else num_classes
     labels = torch.where(usable, labels, num_classes)
-    present = torch.zeros(num_classes + 1, dtype=torch.bool, device=device).scatter(0, labels, True)
-    rank = torch.where(present[:-1], present[:-1].cumsum(0) - 1, capacity)
+    present = torch.zeros(num_classes + 1, dtype=torch.bool, device=device).scatter(0, labels, True)[:-1]
+    present = present if also is None else present | also
+    rank = torch.where(present, present.cumsum(0) - 1, capacity)
     classes = torch.full((capacity + 1,), -1, device=device)
     classes = classes.scatter(0, rank, torch.arange(num_classes, device=device))[:-1]
     # Row of (centre mask of the box's category, its image) among P x B. A skipped row has no pixel, so any row will do.
@@ -262,7 +272,7 @@ def _pool(pixels: list[Tensor], masks: list[tuple[Tensor, Tensor]], regions: Reg
     with torch.autocast(pixels[0].device.type, enabled=False):
         sums = torch.stack([torch.einsum("bpn,bcn->bpc", m, x).sum(0) for x, (m, _) in zip(pixels, masks)])
     area = regions.area.to(sums.dtype).unsqueeze(-1)
-    return torch.where(area > 0, sums / area.clamp(min=1), 0)
+    return distributed.differentiable_sum(torch.where(area > 0, sums / area.clamp(min=1), 0), regions.group)
 
 
 def _inverse_norm(x: Tensor, dim: int) -> Tensor:
@@ -324,7 +334,7 @@ def _distance_term(
     for i, (s, t) in enumerate(zip(student, teacher)):
         z_s, z_t = _cosine(s, student_anchors[i]) / temperature, _cosine(t, teacher_anchors[i]) / temperature
         loss = loss + _kl(z_s, z_t, empty[i], dim=1) / regions.counted[i].clamp(min=1)
-    return loss
+    return loss if regions.group is None else loss * regions.group.size
 
 
 def _localization_term(
@@ -341,7 +351,12 @@ def _localization_term(
             beyond = beyond.flatten(1).unsqueeze(1)
         z_s, z_t = s.flatten(2).to(dtype) / temperature, t.detach().flatten(2).to(dtype) / temperature
         loss = loss + _kl(z_s, z_t, beyond, dim=2) * (temperature**2 / max(s.shape[0] * s.shape[1], 1))
-    return loss
+    return loss if regions is None or regions.group is None else loss * localization_share(regions)
+
+
+def localization_share(regions: Regions) -> Tensor:
+    """[]: makes world / (images of all ranks) of 1 / (images of this rank)"""
+    return regions.group.size * regions.batch_size / regions.images.clamp(min=1)
 
 
 def _sets(

@@ -2,14 +2,18 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import distributed, ops
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -24,10 +28,12 @@ class Regions:
 
     Built by :meth:`from_boxes` or :meth:`from_masks`.
     There are `P = 1 + 2K` masks a level: row 0 is the background, rows `1 + 2k` and `2 + 2k` are the centre and the
-    edge of category `classes[k]`. A pixel may lie in several masks, or in none.
+    edge of category `classes[k]`. A pixel may lie in several masks, or in none. With a group of processes the batch is
+    that of all of them, and so are classes, area, counted and images; all else is the process's own.
     """
 
-    classes: Tensor  # int64 [K]: the categories present, ascending, then -1; K = min(total boxes, num_classes)
+    # int64 [K]: the categories present, ascending, then -1; K = min(total boxes, num_classes), with a group num_classes
+    classes: Tensor
     area: Tensor  # float32 [L, P]: pixels in each mask, over the whole batch
     counted: Tensor  # float32 [L]: pixels that lie in at least one mask
     extent: Tensor  # int32 [L, B, 2]: rows and columns of the level inside each image, clipped to the map
@@ -37,6 +43,8 @@ class Regions:
     dense: tuple[Tensor, ...] | None  # what the reference builds instead of bits: bool [P, B, H_l, W_l] of every level
     level_shapes: tuple[tuple[int, int], ...]
     batch_size: int
+    group: distributed.Group | None = None
+    images: Tensor | None = None  # float32 []: images of the whole batch, where there is a group
 
     def masks(self, level: int) -> Tensor:
         """The masks of one level, bool [P, B, H, W]."""
@@ -70,6 +78,7 @@ class Regions:
         ignore_boxes: Boxes | None = None,
         ignore_batch_index: Tensor | None = None,
         validate: bool = False,
+        group: "ProcessGroup | None" = None,
     ) -> "Regions":
         """Rasterise the ground-truth boxes of one batch on every level of a pyramid (after SEA, arXiv 2203.00862).
 
@@ -104,11 +113,20 @@ class Regions:
                 outside the image.
             ignore_batch_index: integer tensor `[I]`: whose image each packed ignore box is.
             validate: check values on a GPU too; it synchronises. On a CPU they are always checked.
+            group: an initialised `torch.distributed.ProcessGroup` (beware: `dist.group.WORLD` is None before
+                `init_process_group`). All its ranks must make this call; then the batch is that of all ranks: rows are
+                the categories present on any, in the same order, `K = num_classes`, and `area` and `counted` the sums,
+                from one all-reduce. Images, their number, sizes and level shapes may differ between ranks, boxes may
+                be missing. All that takes these regions sums up over the group likewise: see
+                :func:`sea_kernels.anchor_pool` and :func:`sea_kernels.sea_loss`. Default: each process for itself.
 
         Raises:
             TypeError, ValueError: an argument of wrong type, shape, dtype, device or count; a box that is not finite or
                 is inverted, a label or batch index out of range, a negative image size (values on a GPU only with
-                `validate`: without it such boxes are skipped).
+                `validate`: without it such boxes are skipped); a group that is not initialised, that this process does
+                not belong to, or without a backend for the device. On every rank, when a group is used for the first
+                time: another num_classes, number of levels, strides, center_ratio or device on some rank.
+            RuntimeError: a rank failed, or did not come within the timeout of the group.
         """
         shapes = _level_shapes(level_shapes)
         num_strides = _strides(strides, len(shapes))
@@ -153,20 +171,27 @@ class Regions:
             raise ValueError("ignore_batch_index is given without ignore_boxes; expected both or neither")
 
         sizes, size_list = _image_sizes(image_sizes, batch_size, packed.device, "boxes")
-        rows = (packed, labels, index, counts, ignore, ignore_index, ignore_counts)
+        # packed boxes are often columns of one tensor; the kernels read them as rows
+        rows = [packed, labels, index, counts, ignore, ignore_index, ignore_counts, sizes]
+        *rows, sizes = [x.contiguous() if isinstance(x, Tensor) else x for x in rows]
         flat_shapes = [n for shape in shapes for n in shape]
         grid = (sizes, size_list, batch_size, flat_shapes, num_strides, num_classes, float(center_ratio))
+        options = num_strides, num_classes, center_ratio, group
         if ops.current_backend() == "native":
             ops.require("rasterize", packed.device)
-            found = Regions(*torch.ops.sea_kernels.regions(*rows, *grid, validate), None, shapes, batch_size)
-            return _mark_dynamic(found)
+
+            def rasterize(present: Tensor | None) -> tuple:
+                if present is None:
+                    return torch.ops.sea_kernels.regions(*rows, *grid, validate)
+                return torch.ops.sea_kernels.rasterize(*rows, *grid, present)
+
+            return _mark_dynamic(_build(rasterize, shapes, batch_size, packed.device, *options))
 
         from . import reference
 
         if not torch.compiler.is_compiling() and (validate or packed.device.type == "cpu"):
             check_values(*rows, sizes, batch_size, num_classes)
-        classes, area, counted, extent, dense = reference.rasterize(*rows, *grid)
-        return Regions(classes, area, counted, extent, None, dense, shapes, batch_size)
+        return _build(partial(reference.rasterize, *rows, *grid), shapes, batch_size, packed.device, *options)
 
     @staticmethod
     def from_masks(
@@ -179,6 +204,7 @@ class Regions:
         center_ratio: float = 0.5,
         image_sizes: Sequence[Sequence[int]] | Tensor | None = None,
         ignore_boxes: Sequence[Tensor] | None = None,
+        group: "ProcessGroup | None" = None,
     ) -> "Regions":
         """Rasterise instance masks instead of boxes, for students that predict masks (Mask R-CNN, SOLOv2).
 
@@ -203,10 +229,12 @@ class Regions:
             level_shapes, strides, num_classes, center_ratio: as in :meth:`from_boxes`.
             image_sizes: as in :meth:`from_boxes`; COCO segmentations need it, as a list.
             ignore_boxes: B tensors `[I_b, 4]` of crowd boxes. All is computed in float64 if they are.
+            group: as in :meth:`from_boxes`.
 
         Raises:
             ImportError: COCO segmentations are given and pycocotools is not installed.
-            TypeError, ValueError: as :meth:`from_boxes`; a segmentation that is malformed or not of the image's size.
+            TypeError, ValueError, RuntimeError: as :meth:`from_boxes`; a segmentation that is malformed or not of the
+                image's size.
         """
         shapes = _level_shapes(level_shapes)
         num_strides = _strides(strides, len(shapes))
@@ -251,13 +279,41 @@ class Regions:
         from . import reference
 
         flat_shapes = [n for shape in shapes for n in shape]
-        classes, area, counted, extent, dense = reference.rasterize_masks(
+        rasterize = reference.mask_rasterizer(
             *(pixels, labels, ignore, ignore_counts, sizes, size_list, flat_shapes, num_strides),
             *(num_classes, float(center_ratio)),
         )
+        found = _build(rasterize, shapes, batch_size, device, num_strides, num_classes, center_ratio, group)
         # Packed once for all losses; image by image, as that takes 16 bytes for each mask and pixel.
-        bits = torch.cat([_pack_bits(image) for level in dense for image in level.split(1, dim=1)], dim=1).flatten()
-        return _mark_dynamic(Regions(classes, area, counted, extent, bits, None, shapes, batch_size))
+        images = [image for level in found.dense for image in level.split(1, dim=1)]
+        bits = torch.cat([_pack_bits(image) for image in images], dim=1).flatten()
+        return _mark_dynamic(replace(found, bits=bits, dense=None))
+
+
+def _build(
+    rasterize: Callable[[Tensor | None], tuple],
+    shapes: tuple[tuple[int, int], ...],
+    batch_size: int,
+    device: torch.device,
+    strides: list[float],
+    num_classes: int,
+    center_ratio: float,
+    group: "ProcessGroup | None",
+) -> Regions:
+    """Regions from what `rasterize` gives for the categories `present`, bool [num_classes], or (None) for its own."""
+    images, joined = None, None
+    if group is None:
+        found = rasterize(None)
+    else:
+        joined = distributed.join(group, device)
+        distributed.compare(
+            joined, "Regions", num_classes=num_classes, levels=len(shapes), strides=tuple(strides),
+            center_ratio=float(center_ratio), device=device.type,
+        )  # fmt: skip
+        found, images = distributed.rasterize(rasterize, num_classes, batch_size, joined)
+    *rest, masks = found
+    bits, dense = (None, masks) if isinstance(masks, tuple) else (masks, None)
+    return Regions(*rest, bits, dense, shapes, batch_size, joined, images)
 
 
 def _mark_dynamic(regions: Regions) -> Regions:

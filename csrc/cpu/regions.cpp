@@ -154,8 +154,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
     Tensor boxes, Tensor labels, std::optional<Tensor> batch_index, std::vector<int64_t> counts,
     std::optional<Tensor> ignore_boxes, std::optional<Tensor> ignore_batch_index, std::vector<int64_t> ignore_counts,
     std::optional<Tensor> image_sizes, std::vector<int64_t> image_size_list, int64_t batch_size,
-    std::vector<int64_t> level_shapes, std::vector<double> strides, int64_t num_classes, double center_ratio) {
-  const int64_t total = labels.numel(), capacity = std::min(total, num_classes), masks = 1 + 2 * capacity;
+    std::vector<int64_t> level_shapes, std::vector<double> strides, int64_t num_classes, double center_ratio,
+    std::optional<Tensor> present) {
+  const int64_t total = labels.numel(), capacity = present ? num_classes : std::min(total, num_classes);
+  const int64_t masks = 1 + 2 * capacity;
   const int64_t* label = data<int64_t>(labels);
   std::vector<int64_t> image = images(batch_index, counts, batch_size);
   std::vector<int64_t> ignore_image;
@@ -181,6 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
       image[g] = -1;
     if (image[g] >= 0) found.push_back(label[g]);
   }
+  for (int64_t k = 0; present && k < num_classes; ++k)
+    if (data<bool>(*present)[k]) found.push_back(k);
   std::sort(found.begin(), found.end());
   found.erase(std::unique(found.begin(), found.end()), found.end());
   std::fill(std::copy(found.begin(), found.end(), data<int64_t>(classes)), data<int64_t>(classes) + capacity,

@@ -37,12 +37,14 @@ struct Layout {
   // kept: coefficients of the distances, then anchors, each with a row more than masks, so that one number tells
   // whether both are small enough to be kept; empty where they are not, and computed again. gradient: of the student's
   // anchors, from the distances. softmax: of the localisation.
-  std::vector<int64_t> coefficients, anchors, gradient, softmax;
+  // pooled: anchors of several processes, one after the other; a last entry ends them.
+  std::vector<int64_t> coefficients, anchors, gradient, softmax, pooled{0};
   int64_t kept = 0, gradients = 0, sums = 0;
 
   Layout(const std::vector<Set>& sets, int64_t masks) {
     for (const Set& set : sets) {
       const int64_t levels = static_cast<int64_t>(set.student.size());
+      pooled.push_back(pooled.back() + (set.pools() ? 2 * levels * masks * set.channels() : 0));
       coefficients.push_back(kept);
       for (const Map& map : set.student) kept += set.has(kDistance) ? (masks + 1) * tiles(map) * kTilePixels : 0;
       anchors.push_back(kept);
@@ -170,56 +172,100 @@ double distance_loss(const Set& set, const Regions& regions, const PreparedAncho
   return total;
 }
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+// The losses of all sets, each added up in double.
+struct Losses {
+  double anchor = 0, distance = 0, localization = 0;
+};
+
+// The anchors of one set, and its localisation loss.
+template <class T>
+void pool_set(const Set& set, const Regions& regions, const Options<T>& options,
+              T* anchors,  // [2 sides, L, P, C]
+              T* softmax,  // [L][4, B, C]
+              Losses& losses) {
+  const int64_t channels = set.channels(), levels = static_cast<int64_t>(set.student.size());
+  std::vector<double> divergence(levels * channels);
+  pool(set, regions, options, set.pools() ? anchors : nullptr, anchors + levels * regions.masks() * channels,
+       set.has(kLocalization) ? softmax : nullptr, divergence.data());
+  if (!set.has(kLocalization)) return;
+  for (int64_t l = 0; l < levels; ++l) {
+    double sum = 0;
+    for (int64_t c = 0; c < channels; ++c) sum += divergence[l * channels + c];
+    const double rows = static_cast<double>(set.student[l].batch * channels);
+    if (rows > 0)
+      losses.localization += sum * options.localization_temperature * options.localization_temperature / rows;
+  }
+}
+
+// Anchor and distance loss of one set.
+template <class T>
+void compare_set(const Set& set, const Regions& regions, const Options<T>& options,
+                 const T* anchors,  // [2 sides, L, P, C]
+                 T* kept,           // as of distance_loss()
+                 T* gradient,       // likewise
+                 Losses& losses) {
+  const int64_t channels = set.channels(), levels = static_cast<int64_t>(set.student.size());
+  const int64_t table = regions.masks() * channels;
+  const T* teacher_anchors = anchors + levels * table;
+  if (set.has(kAnchor))
+    for (int64_t l = 0; l < levels; ++l)
+      losses.anchor += anchor_loss(regions.present(l), channels, anchors + l * table, teacher_anchors + l * table);
+  if (set.has(kDistance)) {
+    const PreparedAnchors<T> student(anchors, set.student, regions), teacher(teacher_anchors, set.teacher, regions);
+    losses.distance += distance_loss(set, regions, student, teacher, options, kept, gradient);
+  }
+}
 
 template <class T>
-Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions_, const Options<T>& options, bool save,
-                int64_t kept_rows) {
+Tensor scalar(double value) {
+  Tensor out = make({}, kScalarType<T>);
+  *data<T>(out) = static_cast<T>(value);
+  return out;
+}
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
+// pooled: [2 sides, L, P, C] of every set that pools; null: pooled here, and the localisation done in the same pass.
+template <class T>
+Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions_, const Options<T>& options,
+                const T* pooled, bool save, int64_t kept_rows) {
   const Regions regions(regions_, sets[0].student);
-  const int64_t masks = regions.masks(), levels = static_cast<int64_t>(sets[0].student.size());
+  const int64_t masks = regions.masks();
   const Layout layout(sets, masks);
   const bool keep = save && masks + 1 <= kept_rows, save_gradient = save && !options.detach_anchors;
   Tensor kept = make({keep ? layout.kept : 0}, kScalarType<T>);
   Tensor gradients = make({save_gradient ? layout.gradients : 0}, kScalarType<T>);
-  Tensor softmax = make({layout.sums}, kScalarType<T>);
-  double anchor = 0, distance = 0, localization = 0;
+  Tensor softmax = make({pooled ? 0 : layout.sums}, kScalarType<T>);
+  Losses losses;
   for (size_t s = 0; s < sets.size(); ++s) {
-    const Set& set = sets[s];
-    const int64_t channels = set.channels(), table = set.pools() ? levels * masks * channels : 0;
-    Buffer<T> own_anchors(keep ? 0 : 2 * table);
-    T* student_anchors = keep ? data<T>(kept) + layout.anchors[s] : own_anchors.get();
-    T* teacher_anchors = student_anchors + table;
-    std::vector<double> divergence(levels * channels);
-    pool(set, regions, options, set.pools() ? student_anchors : nullptr, teacher_anchors,
-         set.has(kLocalization) ? data<T>(softmax) + layout.softmax[s] : nullptr, divergence.data());
-    if (set.has(kAnchor))
-      for (int64_t l = 0; l < levels; ++l)
-        anchor += anchor_loss(regions.present(l), channels, student_anchors + l * masks * channels,
-                              teacher_anchors + l * masks * channels);
-    if (set.has(kDistance)) {
-      const PreparedAnchors<T> student(student_anchors, set.student, regions),
-          teacher(teacher_anchors, set.teacher, regions);
-      distance += distance_loss(set, regions, student, teacher, options,
-                                keep ? data<T>(kept) + layout.coefficients[s] : nullptr,
-                                save_gradient ? data<T>(gradients) + layout.gradient[s] : nullptr);
+    const int64_t size = layout.pooled[s + 1] - layout.pooled[s];
+    Buffer<T> own(keep || pooled ? 0 : size);
+    const T* anchors = pooled + (pooled ? layout.pooled[s] : 0);
+    if (!pooled) {
+      T* const here = keep ? data<T>(kept) + layout.anchors[s] : own.get();
+      pool_set(sets[s], regions, options, here, data<T>(softmax) + layout.softmax[s], losses);
+      anchors = here;
     }
-    if (set.has(kLocalization))
-      for (int64_t l = 0; l < levels; ++l) {
-        double sum = 0;
-        for (int64_t c = 0; c < channels; ++c) sum += divergence[l * channels + c];
-        const double rows = static_cast<double>(set.student[l].batch * channels);
-        if (rows > 0) localization += sum * options.localization_temperature * options.localization_temperature / rows;
-      }
+    compare_set(sets[s], regions, options, anchors, keep ? data<T>(kept) + layout.coefficients[s] : nullptr,
+                save_gradient ? data<T>(gradients) + layout.gradient[s] : nullptr, losses);
   }
-  const auto scalar = [](double value) {
-    Tensor out = make({}, kScalarType<T>);
-    *data<T>(out) = static_cast<T>(value);
-    return out;
-  };
-  return {scalar(anchor),
-          scalar(distance),
-          scalar(localization),
+  return {scalar<T>(losses.anchor),
+          scalar<T>(losses.distance),
+          scalar<T>(losses.localization),
           {kept, gradients, save ? softmax : make({0}, kScalarType<T>)}};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> forward_pool(const std::vector<Set>& sets, const std::vector<Tensor>& regions_,
+                                                const Options<T>& options) {
+  const Regions regions(regions_, sets[0].student);
+  const Layout layout(sets, regions.masks());
+  Tensor anchors = make({layout.pooled.back()}, kScalarType<T>), softmax = make({layout.sums}, kScalarType<T>);
+  Losses losses;
+  for (size_t s = 0; s < sets.size(); ++s)
+    pool_set(sets[s], regions, options, data<T>(anchors) + layout.pooled[s], data<T>(softmax) + layout.softmax[s],
+             losses);
+  return {anchors, scalar<T>(losses.localization), softmax};
 }
 
 // The gradients of the three losses; a loss that nothing was computed from has none.
@@ -240,16 +286,20 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
   const int64_t masks = regions.masks(), levels = static_cast<int64_t>(sets[0].student.size());
   const Layout layout(sets, masks);
   const bool keep = saved[0].numel() > 0;
+  const T* const pooled = saved.size() > 3 ? data<T>(saved[3]) : nullptr;
   const T anchor_scale = scale<T>(upstream.anchor), distance_scale = scale<T>(upstream.distance);
   for (size_t s = 0; s < sets.size(); ++s) {
     Set set = sets[s];
     set.parts &= (upstream.anchor ? kAnchor : 0) | (upstream.distance ? kDistance : 0) |
                  (upstream.localization ? kLocalization : 0);
     const int64_t channels = set.channels(), stride = masks * channels, table = set.pools() ? levels * stride : 0;
-    Buffer<T> own_anchors(keep ? 0 : 2 * table);
-    T* student_anchors = keep ? data<T>(saved[0]) + layout.anchors[s] : own_anchors.get();
-    T* teacher_anchors = student_anchors + table;
-    if (set.pools() && !keep) pool<T>(set, regions, options, student_anchors, teacher_anchors, nullptr, nullptr);
+    const bool again = set.pools() && !keep && !pooled;
+    Buffer<T> own_anchors(again ? 2 * table : 0);
+    if (again) pool<T>(set, regions, options, own_anchors.get(), own_anchors.get() + table, nullptr, nullptr);
+    const T* student_anchors = pooled ? pooled + layout.pooled[s]
+                               : keep ? data<T>(saved[0]) + layout.anchors[s]
+                                      : own_anchors.get();
+    const T* teacher_anchors = student_anchors + table;
 
     // What every pixel of a mask receives: the anchor's gradient over the area.
     Buffer<T> spread(table);
@@ -316,17 +366,44 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
   }
 }
 
+// Calls f with a zero of the type to compute in.
+template <class F>
+auto with_computed_type(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher, F f) {
+  return any_double(student) || any_double(teacher) ? f(0.) : f(0.f);
+}
+
 Outputs sea_loss(std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<int64_t> parts,
                  std::vector<Tensor> regions, double distance_temperature, double localization_temperature,
                  bool detach_anchors, bool save, int64_t kept_rows) {
-  const std::vector<Set> sets = make_sets(student, teacher, parts);
-  const auto run = [&](auto zero) {
+  return with_computed_type(student, teacher, [&](auto zero) {
     using T = decltype(zero);
     const Options<T> options{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature),
                              detach_anchors};
-    return forward<T>(sets, regions, options, save, kept_rows);
-  };
-  return any_double(student) || any_double(teacher) ? run(0.) : run(0.f);
+    return forward<T>(make_sets(student, teacher, parts), regions, options, nullptr, save, kept_rows);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> sea_loss_pool(std::vector<Tensor> student, std::vector<Tensor> teacher,
+                                                 std::vector<int64_t> parts, std::vector<Tensor> regions,
+                                                 double localization_temperature) {
+  return with_computed_type(student, teacher, [&](auto zero) {
+    using T = decltype(zero);
+    const Options<T> options{1, static_cast<T>(localization_temperature), false};
+    return forward_pool<T>(make_sets(student, teacher, parts), regions, options);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sea_loss_compare(std::vector<Tensor> student, std::vector<Tensor> teacher,
+                                                            std::vector<int64_t> parts, std::vector<Tensor> regions,
+                                                            Tensor anchors, double distance_temperature,
+                                                            bool detach_anchors, bool save, int64_t kept_rows) {
+  return with_computed_type(student, teacher, [&](auto zero) {
+    using T = decltype(zero);
+    const Options<T> options{static_cast<T>(distance_temperature), 1, detach_anchors};
+    const auto [anchor, distance, localization, saved] =
+        forward<T>(make_sets(student, teacher, parts), regions, options, data<T>(anchors), save, kept_rows);
+    return std::make_tuple(anchor, distance, saved[0], saved[1]);
+  });
 }
 
 std::vector<Tensor> sea_loss_backward(std::optional<Tensor> anchor, std::optional<Tensor> distance,
@@ -341,13 +418,12 @@ std::vector<Tensor> sea_loss_backward(std::optional<Tensor> anchor, std::optiona
   std::vector<std::vector<Map>> maps(sets.size());
   for (size_t i = 0; i < gradients.size(); ++i)
     maps[i * sets.size() / gradients.size()].push_back(make_map(gradients[i]));
-  const auto run = [&](auto zero) {
+  with_computed_type(student, teacher, [&](auto zero) {
     using T = decltype(zero);
     const Options<T> options{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature),
                              detach_anchors};
     backward<T>(sets, maps, {anchor, distance, localization}, regions, saved, options);
-  };
-  any_double(student) || any_double(teacher) ? run(0.) : run(0.f);
+  });
   return gradients;
 }
 
@@ -356,5 +432,7 @@ std::vector<Tensor> sea_loss_backward(std::optional<Tensor> anchor, std::optiona
 
 STABLE_TORCH_LIBRARY_IMPL(sea_kernels, CPU, library) {
   library.impl("sea_loss", TORCH_BOX(&sea::sea_loss));
+  library.impl("sea_loss_pool", TORCH_BOX(&sea::sea_loss_pool));
+  library.impl("sea_loss_compare", TORCH_BOX(&sea::sea_loss_compare));
   library.impl("sea_loss_backward", TORCH_BOX(&sea::sea_loss_backward));
 }

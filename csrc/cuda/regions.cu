@@ -10,7 +10,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
     Tensor boxes, Tensor labels, std::optional<Tensor> batch_index, std::vector<int64_t> counts,
     std::optional<Tensor> ignore_boxes, std::optional<Tensor> ignore_batch_index, std::vector<int64_t> ignore_counts,
     std::optional<Tensor> image_sizes, std::vector<int64_t> image_size_list, int64_t batch_size,
-    std::vector<int64_t> level_shapes, std::vector<double> strides, int64_t num_classes, double center_ratio) {
+    std::vector<int64_t> level_shapes, std::vector<double> strides, int64_t num_classes, double center_ratio,
+    std::optional<Tensor> present) {
   const OnDevice on(boxes);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -29,6 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
     in.strides = strides.data();
     in.num_classes = num_classes;
     in.center_ratio = center_ratio;
+    in.present = data<bool>(present);
 
     const Tensor classes = make({in.capacity()}, ScalarType::Long, boxes);
     const Tensor area = make({in.levels, in.masks()}, ScalarType::Float, boxes);

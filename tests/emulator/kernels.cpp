@@ -75,6 +75,14 @@ struct Loss {
       return std::array<int64_t, 3>{sizes.kept, sizes.gradients, sizes.softmax};
     });
   }
+  // The parts of the losses that lie between: 1: pooling alone, 2: all else.
+  void only(int step) { options.anchors = step == 1 ? Anchors::written : Anchors::given; }
+  int64_t lay_out_anchors(int64_t levels, Address anchors) {
+    return with_type(type, [&](auto zero) {
+      using T = Compute<decltype(zero)>;
+      return sea::lay_out_anchors(pairs, levels, masks_.masks, pointer<T>(anchors));
+    });
+  }
   int64_t scratch() {
     return with_type(type, [&](auto zero) { return forward_scratch<decltype(zero)>(pairs, masks_, options); });
   }
@@ -152,6 +160,8 @@ PYBIND11_MODULE(kernels, module) {
                     const std::vector<sea::MapArguments>&, const std::vector<int64_t>&, const std::vector<int64_t>&,
                     double, double, bool, bool, int>())
       .def("lay_out", &sea::Loss::lay_out)
+      .def("only", &sea::Loss::only)
+      .def("lay_out_anchors", &sea::Loss::lay_out_anchors)
       .def("scratch", &sea::Loss::scratch)
       .def("forward", &sea::Loss::forward)
       .def("backward", &sea::Loss::backward);

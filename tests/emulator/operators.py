@@ -73,10 +73,10 @@ class Operators:
 
     def rasterize(
         self, boxes, labels, batch_index, counts, ignore_boxes, ignore_batch_index, ignore_counts, image_sizes,
-        image_size_list, batch_size, level_shapes, strides, num_classes, center_ratio,
+        image_size_list, batch_size, level_shapes, strides, num_classes, center_ratio, present,
     ):  # fmt: skip
         levels, count = len(level_shapes) // 2, labels.numel()
-        classes = min(count, num_classes)
+        classes = min(count, num_classes) if present is None else num_classes
         pixels = batch_size * sum(h * w for h, w in zip(level_shapes[::2], level_shapes[1::2]))
         out = [
             _new((classes,), torch.int64),
@@ -85,7 +85,7 @@ class Operators:
             _new((levels, batch_size, 2), torch.int32),
             _new(((1 + 2 * classes + 31) // 32 * pixels,), torch.int32),
         ]
-        scratch = _new((self.kernels.raster_scratch(count, num_classes, levels),), torch.uint8)
+        scratch = _new((self.kernels.raster_scratch(count, num_classes, levels, _pointer(present)),), torch.uint8)
         ignored = (0, 0, 0, []) if ignore_boxes is None else (
             ignore_boxes.data_ptr(), ignore_boxes.shape[0], _pointer(ignore_batch_index), list(ignore_counts)
         )  # fmt: skip
@@ -93,7 +93,7 @@ class Operators:
         rasterize(
             (boxes.data_ptr(), count, _pointer(batch_index), list(counts)), ignored, labels.data_ptr(),
             _pointer(image_sizes), list(image_size_list), batch_size, list(level_shapes), list(strides), num_classes,
-            center_ratio, [x.data_ptr() for x in (*out, scratch)],
+            center_ratio, _pointer(present), [x.data_ptr() for x in (*out, scratch)],
         )  # fmt: skip
         _check_guards()
         return tuple(out)
@@ -147,18 +147,44 @@ class Operators:
         dtype = ops._compute_dtype([*student, *teacher])
         loss = self._loss(student, teacher, [], parts, regions, options, save)
         saved = [_new((n,), dtype) for n in loss.lay_out([0, 0, 0])]
-        loss.lay_out([x.data_ptr() for x in saved])
+        loss.lay_out([x.data_ptr() for x in saved[:3]])
         losses = [_new((), dtype) for _ in range(3)]
         scratch = _new((loss.scratch(),), torch.uint8)
         loss.forward(scratch.data_ptr(), [x.data_ptr() for x in losses])
         _check_guards()
         return *losses, saved if save else [_new((0,), dtype) for _ in saved]
 
+    def sea_loss_pool(self, student, teacher, parts, regions, localization_temperature):
+        dtype, levels = ops._compute_dtype([*student, *teacher]), len(student) // len(parts)
+        loss = self._loss(student, teacher, [], parts, regions, (1.0, localization_temperature, False), False)
+        loss.only(1)
+        anchors = _new((loss.lay_out_anchors(levels, 0),), dtype)
+        loss.lay_out_anchors(levels, anchors.data_ptr())
+        softmax, localization = _new((loss.lay_out([0, 0, 0])[2],), dtype), _new((), dtype)
+        loss.lay_out([0, 0, softmax.data_ptr()])
+        scratch = _new((loss.scratch(),), torch.uint8)
+        loss.forward(scratch.data_ptr(), [0, 0, localization.data_ptr()])
+        _check_guards()
+        return anchors, localization, softmax
+
+    def sea_loss_compare(self, student, teacher, parts, regions, anchors, temperature, detach_anchors, save, _):
+        dtype, levels = anchors.dtype, len(student) // len(parts)
+        loss = self._loss(student, teacher, [], parts, regions, (temperature, 1.0, detach_anchors), save)
+        loss.only(2)
+        loss.lay_out_anchors(levels, anchors.data_ptr())
+        saved = [_new((n,), dtype) for n in loss.lay_out([0, 0, 0])[:2]]
+        loss.lay_out([*(x.data_ptr() for x in saved), 0])
+        losses = [_new((), dtype) for _ in range(2)]
+        scratch = _new((loss.scratch(),), torch.uint8)
+        loss.forward(scratch.data_ptr(), [*(x.data_ptr() for x in losses), 0])
+        _check_guards()
+        return *losses, *(saved if save else [_new((0,), dtype) for _ in saved])
+
     def sea_loss_backward(self, anchor, distance, localization, student, teacher, parts, regions, saved, *options):
         upstream = [0 if x is None else x.data_ptr() for x in (anchor, distance, localization)]
         gradient = [_gradient(x) for x in student]
         loss = self._loss(student, teacher, gradient, parts, regions, options, True)
-        loss.lay_out([x.data_ptr() for x in saved])
+        loss.lay_out([x.data_ptr() for x in saved[:3]])
         loss.backward(upstream)
         _check_guards()
         return gradient

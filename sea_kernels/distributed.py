@@ -1,0 +1,134 @@
+"""Anchors of a batch that lies on several processes: sums over the ranks of a torch.distributed group.
+
+The collectives are torch's functional ones, which torch.compile traces and a CUDA graph can hold. Nothing here waits
+for a GPU, except the one exchange in which the ranks compare what they were called with.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Group(NamedTuple):
+    """A group as the functional collectives take it. No ProcessGroup: those can be neither copied nor pickled."""
+
+    name: str
+    size: int
+
+
+# Of every group the calls whose arguments the ranks have compared.
+_compared: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
+
+
+def join(group: Any, device: torch.device) -> Group:
+    """The checked group; tensors on `device` are to be summed up over it."""
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group is one that this process does not belong to; expected a group of its own")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group is a {type(group).__name__}; expected a torch.distributed.ProcessGroup, such as dist.group.WORLD "
+            "after init_process_group or the get_group() of a DeviceMesh"
+        )
+    return Group(group.group_name, _size(group, device.type))
+
+
+@torch.compiler.assume_constant_result
+def _size(group: Any, device_type: str) -> int:
+    if not dist.is_initialized() or group not in dist.distributed_c10d._world.pg_map:
+        raise ValueError("group is not initialized, or was destroyed; expected one of the running init_process_group")
+    backends = dist.BackendConfig(dist.Backend(dist.get_backend_config(group))).get_device_backend_map()
+    if device_type not in backends:
+        has = ", ".join(f"{backend} for {device}" for device, backend in backends.items())
+        raise ValueError(f"group has {has}; expected a backend for {device_type}, where the tensors are")
+    return group.size()
+
+
+def compare(group: Group | None, call: str, **arguments: Any) -> None:
+    """Raises on every rank where ranks differ in the arguments of a call, in its first use of the group.
+
+    Only then, as every comparison is an exchange between the hosts.
+    """
+    if group is not None and group.size > 1:
+        _compare(group.name, call, tuple(arguments.items()))
+
+
+@torch.compiler.assume_constant_result  # the exchange takes place while it is traced
+def _compare(name: str, call: str, arguments: tuple[tuple[str, Any], ...]) -> None:
+    group = dist.distributed_c10d._resolve_process_group(name)
+    done = _compared.setdefault(group, set())
+    if call in done:
+        return
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the first {call} of a group compares its ranks, which a CUDA graph cannot hold: run it once"
+        )
+    ranks: list[Any] = [None] * group.size()
+    dist.all_gather_object(ranks, (call, *arguments), group=group)
+    for rank, theirs in enumerate(ranks):
+        for ours, other in zip(ranks[0], theirs):
+            if ours != other:
+                what = ("the call", ours, other) if isinstance(ours, str) else (ours[0], ours[1], other[1])
+                raise ValueError(
+                    f"{what[0]} is {what[2]} on rank {rank} of the group and {what[1]} on rank 0; "
+                    "expected the same on every rank"
+                )
+    done.add(call)
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """The sum over all ranks, of a tensor without a graph."""
+    if group.size == 1:
+        return x
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", group.name))
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Sum.apply(gradient.contiguous(), ctx.group), None
+
+
+def differentiable_sum(x: Tensor, group: Group | None) -> Tensor:
+    """The sum over all ranks. Its gradient is the sum of all ranks' gradients: every rank has to run backward."""
+    return x if group is None or group.size == 1 else _Sum.apply(x, group)
+
+
+def rasterize(
+    rasterize_own: Callable[[Tensor | None], tuple], num_classes: int, batch_size: int, group: Group
+) -> tuple[tuple, Tensor]:
+    """What `rasterize` returns and the number of images [], of all ranks: one all-reduce.
+
+    Rows are those of the categories present on any rank, areas and counted pixels the sums over all ranks; extent and
+    masks stay each rank's own. rasterize_own(present) gives what this rank's boxes cover, in rows for all that is
+    `present`, bool [num_classes], or (None) for its own categories.
+    """
+    classes, area, counted, _, _ = rasterize_own(None)
+    levels, device = area.shape[0], area.device
+    wide = {"dtype": torch.float64, "device": device}  # whole numbers, exact up to 2^53
+    # Areas by category; the last two rows, and the last entry of `present`, take what is of none.
+    table = torch.zeros(levels, 3 + 2 * num_classes, **wide)
+    table = table.scatter(1, _rows(classes, num_classes).expand(levels, -1), area.to(torch.float64))
+    present = torch.zeros(num_classes + 1, **wide).scatter(0, torch.where(classes < 0, num_classes, classes), 1.0)
+    images = torch.full((1,), float(batch_size), **wide)
+    table, present, counted, images = all_reduce(
+        torch.cat([table.flatten(), present, counted.to(torch.float64), images]), group
+    ).split([table.numel(), num_classes + 1, levels, 1])
+
+    classes, _, _, extent, masks = rasterize_own(present[:-1] > 0)
+    area = table.view(levels, -1).gather(1, _rows(classes, num_classes).expand(levels, -1)).to(torch.float32)
+    return (classes, area, counted.to(torch.float32), extent, masks), images[0].to(torch.float32)
+
+
+def _rows(classes: Tensor, num_classes: int) -> Tensor:
+    """int64 [P]: the row of every mask where rows go by category; what is -1 has the category num_classes"""
+    first = 1 + 2 * torch.where(classes < 0, num_classes, classes)
+    return torch.cat([first.new_zeros(1), torch.stack([first, first + 1], dim=1).flatten()])
