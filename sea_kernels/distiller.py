@@ -64,7 +64,7 @@ class Capture(NamedTuple):
 
 
 class _Models(NamedTuple):
-    """A tuple, so that nn.Module takes none for its submodule. A copy, as an EMA makes it, shares all but the student."""
+    """A tuple, so that nn.Module takes none for its submodule. A copy, as of an EMA, shares all but the student."""
 
     student: nn.Module
     teacher: nn.Module
