@@ -7,6 +7,7 @@ For compute-sanitizer, which slows a kernel down many times. Results are compare
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import cases
 
 import sea_kernels as sk
+from sea_kernels.distributed import Group
 
 DTYPES = (cases.F32, cases.BF16, cases.F16, cases.F64)
 LAYOUTS = ("channels_last", "odd offset", "every second", "transposed", "expanded")
@@ -26,6 +28,9 @@ def calls(device):
     for dtype in DTYPES:
         inputs = cases.make_inputs(regions, 40, 19, dtype=dtype, device=device)
         yield from ((variant, inputs, regions) for variant in cases.VARIANTS)
+        # With a group, the losses run in two steps.
+        grouped = replace(regions, group=Group("", 1), images=torch.ones((), device=device))
+        yield "sea_loss, everything", inputs, grouped
         for layout in LAYOUTS:
             yield "anchor_cosine", inputs.layout(layout), regions
             yield "sea_loss, everything", inputs.layout(layout), regions

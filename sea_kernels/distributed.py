@@ -125,7 +125,7 @@ def rasterize(
 
     classes, _, _, extent, masks = rasterize_own(present[:-1] > 0)
     area = table.view(levels, -1).gather(1, _rows(classes, num_classes).expand(levels, -1)).to(torch.float32)
-    return (classes, area, counted.to(torch.float32), extent, masks), images[0].to(torch.float32)
+    return (classes, area, counted.to(torch.float32), extent, masks), images[0]
 
 
 def _rows(classes: Tensor, num_classes: int) -> Tensor:

@@ -75,7 +75,7 @@ class _AnchorCosine(torch.autograd.Function):
 
 def _sea_loss(student, teacher, parts, regions, options, group, save, kept_rows):
     """(anchor, distance, localization, saved) of the operators; with a group the anchors are those of all its ranks."""
-    if group is None:
+    if group is None or not any(part & (ops.ANCHOR | ops.DISTANCE) for part in parts):
         return torch.ops.sea_kernels.sea_loss(student, teacher, parts, regions, *options, save, kept_rows)
     distance_temperature, localization_temperature, detach_anchors = options
     pool, compare = torch.ops.sea_kernels.sea_loss_pool, torch.ops.sea_kernels.sea_loss_compare
@@ -84,10 +84,12 @@ def _sea_loss(student, teacher, parts, regions, options, group, save, kept_rows)
     anchors = distributed.all_reduce(anchors, group)
     rest = distance_temperature, detach_anchors, save, kept_rows
     anchor, distance, kept, gradients = compare(student, teacher, parts, regions, anchors, *rest)
-    if save and not detach_anchors:
+    if save and not detach_anchors and any(part & ops.DISTANCE for part in parts):
         # Here, not in backward: a process that skips backward leaves nobody waiting.
         gradients = distributed.all_reduce(gradients, group)
-    return anchor, distance, localization, [kept, gradients, softmax, anchors]
+    # CUDA's kernels keep what they make of the anchors, the CPU's may have to begin with them again.
+    again = [] if anchors.is_cuda else [anchors]
+    return anchor, distance, localization, [kept, gradients, softmax, *again]
 
 
 class _SEALoss(torch.autograd.Function):
@@ -131,7 +133,7 @@ def _losses(
     tensors = regions.tensors() if regions is not None else []
     group = regions.group if regions is not None else None
     distributed.compare(
-        group, "losses", parts=tuple(parts), options=options, dtype=str(checks.compute_dtype(student, teacher)),
+        group, f"losses of the parts {parts}", options=options, dtype=str(checks.compute_dtype(student, teacher)),
         channels=tuple(maps[0].shape[1] for maps, _, _ in sets),
     )  # fmt: skip
     if _needs_gradient(*student):
@@ -143,7 +145,8 @@ def _losses(
     # The mean of all ranks' losses is that of one process with the whole batch; what a rank's backward gives is the
     # gradient of their sum.
     anchor, distance, localization = losses
-    return SEALoss(anchor, distance * group.size, localization * localization_share(regions))
+    share = localization_share(regions, localization.dtype)
+    return SEALoss(anchor, distance * group.size, localization * share)
 
 
 def _pairs(student_name: str, student: Maps, teacher_name: str, teacher: Maps) -> list[tuple[list, list]]:

@@ -351,12 +351,12 @@ def _localization_term(
             beyond = beyond.flatten(1).unsqueeze(1)
         z_s, z_t = s.flatten(2).to(dtype) / temperature, t.detach().flatten(2).to(dtype) / temperature
         loss = loss + _kl(z_s, z_t, beyond, dim=2) * (temperature**2 / max(s.shape[0] * s.shape[1], 1))
-    return loss if regions is None or regions.group is None else loss * localization_share(regions)
+    return loss if regions is None or regions.group is None else loss * localization_share(regions, dtype)
 
 
-def localization_share(regions: Regions) -> Tensor:
+def localization_share(regions: Regions, dtype: torch.dtype) -> Tensor:
     """[]: makes world / (images of all ranks) of 1 / (images of this rank)"""
-    return regions.group.size * regions.batch_size / regions.images.clamp(min=1)
+    return (regions.group.size * regions.batch_size / regions.images.clamp(min=1)).to(dtype)
 
 
 def _sets(

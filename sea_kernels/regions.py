@@ -44,7 +44,7 @@ class Regions:
     level_shapes: tuple[tuple[int, int], ...]
     batch_size: int
     group: distributed.Group | None = None
-    images: Tensor | None = None  # float32 []: images of the whole batch, where there is a group
+    images: Tensor | None = None  # float64 []: images of the whole batch, where there is a group
 
     def masks(self, level: int) -> Tensor:
         """The masks of one level, bool [P, B, H, W]."""

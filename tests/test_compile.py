@@ -319,7 +319,8 @@ def region_arguments(device, number, listed, dtype=F32):
 def test_opcheck_regions(number, listed, dtype, device):
     arguments = region_arguments(device, number, listed, dtype)
     check("regions", *arguments, False)
-    check("rasterize", *arguments)
+    check("rasterize", *arguments, None)
+    check("rasterize", *arguments, torch.arange(80, device=device) % 7 == 3)
 
 
 @compiles
@@ -354,6 +355,14 @@ def check_operators(inputs, regions):
                 saved = torch.ops.sea_kernels.sea_loss(*options)[3]
                 for grads in ((one, one, one), (None, one, None)):
                     check("sea_loss_backward", *grads, student, teacher, [3, 5], tensors, saved, 0.1, 1.0, detach)
+            pooled = (student, teacher, [3, 5], tensors, 2.0)
+            check("sea_loss_pool", *pooled)
+            apart = torch.ops.sea_kernels.sea_loss_pool(*pooled)
+            compared = (student, teacher, [3, 5], tensors, apart[0], 0.1, detach, save, rows)
+            check("sea_loss_compare", *compared, values=not save)
+            if save:
+                saved = [*torch.ops.sea_kernels.sea_loss_compare(*compared)[2:], apart[2], apart[0]]
+                check("sea_loss_backward", one, one, one, student, teacher, [3, 5], tensors, saved, 0.1, 2.0, detach)
 
 
 @compiles

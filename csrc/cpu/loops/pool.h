@@ -94,7 +94,8 @@ void pool(const Pool<T>& task, int64_t block, T* scratch) {
   }
   if (task.runs) {
     write_means(task, sums[0], width, c0, channels, task.student_anchors);
-    if (pair) write_means(task, sums[1], width, c0, channels, task.teacher_anchors);
+    // Not `pair`: maps of no image have no memory, but anchors.
+    if (task.teacher_anchors) write_means(task, sums[1], width, c0, channels, task.teacher_anchors);
   }
 }
 

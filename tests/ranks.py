@@ -1,0 +1,124 @@
+"""Batches that lie on several ranks, the same on one; and ranks: threads that sum up as a group does, and processes."""
+
+import math
+import threading
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from cases import F64, Inputs, make_boxes, make_inputs
+
+import sea_kernels as sk
+from sea_kernels import distributed
+
+CLASSES = 6
+
+
+@dataclass
+class Rank:
+    """What one rank holds; `inputs` in float64."""
+
+    boxes: torch.Tensor
+    labels: torch.Tensor
+    index: torch.Tensor
+    batch: int
+    shapes: list
+    strides: list
+    sizes: torch.Tensor  # [B, 2]
+    inputs: Inputs
+
+    def regions(self, group=None, classes=CLASSES):
+        return sk.Regions.from_boxes(
+            self.boxes, self.labels, self.shapes, self.strides, num_classes=classes, batch_index=self.index,
+            batch_size=self.batch, image_sizes=self.sizes, group=group,
+        )  # fmt: skip
+
+
+def make_rank(seed, batch, number, size=(80, 112), levels=2, channels=24, box_channels=16, sets=1, strides=(8, 16, 40)):
+    """`number` boxes on `batch` images, the first of which fills the maps of an input of `size` (height, width)."""
+    height, width = size
+    shapes = [(math.ceil(height / s), math.ceil(width / s)) for s in strides[:levels]]
+    boxes, labels, index = make_boxes(number if batch else 0, batch, CLASSES, size, seed, F64)
+    sizes = torch.tensor([(height, width), (height - 20, width - 9)]).repeat(batch, 1)[:batch]
+    like = SimpleNamespace(level_shapes=shapes, batch_size=batch, area=torch.empty(levels, 1 + 2 * CLASSES))
+    inputs = make_inputs(like, channels, box_channels, sets, F64, seed=seed)
+    return Rank(boxes, labels, index, batch, shapes, list(strides[:levels]), sizes, inputs)
+
+
+def pad(x, shape):
+    """A map in a larger one, which has what nobody may read beside it."""
+    return torch.nn.functional.pad(x, (0, shape[1] - x.shape[3], 0, shape[0] - x.shape[2]), value=3.0)
+
+
+def whole(ranks):
+    """One rank that holds the images of all, their maps padded to the largest."""
+    shapes = [tuple(max(n) for n in zip(*level)) for level in zip(*(r.shapes for r in ranks))]
+
+    def join(name):
+        sets = zip(*(getattr(r.inputs, name) for r in ranks))
+        return [[torch.cat([pad(x, s) for x in maps]) for s, maps in zip(shapes, zip(*each))] for each in sets]
+
+    inputs = Inputs(*map(join, ("cls", "cls_teacher", "box", "box_teacher")), ranks[0].inputs.anchors)
+    firsts = [sum(r.batch for r in ranks[:k]) for k in range(len(ranks))]
+    # rows that are skipped bring K to the number of categories, as it is with a group
+    rows = CLASSES
+    return Rank(
+        torch.cat([r.boxes for r in ranks] + [torch.zeros(rows, 4, dtype=F64)]),
+        torch.cat([r.labels for r in ranks] + [torch.full((rows,), -1)]),
+        torch.cat([r.index + first for r, first in zip(ranks, firsts)] + [torch.zeros(rows, dtype=torch.int64)]),
+        sum(r.batch for r in ranks), shapes, ranks[0].strides, torch.cat([r.sizes for r in ranks]), inputs,
+    )  # fmt: skip
+
+
+def share(gradients, ranks, k):
+    """What of the gradients of the whole batch's maps is rank k's, times their number: of the sum of all losses."""
+    first, rank = sum(r.batch for r in ranks[:k]), ranks[k]
+    levels = len(rank.shapes)
+    out = []
+    for i, x in enumerate(gradients[:-1]):
+        height, width = rank.shapes[i % levels]
+        out.append(None if x is None else len(ranks) * x[first : first + rank.batch, :, :height, :width])
+    return out
+
+
+class Threads:
+    """As many ranks as threads, of which `run` calls work(group, rank) in each and returns what it gave."""
+
+    def __init__(self, count):
+        self.count, self.barrier = count, threading.Barrier(count, timeout=60)
+        self.here, self.slots, self.reductions = threading.local(), [None] * count, [[] for _ in range(count)]
+
+    def all_reduce(self, x, _group):
+        self.reductions[self.here.rank].append(x.numel())
+        self.slots[self.here.rank] = x
+        self.barrier.wait()
+        assert len({x.shape for x in self.slots}) == 1 and len({x.dtype for x in self.slots}) == 1
+        total = torch.stack(self.slots).sum(0)
+        self.barrier.wait()
+        return total
+
+    def run(self, work):
+        results, errors = [None] * self.count, []
+
+        def call(rank):
+            self.here.rank = rank
+            try:
+                results[rank] = work("a group", rank)
+            except threading.BrokenBarrierError:
+                pass
+            except BaseException as error:  # of the test, raised below
+                errors.append(error)
+                self.barrier.abort()
+
+        group = distributed.Group("threads", self.count)
+        stubs = {"all_reduce": self.all_reduce, "join": lambda *_: group, "compare": lambda *_, **__: None}
+        with mock.patch.multiple(distributed, **stubs):
+            threads = [threading.Thread(target=call, args=(rank,)) for rank in range(self.count)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        if errors:
+            raise errors[0]
+        return results

@@ -1,0 +1,523 @@
+"""Anchors over the batch of several ranks: as threads, for every call, and as processes with gloo."""
+
+import copy
+import dataclasses
+import datetime
+import os
+import signal
+import time
+
+import cases
+import pytest
+import tolerance
+import torch
+import torch._dynamo.testing
+import torch.distributed as dist
+from cases import BF16, F16, F32, F64, VARIANTS
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import CLASSES, Threads, make_rank, pad, share, whole
+from torch import nn
+from toy_detector import STRIDES, TAPS, Toy, batch
+
+import sea_kernels as sk
+from sea_kernels import distributed
+
+# Images, boxes, size of the input: one rank has no boxes, one no images, and their maps differ.
+RANKS = [
+    make_rank(0, batch=2, number=5),
+    make_rank(1, batch=1, number=0, size=(64, 130)),
+    make_rank(2, batch=3, number=4, size=(100, 50)),
+    make_rank(3, batch=0, number=0),
+]
+REDUCING = [name for name in VARIANTS if name not in ("anchor_cosine", "localization, no regions")]
+LOSSES = [name for name in REDUCING if name != "anchor_pool"]
+
+
+def check(variant, ranks, results, **options):
+    """What the ranks gave in float64, (outputs, gradients) of each, against one process with the whole batch."""
+    one = whole(ranks)
+    outputs, gradients = cases.run(variant, one.inputs, one.regions(), "reference", **options)
+    noise = 1e-11  # where values cancel; a sum in float32 would be off by 1e-8
+    for i, exact in enumerate(outputs):
+        found = [outputs[i].cpu() for outputs, _ in results]
+        for k, x in enumerate([torch.stack(found).mean(0)] if exact.dim() == 0 else found):
+            tolerance.assert_close(x, exact, exact, tolerance.OUTPUT, f"output {i} of rank {k}", noise)
+    for k, (_, found) in enumerate(results):
+        for i, (x, exact) in enumerate(zip(found[:-1], share(gradients, ranks, k))):
+            x = None if x is None else x.cpu()
+            tolerance.assert_close(x, exact, exact, tolerance.GRADIENT, f"gradient {i} of rank {k}", noise)
+
+
+# ----------------------------------------------------------------------------------------------------- ranks as threads
+
+
+def run_threads(variant, ranks, dtype=F64, backend="native", **options):
+    def work(group, k):
+        inputs = ranks[k].inputs.map(lambda x: x.to(dtype))
+        return cases.run(variant, inputs, ranks[k].regions(group), backend, **options)
+
+    with sk.backend(backend):  # here too: it is of the process, not of a thread
+        return Threads(len(ranks)).run(work)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("variant", REDUCING)
+def test_several_ranks_equal_one(variant, backend):
+    check(variant, RANKS, run_threads(variant, RANKS, backend=backend))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("variant", REDUCING)
+def test_exactness(variant, dtype):
+    """By the rule, where plain PyTorch has the whole batch in one process."""
+    rows = [[], [], []]
+    for seed in range(16 if variant != "anchor_pool" else 1):
+        ranks = [make_rank(100 * seed + k, batch=1 + k, number=6, channels=48) for k in range(2)]
+        results = run_threads(variant, ranks, dtype)
+        one = whole(ranks)
+        inputs, regions = one.inputs.map(lambda x: x.to(dtype)), one.regions()
+        exact = cases.run(variant, inputs.map(torch.Tensor.double), regions, "reference")
+        plain = cases.run(variant, inputs, regions, "reference")
+        mean = [torch.stack(x).mean(0) for x in zip(*(outputs for outputs, _ in results))]
+        for row, outputs in zip(rows, (mean, plain[0], exact[0])):
+            row.append(outputs)
+        for k, (_, gradients) in enumerate(results):
+            for i, x in enumerate(zip(gradients[:-1], share(plain[1], ranks, k), share(exact[1], ranks, k))):
+                tolerance.assert_close(*x, tolerance.GRADIENT, f"gradient {i} of rank {k}")
+                if x[0] is not None and dtype != F32:
+                    tolerance.assert_relative(x[0], x[2], 0.01, f"gradient {i} of rank {k}")
+    for outputs in zip(*(zip(*row) for row in rows)):
+        if outputs[0][0].dim() == 0:
+            tolerance.assert_scalars_close(*outputs)
+        else:
+            tolerance.assert_close(*(x[0] for x in outputs), tolerance.OUTPUT)
+
+
+@st.composite
+def splits(draw):
+    """Ranks, in short; the values come from the seeds."""
+    levels, sets = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    channels, box_channels = draw(st.sampled_from([1, 3, 16, 33])), draw(st.sampled_from([1, 8]))
+    each = st.tuples(st.integers(0, 3), st.integers(0, 9), st.tuples(st.integers(24, 90), st.integers(24, 90)))
+    strides = draw(st.sampled_from([(8, 16, 40), (13.3, 20, 7.5)]))
+    return [
+        make_rank(seed, batch, number, size, levels, channels, box_channels, sets, strides)
+        for seed, (batch, number, size) in enumerate(draw(st.lists(each, min_size=1, max_size=4)))
+    ]
+
+
+@pytest.mark.parametrize("variant", ["anchor_pool", "sea_loss, everything"])
+@given(data=st.data())
+def test_any_split(variant, data):
+    """However the images lie on the ranks, nothing changes."""
+    ranks = data.draw(splits())
+    options = {"detach_anchors": data.draw(st.booleans())} if variant != "anchor_pool" else {}
+    check(variant, ranks, run_threads(variant, ranks, **options), **options)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_every_rank_has_the_same_rows(backend):
+    one = whole(RANKS).regions()
+    with sk.backend(backend):
+        results = Threads(4).run(lambda group, k: RANKS[k].regions(group))
+    for rank, regions in zip(RANKS, results):
+        assert regions.group.size == 4 and regions.images == 6 and regions.batch_size == rank.batch
+        for name in ("classes", "area", "counted"):
+            assert torch.equal(getattr(regions, name), getattr(one, name)), name
+        assert regions.classes.shape == (CLASSES,)
+        own = rank.regions()
+        assert torch.equal(regions.extent, own.extent)
+        found = [regions.classes.tolist().index(c) for c in own.classes.tolist() if c >= 0]
+        rows = [0] + [1 + 2 * k + edge for k in found for edge in (0, 1)]
+        for level in range(2):
+            masks, mine = regions.masks(level), own.masks(level)
+            assert torch.equal(masks[rows], mine[: len(rows)]) and masks.sum() == mine.sum()
+
+
+def test_masks_of_instances():
+    """from_masks gives the group what from_boxes does for the boxes that they fill."""
+
+    def work(group, k):
+        boxes = [torch.tensor([[8.0, 4, 40, 50], [60, 20, 90, 44]])[: 2 - k], torch.tensor([[30.0, 8, 100, 60]])]
+        labels = [torch.tensor([4, 1])[: 2 - k], torch.tensor([[0], [5]][k])]
+        options = {"num_classes": CLASSES, "group": group, "image_sizes": [(80, 112), (60, 100)]}
+        masks = [torch.zeros(len(x), 80, 112, dtype=torch.bool) for x in boxes]
+        for image, rows in zip(masks, boxes):
+            for mask, (x1, y1, x2, y2) in zip(image, rows.int().tolist()):
+                mask[y1:y2, x1:x2] = True
+        shapes = [(10, 14), (5, 7)]
+        return (
+            sk.Regions.from_masks(masks, labels, shapes, [8, 16], **options),
+            sk.Regions.from_boxes(boxes, labels, shapes, [8, 16], **options),
+        )
+
+    for masks, boxes in Threads(2).run(work):
+        for name in ("classes", "area", "counted", "extent", "bits", "images"):
+            assert torch.equal(getattr(masks, name), getattr(boxes, name)), name
+        assert masks.classes.tolist() == [0, 1, 4, 5, -1, -1] and masks.group == boxes.group
+
+
+def test_number_of_reductions():
+    """One for the regions, one for the anchors of all maps and levels, one for their gradient; none in backward."""
+    ranks = [make_rank(k, batch=1, number=4, sets=2) for k in range(2)]
+    levels, rows, cls, box = 2, 1 + 2 * CLASSES, 24, 16
+    threads, counts = Threads(2), {}
+
+    def count(name, f):
+        threads.reductions[threads.here.rank].clear()
+        out = f()
+        counts[name, threads.here.rank] = list(threads.reductions[threads.here.rank])
+        return out
+
+    def work(group, k):
+        inputs = ranks[k].inputs.map(lambda x: x.detach().requires_grad_())
+        regions = count("regions", lambda: ranks[k].regions(group))
+        for detach in (False, True):
+            loss = lambda d=detach: sum(cases.CALLS["sea_loss"](inputs, regions, detach_anchors=d))  # noqa: E731
+            total = count(f"forward, detached {detach}", loss)
+            count("backward", total.backward)
+            with torch.no_grad():
+                count("no gradient", loss)
+        local = count("localization", lambda: cases.CALLS["localization"](inputs, regions)[0])
+        count("localization backward", local.backward)
+        pooled = count("anchor_pool", lambda: sk.anchor_pool(inputs.cls[0], regions))
+        count("anchor_pool backward", pooled.sum().backward)
+
+    threads.run(work)
+    anchors = 2 * levels * rows * 2 * (cls + box)  # 2 sets of each branch, 2 sides
+    gradient = 2 * levels * rows * cls
+    for k in range(2):
+        assert counts["regions", k] == [levels * (rows + 2) + CLASSES + 1 + levels + 1]
+        assert counts["forward, detached False", k] == [anchors, gradient]
+        assert counts["forward, detached True", k] == counts["no gradient", k] == [anchors]
+        assert counts["backward", k] == counts["localization", k] == counts["localization backward", k] == []
+        assert counts["anchor_pool", k] == counts["anchor_pool backward", k] == [levels * rows * cls]
+
+
+def test_upstream_gradients_of_anchor_pool_may_differ():
+    """Of anchor_pool's own backward they are summed up: it gives the gradient of the sum of whatever all ranks do."""
+    ranks = RANKS[:2]
+
+    def work(group, k):
+        x = [m.detach().requires_grad_() for m in ranks[k].inputs.cls[0]]
+        return torch.autograd.grad((sk.anchor_pool(x, ranks[k].regions(group)) * (k + 1)).square().sum(), x)
+
+    one = whole(ranks)
+    x = [m.requires_grad_() for m in one.inputs.cls[0]]
+    anchors = sk.anchor_pool(x, one.regions())
+    exact = torch.autograd.grad(anchors.square().sum() + (2 * anchors).square().sum(), x)
+    first = 0
+    for rank, found in zip(ranks, Threads(2).run(work)):
+        for (h, w), a, b in zip(rank.shapes, found, exact):
+            torch.testing.assert_close(a, b[first : first + rank.batch, :, :h, :w])
+        first += rank.batch
+
+
+# --------------------------------------------------------------------------------------------------- ranks as processes
+
+
+class Meeting:
+    """How processes find each other, and where they leave what they found."""
+
+    def __init__(self, folder, count, emulate=None, seconds=60, device="cpu"):
+        self.folder, self.count, self.emulate, self.seconds, self.device = str(folder), count, emulate, seconds, device
+
+    def join(self, rank):
+        torch.set_num_threads(1)
+        if self.emulate is not None:
+            from emulator import operators
+
+            operators.install().settings(seed=self.emulate)
+        timeout = datetime.timedelta(seconds=self.seconds)
+        meet = f"file://{self.folder}/meet"
+        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=self.count, timeout=timeout)
+        return dist.group.WORLD
+
+    def leave(self, rank, result):
+        torch.save(result, f"{self.folder}/{rank}")
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def results(self, ranks=None):
+        return [torch.load(f"{self.folder}/{k}", weights_only=False) for k in ranks or range(self.count)]
+
+    def spawn(self, work, *arguments):
+        torch.multiprocessing.spawn(_run, (work, self, arguments), nprocs=self.count)
+        return self.results()
+
+
+def _run(rank, work, meeting, arguments):
+    group = meeting.join(rank)
+    meeting.leave(rank, work(rank, group, meeting, *arguments))
+
+
+def _every_call(rank, group, meeting):
+    """(outputs, gradients) of every variant."""
+    own, out = RANKS[rank], {}
+    regions = sk.Regions.from_boxes(
+        own.boxes.to(meeting.device), own.labels.to(meeting.device), own.shapes, own.strides, num_classes=CLASSES,
+        batch_index=own.index.to(meeting.device), batch_size=own.batch, image_sizes=own.sizes.to(meeting.device),
+        group=group,
+    )  # fmt: skip
+    for variant in REDUCING:
+        out[variant] = cases.run(variant, own.inputs.map(lambda x: x.to(meeting.device)), regions)
+    return out
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_equal_one(count, tmp_path, request, device):
+    """And in a second run they give the same bits."""
+    emulate, runs = request.config.getoption("--emulate"), []
+    for folder in ("first", "second") if count == 4 else ("first",):
+        (tmp_path / folder).mkdir()
+        runs.append(Meeting(tmp_path / folder, count, emulate, device=device).spawn(_every_call))
+    for variant in REDUCING:
+        results = [rank[variant] for rank in runs[0]]
+        check(variant, RANKS[:count], results)
+        if variant == "anchor_loss":
+            assert len({outputs[0].item() for outputs, _ in results}) == 1
+    for again in runs[1:]:
+        for a, b in zip(runs[0], again):
+            for variant in REDUCING:
+                for x, y in zip(a[variant][0] + list(a[variant][1]), b[variant][0] + list(b[variant][1])):
+                    assert x is y is None or torch.equal(x, y), variant
+
+
+def _batch(rank):
+    """Two images, or a smaller one."""
+    images, boxes, labels = batch(rank)
+    return (images, boxes, labels) if rank == 0 else (images[:1, :, :, :80], boxes[:1], labels[:1])
+
+
+def _train(rank, group, meeting, wrap):
+    """The gradients of a student in two processes, of the losses alone."""
+    student, teacher = Toy().eval(), Toy(seed=1)  # batch statistics would be of each rank's images
+    if wrap == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (meeting.count,))
+        for part in (student.backbone, student.head, student):
+            fully_shard(part, mesh=mesh)
+        model, group = student, mesh.get_group()
+    else:
+        model = nn.parallel.DistributedDataParallel(student)
+    distiller = sk.SEADistiller(model, teacher, TAPS, group=group)
+    if wrap == "ddp":  # FSDP refuses it
+        assert copy.deepcopy(distiller).student is not student
+    images, boxes, labels = _batch(rank)
+    detection = model(images)["loss"]
+    losses = distiller.losses(boxes, labels)
+    (sum(losses.values()) + 0 * detection).backward()
+    gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    gradients = {n: g.full_tensor() if wrap == "fsdp" else g for n, g in gradients.items()}
+    return {k: x.detach() for k, x in losses.items()}, gradients
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_training_equals_one_process(wrap, tmp_path):
+    """Averaged by DDP or FSDP2 a student's gradients are those of one process with the images of both."""
+    first, second = Meeting(tmp_path, 2).spawn(_train, wrap)
+    student, teacher = Toy().eval(), Toy(seed=1)
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    images, boxes, labels = zip(_batch(0), _batch(1))
+    # Each batch by itself, then joined: zeros beside the smaller one would reach over its edge through the towers.
+    captured = []
+    for k in range(2):
+        student(images[k])
+        captured.append(distiller.capture(boxes[k], labels[k]))
+    sets = [
+        [[torch.cat([x, pad(y, x.shape[2:])]) for x, y in zip(*maps)] for maps in zip(*branch)]
+        for branch in zip(*(c[:4] for c in captured))
+    ]
+    regions = sk.Regions.from_boxes(
+        boxes[0] + boxes[1], labels[0] + labels[1], captured[0].regions.level_shapes, STRIDES, num_classes=4,
+        image_sizes=[(64, 96), (64, 96), (64, 80)],
+    )  # fmt: skip
+    losses = sk.sea_loss(*sets, regions)
+    (0.02 * sum(losses)).backward()
+    for name, x in losses._asdict().items():
+        mean = (first[0][f"loss_sea_{name}"] + second[0][f"loss_sea_{name}"]) / 2
+        torch.testing.assert_close(mean, 0.02 * x.detach(), rtol=1e-5, atol=1e-8)
+    expected = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    assert {n for n in expected if expected[n].abs().sum() > 0} == {n for n, g in first[1].items() if g.abs().sum() > 0}
+    for _, found in (first, second):
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
+
+
+def _compile(rank, group, _meeting):
+    def step(boxes, labels, index, cls, cls_teacher, box, box_teacher):
+        regions = sk.Regions.from_boxes(
+            boxes, labels, own.shapes, own.strides, num_classes=CLASSES, batch_index=index, batch_size=2, group=group
+        )
+        return *sk.sea_loss([cls], [cls_teacher], [box], [box_teacher], regions), sk.anchor_pool(cls, regions)
+
+    torch.set_num_threads(2)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled, same = torch.compile(step, backend=counter, fullgraph=True), []
+    for number in ((5, 0, 7), (6, 4, 0))[rank]:
+        own = make_rank(rank, 2, number)
+        inputs = own.inputs.map(lambda x: x.float().requires_grad_())
+        results = []
+        for f in (compiled, step):
+            sets = (x[0] for x in (inputs.cls, inputs.cls_teacher, inputs.box, inputs.box_teacher))
+            outputs = f(own.boxes, own.labels, own.index, *sets)
+            results.append([*outputs, *torch.autograd.grad(sum(x.sum() for x in outputs), inputs.leaves()[:-1])])
+        same.append(all(torch.equal(a, b) for a, b in zip(*results)))
+    return same, counter.frame_count
+
+
+@pytest.mark.compile
+@pytest.mark.cpu_kernels
+def test_compiled(tmp_path):
+    """In one graph, the comparison of the ranks and the collectives included."""
+    for same, graphs in Meeting(tmp_path, 2, seconds=300).spawn(_compile):
+        assert same == [True] * 3 and graphs <= 3
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def _differ(rank, _group, _meeting):
+    """The error of every mismatch, each in a group of its own."""
+    own, errors = make_rank(rank, 1, 3), {}
+    odd = rank == 1
+    from_boxes = lambda group, levels=2, strides=own.strides, **options: sk.Regions.from_boxes(  # noqa: E731
+        own.boxes, own.labels, own.shapes[:levels], strides[:levels], batch_index=own.index, batch_size=1, group=group,
+        **({"num_classes": CLASSES} | options),
+    )  # fmt: skip
+    cls, cls_teacher = own.inputs.cls[0], own.inputs.cls_teacher[0]
+    narrow, narrow_teacher = ([x[:, :8] for x in maps] for maps in (cls, cls_teacher))
+    calls = {
+        "num_classes": lambda group: from_boxes(group, num_classes=CLASSES + odd),
+        "levels": lambda group: from_boxes(group, levels=1 + odd),
+        "strides": lambda group: from_boxes(group, strides=[8, 16 + 2 * odd]),
+        "center_ratio": lambda group: from_boxes(group, center_ratio=0.5 + 0.25 * odd),
+        "channels of anchor_pool": lambda group: sk.anchor_pool(narrow if odd else cls, from_boxes(group)),
+        "channels": lambda group: sk.anchor_loss(
+            *((narrow, narrow_teacher) if odd else (cls, cls_teacher)), from_boxes(group)
+        ),
+        "dtype": lambda group: sk.anchor_pool([x.float() for x in cls] if odd else cls, from_boxes(group)),
+        "call": lambda group: (sk.anchor_loss if odd else sk.topological_distance_loss)(
+            cls, cls_teacher, from_boxes(group)
+        ),
+        "temperature": lambda group: sk.topological_distance_loss(
+            cls, cls_teacher, from_boxes(group), temperature=0.1 + odd
+        ),
+    }
+    for name, call in calls.items():
+        try:
+            call(dist.new_group([0, 1]))
+        except ValueError as error:
+            errors[name] = str(error)
+    # strides that follow from the sizes of the images may differ
+    student, taps = Toy(), dataclasses.replace(TAPS, strides=None)
+    distiller = sk.SEADistiller(student, Toy(seed=1), taps, group=dist.new_group([0, 1]))
+    student(torch.randn(1, 3, 64, 90 - 10 * rank))
+    errors["distiller"] = all(x.isfinite() for x in distiller.losses([own.boxes], [own.labels % 4]).values())
+    return errors
+
+
+@pytest.mark.cpu_kernels
+def test_ranks_that_differ(tmp_path):
+    first, second = Meeting(tmp_path, 2).spawn(_differ)
+    assert first == second and first.pop("distiller")
+    expected = {  # what it is on rank 1, and on rank 0
+        "num_classes": ("num_classes", "7", "6"),
+        "levels": ("levels", "2", "1"),
+        "strides": ("strides", "(8.0, 8.0, 18.0, 18.0)", "(8.0, 8.0, 16.0, 16.0)"),
+        "center_ratio": ("center_ratio", "0.75", "0.5"),
+        "channels of anchor_pool": ("channels", "8", "24"),
+        "channels": ("channels", "(8,)", "(24,)"),
+        "dtype": ("dtype", "torch.float32", "torch.float64"),
+        "call": ("the call", "losses of the parts [1]", "losses of the parts [2]"),
+        "temperature": ("options", "(1.1, 1.0, False)", "(0.1, 1.0, False)"),
+    }
+    for name, (what, one, zero) in expected.items():
+        message = f"{what} is {one} on rank 1 of the group and {zero} on rank 0; expected the same on every rank"
+        assert first.pop(name) == message
+    assert not first
+
+
+def _fail(rank, meeting, how):
+    """Rank 1 fails in its third step; the others write down what they got."""
+    group, own = meeting.join(rank), make_rank(rank, 1, 3)
+    for step in range(3):
+        if rank == 1 and step == 2:
+            if how == "raises":
+                sk.Regions.from_boxes(own.boxes, own.labels, own.shapes, own.strides, group=group)  # no batch_index
+            elif how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(3600)
+        try:
+            inputs = own.inputs.map(lambda x: x.detach().requires_grad_())
+            sum(cases.CALLS["sea_loss"](inputs, own.regions(group))).backward()
+        except RuntimeError as error:
+            torch.save((step, str(error)), f"{meeting.folder}/{rank}")
+            os._exit(0)  # the group cannot be torn down any more
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("how", ["raises", "dies", "hangs"])
+def test_a_rank_that_fails_leaves_nobody_waiting(how, tmp_path):
+    """The others get an error, at the latest after the timeout of the group."""
+    meeting, context = Meeting(tmp_path, 3, seconds=5), torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_fail, args=(rank, meeting, how), daemon=True) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for rank in (0, 2):
+        processes[rank].join(120)
+        assert processes[rank].exitcode == 0, f"rank {rank} is still waiting"
+    processes[1].kill()
+    for step, error in meeting.results([0, 2]):
+        assert step == 2 and error
+
+
+def _skip_backward(rank, group, _meeting):
+    own, out = make_rank(rank, 1, 3), []
+    for step in range(2):
+        inputs = own.inputs.map(lambda x: x.detach().requires_grad_())
+        loss = sum(cases.CALLS["sea_loss"](inputs, own.regions(group)))
+        if rank == step:
+            loss.backward()
+        out.append(loss.detach())
+    return out
+
+
+@pytest.mark.cpu_kernels
+def test_a_rank_may_skip_backward(tmp_path):
+    first, second = Meeting(tmp_path, 2, seconds=20).spawn(_skip_backward)
+    assert torch.equal(first[0], first[1]) and torch.equal(second[0], second[1])
+
+
+@pytest.fixture
+def alone():
+    """A group of this process alone."""
+    dist.init_process_group("cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.cpu_kernels
+def test_bad_groups(alone):
+    rank, cpu = RANKS[0], torch.device("cpu")
+    for group, error, message in (
+        ("world", TypeError, r"group is a str; expected a torch.distributed.ProcessGroup, such as"),
+        ([0], TypeError, r"group is a list; expected a torch.distributed.ProcessGroup"),
+        (dist.GroupMember.NON_GROUP_MEMBER, ValueError, r"group is one that this process does not belong to"),
+    ):
+        with pytest.raises(error, match=message):
+            rank.regions(group)
+    with pytest.raises(ValueError, match=r"group has gloo for cpu; expected a backend for cuda, where the tensors are"):
+        distributed.join(alone, torch.device("cuda"))
+    assert distributed.join(alone, cpu).size == 1
+    dist.destroy_process_group()
+    with pytest.raises(ValueError, match=r"group is not initialized, or was destroyed; expected one of the running"):
+        rank.regions(alone)
+    dist.init_process_group("cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)  # has the old one's name
+    with pytest.raises(ValueError, match=r"group is not initialized, or was destroyed"):
+        rank.regions(alone)
