@@ -2,6 +2,7 @@
 
 Every function gives the gradient of the student's maps (`anchor_pool`, `anchor_cosine`: of all their inputs). None
 synchronises with the device. Second derivatives are refused.
+What regions of a group of processes change stands at :func:`sea_loss`.
 """
 
 from collections.abc import Sequence
@@ -164,14 +165,18 @@ def anchor_pool(features: Sequence[Tensor], regions: Regions) -> Tensor:
     Args:
         features: L maps `[B, C, H_l, W_l]` of one dtype (float32, float64, float16, bfloat16), any strides; NCHW and
             channels_last are read as they lie.
-        regions: the masks, of the same levels and batch.
+        regions: the masks, of the same levels and batch. With a group the mean is over the images of all its ranks:
+            one all-reduce, and one more in backward, of the gradient of the anchors, so that it is that of the sum of
+            what all ranks make of them. All ranks must call it, and run backward.
 
     Returns:
         `[L, P, C]`, float32 (float64 for float64 maps). Gradient flows to the features.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape, dtype or device.
-        RuntimeError: no kernel for the device; a second derivative.
+        TypeError, ValueError: an argument of wrong type, shape, dtype or device. On every rank of a group, when it is
+            first used: other channels or another dtype on some rank.
+        RuntimeError: no kernel for the device; a second derivative; a rank of the group failed, or did not come within
+            its timeout.
     """
     if ops.current_backend() == "reference":
         return reference.anchor_pool(features, regions)
@@ -311,9 +316,19 @@ def sea_loss(
     (and in the distance loss with `distance_on_box`). The values are those of the single functions, `anchor` being the
     sum over both branches (over the classification maps alone without `anchor_on_box`).
 
+    With regions of a group the anchors are those of the images of all its ranks, all of which must make this call. On
+    each of `world` ranks the anchor loss is that of the whole batch, the distance loss `world / (counted pixels of all
+    ranks)` times the sum over its own pixels, the localisation loss `world T^2 / (images of all ranks C)` times the sum
+    over its own images: their mean over the ranks is the loss of one process with the whole batch. A rank's backward
+    gives the gradient of the sum of all ranks' losses with respect to its own maps, so that gradients which are
+    averaged over the ranks, as by DDP and FSDP, are those of the whole batch. Communicated, both times in forward, are
+    the anchors of all levels, maps and sides in one all-reduce, and the distances' gradient of the student's in
+    another; backward takes the gradients that reach the losses to be the same on every rank. The same goes for the
+    single functions.
+
     Args:
         student_cls, teacher_cls, student_box, teacher_box: as for :func:`anchor_loss`; each has one dtype of its own.
-        regions: the masks, of the same levels and batch; also handed to the localisation loss.
+        regions: the masks, of the same levels and batch; also handed to the localisation loss. They may have a group.
         distance_temperature, localization_temperature: 1e-6 to 1e6; the defaults are ours.
         detach_anchors: cut the distance loss's gradient that reaches the student through its own anchors.
         distance_on_box: box maps take part in the distance loss as well.
