@@ -437,7 +437,8 @@ __global__ void __launch_bounds__(kFinishThreads, 2) pool_finish(const __grid_co
   const int64_t tiles = pair.student.batch * per_image;
   const int64_t first = slice_of(pyramid, pair.first_tile), last = slice_of(pyramid, pair.first_tile + tiles - 1);
   const auto mean = [&](int side, int64_t channel) {
-    if (params.anchors == Anchors::given) return static_cast<const T*>(pair.anchors[side])[mask * channels + channel];
+    if (params.anchors == Anchors::given)
+      return pair.anchors[side] ? static_cast<const T*>(pair.anchors[side])[mask * channels + channel] : T(0);
     T sum = 0;
     if (area > 0 && tiles > 0)
       for (int64_t s = first; s <= last; ++s)
@@ -445,9 +446,11 @@ __global__ void __launch_bounds__(kFinishThreads, 2) pool_finish(const __grid_co
     return area > 0 ? sum / static_cast<T>(area) : 0;
   };
   if (params.anchors == Anchors::written) {
-    for (int side = 0; side < params.sides; ++side)
-      for (int64_t c = threadIdx.x; c < channels; c += kFinishThreads)
-        static_cast<T*>(pair.anchors[side])[mask * channels + c] = mean(side, c);
+    for (int64_t c = threadIdx.x; c < channels; c += kFinishThreads) {
+      const T student = mean(0, c), teacher = params.sides == 2 ? mean(1, c) : T(0);
+      static_cast<T*>(pair.anchors[0])[mask * channels + c] = pair.anchors[1] ? student : student - teacher;
+      if (pair.anchors[1]) static_cast<T*>(pair.anchors[1])[mask * channels + c] = teacher;
+    }
     return;
   }
   const int present = count_masks(params.masks, pair.level);

@@ -25,7 +25,7 @@ struct Pair {
   int32_t level;
   int64_t first_pixel;  // of the level in Masks::bits
   int64_t first_tile;   // of the pair in this launch
-  void* anchors[2];     // T [masks, channels] of either side, where they are handed over by themselves
+  void* anchors[2];  // T [masks, channels] of either side, where they are handed over; only the first: the difference
   void* units;  // X [2 sides, masks, pitch] unit anchors; of 16-bit types [2 sides, 2 (rounded, rest), masks, pitch]
   void* inverse_norm;  // T [masks] of the student's anchors
   void* difference;    // T [masks, pitch] student's anchors - teacher's

@@ -119,17 +119,17 @@ SavedSizes lay_out(std::vector<Pair>& pairs, int64_t masks, const LossOptions& o
   return sizes;
 }
 
-// Points the pairs to the anchors of the sets that have any: [2 sides, levels, masks, channels] of one after the other.
-// Returns their number; with a null pointer it counts.
+// Points the pairs to the anchors of the sets that have any, one after the other: [sides, levels, masks, channels],
+// both sides where there are distances, else the difference alone. Returns their number; with a null pointer it counts.
 template <class T>
 int64_t lay_out_anchors(std::vector<Pair>& pairs, int64_t levels, int64_t masks, T* anchors) {
   int64_t used = 0;
   for (Pair& pair : pairs) {
-    if (!(pair.parts & (kAnchor | kDistance))) continue;
+    const int sides = pair.parts & kDistance ? 2 : pair.parts & kAnchor ? 1 : 0;
     const int64_t table = masks * pair.student.channels;
-    for (int side = 0; side < 2 && anchors; ++side)
+    for (int side = 0; side < sides && anchors; ++side)
       pair.anchors[side] = anchors + used + (side * levels + pair.level) * table;
-    if (pair.level == levels - 1) used += 2 * levels * table;
+    if (pair.level == levels - 1) used += sides * levels * table;
   }
   return used;
 }

@@ -322,9 +322,9 @@ def sea_loss(
     over its own images: their mean over the ranks is the loss of one process with the whole batch. A rank's backward
     gives the gradient of the sum of all ranks' losses with respect to its own maps, so that gradients which are
     averaged over the ranks, as by DDP and FSDP, are those of the whole batch. Communicated, both times in forward, are
-    the anchors of all levels, maps and sides in one all-reduce, and the distances' gradient of the student's in
-    another; backward takes the gradients that reach the losses to be the same on every rank. The same goes for the
-    single functions.
+    the anchors of all levels, maps and sides (without distances, the difference of the sides) in one all-reduce, and
+    the distances' gradient of the student's in another; backward takes the gradients that reach the losses to be the
+    same on every rank. The same goes for the single functions.
 
     Args:
         student_cls, teacher_cls, student_box, teacher_box: as for :func:`anchor_loss`; each has one dtype of its own.

@@ -36,8 +36,8 @@ _SCHEMAS = {
     "sea_loss": "(Tensor[] student, Tensor[] teacher, int[] parts, Tensor[] regions, float distance_temperature, "
     "float localization_temperature, bool detach_anchors, bool save, SymInt kept_rows) -> "
     "(Tensor anchor, Tensor distance, Tensor localization, Tensor[] saved)",
-    # The same in two steps, between which the anchors of several processes are summed up. anchors: [2 sides, L, P, C]
-    # of every set that takes part in the anchor or distance loss, one after the other.
+    # The same in two steps, between which the anchors of several processes are summed up. anchors, one set after the
+    # other: [2 sides, L, P, C] where there are distances, else [L, P, C], the difference of the sides.
     "sea_loss_pool": "(Tensor[] student, Tensor[] teacher, int[] parts, Tensor[] regions, "
     "float localization_temperature) -> (Tensor anchors, Tensor localization, Tensor softmax)",
     "sea_loss_compare": "(Tensor[] student, Tensor[] teacher, int[] parts, Tensor[] regions, Tensor anchors, "
@@ -299,10 +299,10 @@ def _(student, teacher, parts, regions, _distance, _localization, detach_anchors
 
 
 def anchor_elements(student: list[Tensor], parts: list[int], masks: int) -> int:
-    """Elements of the anchors of both sides, of the sets that have any."""
+    """Elements of the anchors that sea_loss_pool hands over."""
     levels = len(student) // len(parts)
-    pooled = (s for s, part in enumerate(parts) if part & (ANCHOR | DISTANCE))
-    return sum(2 * levels * masks * student[s * levels].shape[1] for s in pooled)
+    sides = [2 if part & DISTANCE else 1 if part & ANCHOR else 0 for part in parts]
+    return sum(n * levels * masks * student[s * levels].shape[1] for s, n in enumerate(sides))
 
 
 @_fake("sea_loss_pool")

@@ -185,7 +185,7 @@ def test_number_of_reductions():
         count("anchor_pool backward", pooled.sum().backward)
 
     threads.run(work)
-    anchors = 2 * levels * rows * 2 * (cls + box)  # 2 sets of each branch, 2 sides
+    anchors = 2 * levels * rows * (2 * cls + box)  # 2 sets of each branch; of box maps the difference of the sides
     gradient = 2 * levels * rows * cls
     for k in range(2):
         assert counts["regions", k] == [levels * (rows + 2) + CLASSES + 1 + levels + 1]

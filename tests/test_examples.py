@@ -1,6 +1,11 @@
 """The examples in sea_kernels/README.md, each run as it stands there."""
 
+import ast
+import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +47,30 @@ def test_plain(tmp_path, monkeypatch):
     towers = {f"head.{name}.weight" for name in ("cls_tower.0", "cls_tower.2", "box_tower.0", "predict")}
     assert towers | {"backbone.0.weight"} <= set(moved(student, before)) and names["distiller"].step == 2
     Toy().load_state_dict(torch.load("student.pth"))
+
+
+def test_distributed(tmp_path):
+    """Two processes by torchrun: the anchor loss is that of both, so the same on either; the others are their own."""
+    require("torchvision")
+    if "SEA_KERNELS_DATA" not in os.environ:
+        pytest.skip("SEA_KERNELS_DATA is not set")
+    script = example("distributed")
+    assert len([line for line in script.splitlines() if line]) <= 30
+    (tmp_path / "train.py").write_text(script)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    steps = {0: [], 1: []}
+    for line in re.findall(r"\{'rank'.*?\}", done.stdout):
+        losses = ast.literal_eval(line)
+        steps[losses.pop("rank")].append(losses)
+    assert len(steps[0]) == len(steps[1]) == 2
+    for first, second in zip(*steps.values()):
+        names = ["loss_sea_anchor", "loss_sea_distance", "loss_sea_localization"]
+        assert list(first)[-3:] == list(second)[-3:] == names
+        assert all(math.isfinite(x) and x > 0 for losses in (first, second) for x in losses.values())
+        assert [first[n] == second[n] for n in names] == [True, False, False]
 
 
 def test_torchvision():

@@ -37,14 +37,16 @@ struct Layout {
   // kept: coefficients of the distances, then anchors, each with a row more than masks, so that one number tells
   // whether both are small enough to be kept; empty where they are not, and computed again. gradient: of the student's
   // anchors, from the distances. softmax: of the localisation.
-  // pooled: anchors of several processes, one after the other; a last entry ends them.
+  // pooled: anchors of several processes, one set after the other, and a last entry that ends them: [sides, L, P, C] of
+  // each, both sides where there are distances, else the difference alone, which is less to send.
   std::vector<int64_t> coefficients, anchors, gradient, softmax, pooled{0};
   int64_t kept = 0, gradients = 0, sums = 0;
 
   Layout(const std::vector<Set>& sets, int64_t masks) {
     for (const Set& set : sets) {
       const int64_t levels = static_cast<int64_t>(set.student.size());
-      pooled.push_back(pooled.back() + (set.pools() ? 2 * levels * masks * set.channels() : 0));
+      const int64_t sides = set.has(kDistance) ? 2 : set.has(kAnchor) ? 1 : 0;
+      pooled.push_back(pooled.back() + sides * levels * masks * set.channels());
       coefficients.push_back(kept);
       for (const Map& map : set.student) kept += set.has(kDistance) ? (masks + 1) * tiles(map) * kTilePixels : 0;
       anchors.push_back(kept);
@@ -95,13 +97,13 @@ void pool(const Set& set, const Regions& regions, const Options<T>& options,
   run(pools);
 }
 
-// mean_{p: area > 0} mean_c (aS - aT)^2 of one level
+// mean_{p: area > 0} mean_c (aS - aT)^2 of one level; no teacher: the student's are the differences.
 template <class T>
 double anchor_loss(const std::vector<int32_t>& present, int64_t channels, const T* student, const T* teacher) {
   double sum = 0;
   for (const int32_t p : present)
     for (int64_t c = p * channels; c < (p + 1) * channels; ++c) {
-      const double difference = static_cast<double>(student[c]) - teacher[c];
+      const double difference = static_cast<double>(student[c]) - (teacher ? teacher[c] : 0);
       sum += difference * difference;
     }
   return present.empty() || channels == 0 ? 0 : sum / static_cast<double>(present.size() * channels);
@@ -199,17 +201,19 @@ void pool_set(const Set& set, const Regions& regions, const Options<T>& options,
 
 // Anchor and distance loss of one set.
 template <class T>
-void compare_set(const Set& set, const Regions& regions, const Options<T>& options,
-                 const T* anchors,  // [2 sides, L, P, C]
-                 T* kept,           // as of distance_loss()
-                 T* gradient,       // likewise
-                 Losses& losses) {
+void compare_set(
+    const Set& set, const Regions& regions, const Options<T>& options,
+    const T* anchors,          // [L, P, C] of the student
+    const T* teacher_anchors,  // [L, P, C]; null: `anchors` are the differences, and there are no distances
+    T* kept,                   // as of distance_loss()
+    T* gradient,               // likewise
+    Losses& losses) {
   const int64_t channels = set.channels(), levels = static_cast<int64_t>(set.student.size());
   const int64_t table = regions.masks() * channels;
-  const T* teacher_anchors = anchors + levels * table;
   if (set.has(kAnchor))
     for (int64_t l = 0; l < levels; ++l)
-      losses.anchor += anchor_loss(regions.present(l), channels, anchors + l * table, teacher_anchors + l * table);
+      losses.anchor += anchor_loss(regions.present(l), channels, anchors + l * table,
+                                   teacher_anchors ? teacher_anchors + l * table : nullptr);
   if (set.has(kDistance)) {
     const PreparedAnchors<T> student(anchors, set.student, regions), teacher(teacher_anchors, set.teacher, regions);
     losses.distance += distance_loss(set, regions, student, teacher, options, kept, gradient);
@@ -225,7 +229,7 @@ Tensor scalar(double value) {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
-// pooled: [2 sides, L, P, C] of every set that pools; null: pooled here, and the localisation done in the same pass.
+// pooled: as in Layout; null: pooled here, and the localisation done in the same pass.
 template <class T>
 Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions_, const Options<T>& options,
                 const T* pooled, bool save, int64_t kept_rows) {
@@ -238,15 +242,21 @@ Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions
   Tensor softmax = make({pooled ? 0 : layout.sums}, kScalarType<T>);
   Losses losses;
   for (size_t s = 0; s < sets.size(); ++s) {
-    const int64_t size = layout.pooled[s + 1] - layout.pooled[s];
-    Buffer<T> own(keep || pooled ? 0 : size);
-    const T* anchors = pooled + (pooled ? layout.pooled[s] : 0);
-    if (!pooled) {
+    const Set& set = sets[s];
+    const int64_t table = static_cast<int64_t>(set.student.size()) * masks * set.channels();
+    Buffer<T> own(keep || pooled || !set.pools() ? 0 : 2 * table);
+    const T *anchors, *teacher_anchors = nullptr;
+    if (pooled) {
+      anchors = pooled + layout.pooled[s];
+      if (set.has(kDistance)) teacher_anchors = anchors + table;
+    } else {
       T* const here = keep ? data<T>(kept) + layout.anchors[s] : own.get();
-      pool_set(sets[s], regions, options, here, data<T>(softmax) + layout.softmax[s], losses);
+      pool_set(set, regions, options, here, data<T>(softmax) + layout.softmax[s], losses);
       anchors = here;
+      teacher_anchors = here + table;
     }
-    compare_set(sets[s], regions, options, anchors, keep ? data<T>(kept) + layout.coefficients[s] : nullptr,
+    compare_set(set, regions, options, anchors, teacher_anchors,
+                keep ? data<T>(kept) + layout.coefficients[s] : nullptr,
                 save_gradient ? data<T>(gradients) + layout.gradient[s] : nullptr, losses);
   }
   return {scalar<T>(losses.anchor),
@@ -262,9 +272,14 @@ std::tuple<Tensor, Tensor, Tensor> forward_pool(const std::vector<Set>& sets, co
   const Layout layout(sets, regions.masks());
   Tensor anchors = make({layout.pooled.back()}, kScalarType<T>), softmax = make({layout.sums}, kScalarType<T>);
   Losses losses;
-  for (size_t s = 0; s < sets.size(); ++s)
-    pool_set(sets[s], regions, options, data<T>(anchors) + layout.pooled[s], data<T>(softmax) + layout.softmax[s],
-             losses);
+  for (size_t s = 0; s < sets.size(); ++s) {
+    T* const out = data<T>(anchors) + layout.pooled[s];
+    const int64_t size = layout.pooled[s + 1] - layout.pooled[s];
+    const bool difference = sets[s].pools() && !sets[s].has(kDistance);
+    Buffer<T> both(difference ? 2 * size : 0);
+    pool_set(sets[s], regions, options, difference ? both.get() : out, data<T>(softmax) + layout.softmax[s], losses);
+    for (int64_t i = 0; difference && i < size; ++i) out[i] = both.get()[i] - both.get()[size + i];
+  }
   return {anchors, scalar<T>(losses.localization), softmax};
 }
 
@@ -299,7 +314,7 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
     const T* student_anchors = pooled ? pooled + layout.pooled[s]
                                : keep ? data<T>(saved[0]) + layout.anchors[s]
                                       : own_anchors.get();
-    const T* teacher_anchors = student_anchors + table;
+    const T* teacher_anchors = pooled && !(sets[s].parts & kDistance) ? nullptr : student_anchors + table;
 
     // What every pixel of a mask receives: the anchor's gradient over the area.
     Buffer<T> spread(table);
@@ -312,7 +327,7 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
             set.has(kAnchor) && count > 0 ? static_cast<T>(2 * static_cast<double>(anchor_scale) / count) : 0;
         for (const int32_t p : regions.present(l))
           for (int64_t i = l * stride + p * channels; i < l * stride + (p + 1) * channels; ++i) {
-            T value = set.has(kAnchor) ? scale * (student_anchors[i] - teacher_anchors[i]) : 0;
+            T value = set.has(kAnchor) ? scale * (student_anchors[i] - (teacher_anchors ? teacher_anchors[i] : 0)) : 0;
             if (through_anchors) value += distance_scale * through_anchors[i];
             spread.get()[i] = value / static_cast<T>(regions.area(l)[p]);
           }
