@@ -248,7 +248,7 @@ def run_rank(rank: int, ranks: int, args: argparse.Namespace, base, boxes, tell,
     # Groups of one send nothing, and have nothing to calibrate.
     of_message = dict(zip(messages(workload), (s.nbytes for s in sums), strict=True)) if ranks > 1 else {}
     tell(f"{ranks} ranks: all-reduces alone")
-    group, alone = distributed.join(dist.group.WORLD, device), {}
+    group, alone = distributed.join(dist.group.WORLD), {}
     for size in sorted({*SWEEP, *of_message.values()} if ranks > 1 else ()):
         message = torch.zeros(size // 4, device=device)
         call = lambda x, mark: distributed.all_reduce(x, group)  # noqa: E731

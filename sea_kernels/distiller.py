@@ -306,8 +306,8 @@ class SEADistiller(nn.Module):
         if strides is None:
             strides = [tuple(n / m for n, m in zip(images.shape[2:], shape)) for shape in shapes]
             if self._models.group is not None:  # compared here, and so not there: these strides may differ by rank
-                group = distributed.join(self._models.group, images.device)
-                distributed.compare(group, "Regions", num_classes=self.num_classes, levels=len(shapes))
+                group = distributed.join(self._models.group)
+                distributed.compare(group, "Regions", images.device, num_classes=self.num_classes, levels=len(shapes))
         if masks is not None:
             return Regions.from_masks(masks, labels, shapes, strides, **options)
         return Regions.from_boxes(boxes, labels, shapes, strides, **options)

@@ -24,8 +24,8 @@ class Group(NamedTuple):
 _compared: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
 
 
-def join(group: Any, device: torch.device) -> Group:
-    """The checked group; tensors on `device` are to be summed up over it."""
+def join(group: Any) -> Group:
+    """The group, checked."""
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group is one that this process does not belong to; expected a group of its own")
     if not isinstance(group, dist.ProcessGroup):
@@ -33,49 +33,49 @@ def join(group: Any, device: torch.device) -> Group:
             f"group is a {type(group).__name__}; expected a torch.distributed.ProcessGroup, such as dist.group.WORLD "
             "after init_process_group or the get_group() of a DeviceMesh"
         )
-    return Group(group.group_name, _size(group, device.type))
+    return Group(group.group_name, _size(group))
 
 
 @torch.compiler.assume_constant_result
-def _size(group: Any, device_type: str) -> int:
+def _size(group: Any) -> int:
     if not dist.is_initialized() or group not in dist.distributed_c10d._world.pg_map:
         raise ValueError("group is not initialized, or was destroyed; expected one of the running init_process_group")
-    backends = dist.BackendConfig(dist.Backend(dist.get_backend_config(group))).get_device_backend_map()
-    if device_type not in backends:
-        has = ", ".join(f"{backend} for {device}" for device, backend in backends.items())
-        raise ValueError(f"group has {has}; expected a backend for {device_type}, where the tensors are")
     return group.size()
 
 
-def compare(group: Group | None, call: str, **arguments: Any) -> None:
-    """Raises on every rank where ranks differ in the arguments of a call, in its first use of the group.
+def compare(group: Group | None, call: str, device: torch.device, **arguments: Any) -> None:
+    """The first time that a group is used for a call, raises on every rank where ranks differ in its arguments.
 
-    Only then, as every comparison is an exchange between the hosts.
+    Only then, as it is an exchange between the hosts.
     """
-    if group is not None and group.size > 1:
-        _compare(group.name, call, tuple(arguments.items()))
+    if group is not None:
+        _compare(group.name, call, device.type, tuple(arguments.items()))
 
 
 @torch.compiler.assume_constant_result  # the exchange takes place while it is traced
-def _compare(name: str, call: str, arguments: tuple[tuple[str, Any], ...]) -> None:
+def _compare(name: str, call: str, device: str, arguments: tuple[tuple[str, Any], ...]) -> None:
     group = dist.distributed_c10d._resolve_process_group(name)
     done = _compared.setdefault(group, set())
     if call in done:
         return
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"the first {call} of a group compares its ranks, which a CUDA graph cannot hold: run it once"
+            f"the first {call} of a group compares its ranks: run it once before a CUDA graph is captured"
         )
     ranks: list[Any] = [None] * group.size()
-    dist.all_gather_object(ranks, (call, *arguments), group=group)
+    dist.all_gather_object(ranks, (("the call", call), ("device", device), *arguments), group=group)
     for rank, theirs in enumerate(ranks):
-        for ours, other in zip(ranks[0], theirs):
-            if ours != other:
-                what = ("the call", ours, other) if isinstance(ours, str) else (ours[0], ours[1], other[1])
+        for (what, first), (_, other) in zip(ranks[0], theirs):
+            if first != other:
                 raise ValueError(
-                    f"{what[0]} is {what[2]} on rank {rank} of the group and {what[1]} on rank 0; "
+                    f"{what} is {other} on rank {rank} of the group and {first} on rank 0; "
                     "expected the same on every rank"
                 )
+    # Behind the exchange: a rank alone with another device would leave the others waiting in it.
+    backends = dist.BackendConfig(dist.Backend(dist.get_backend_config(group))).get_device_backend_map()
+    if device not in backends:
+        has = ", ".join(f"{backend} for {kind}" for kind, backend in backends.items())
+        raise ValueError(f"group has {has}; expected a backend for {device}, where the tensors are")
     done.add(call)
 
 

@@ -134,7 +134,7 @@ def _losses(
     tensors = regions.tensors() if regions is not None else []
     group = regions.group if regions is not None else None
     distributed.compare(
-        group, f"losses of the parts {parts}", options=options, dtype=str(checks.compute_dtype(student, teacher)),
+        group, f"losses of the parts {parts}", student[0].device, options=options, dtype=str(checks.compute_dtype(student, teacher)),
         channels=tuple(maps[0].shape[1] for maps, _, _ in sets),
     )  # fmt: skip
     if _needs_gradient(*student):
@@ -184,8 +184,9 @@ def anchor_pool(features: Sequence[Tensor], regions: Regions) -> Tensor:
     checks.regions("regions", regions, "features", [features])
     ops.require("anchor_pool", features[0].device)
     distributed.compare(
-        regions.group, "anchor_pool", channels=features[0].shape[1], dtype=str(checks.compute_dtype(features))
-    )
+        regions.group, "anchor_pool", features[0].device, channels=features[0].shape[1],
+        dtype=str(checks.compute_dtype(features)),
+    )  # fmt: skip
     if _needs_gradient(*features):
         own = _AnchorPool.apply(regions.tensors(), *features)
     else:

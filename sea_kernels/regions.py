@@ -305,10 +305,10 @@ def _build(
     if group is None:
         found = rasterize(None)
     else:
-        joined = distributed.join(group, device)
+        joined = distributed.join(group)
         distributed.compare(
-            joined, "Regions", num_classes=num_classes, levels=len(shapes), strides=tuple(strides),
-            center_ratio=float(center_ratio), device=device.type,
+            joined, "Regions", device, num_classes=num_classes, levels=len(shapes), strides=tuple(strides),
+            center_ratio=float(center_ratio),
         )  # fmt: skip
         found, images = distributed.rasterize(rasterize, num_classes, batch_size, joined)
     *rest, masks = found

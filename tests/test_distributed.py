@@ -265,6 +265,7 @@ def _every_call(rank, group, meeting):
     return out
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_processes_equal_one(count, tmp_path, request, device):
     """And in a second run they give the same bits."""
@@ -315,7 +316,7 @@ def _train(rank, group, meeting, wrap):
     return {k: x.detach() for k, x in losses.items()}, gradients
 
 
-@pytest.mark.cpu_kernels
+@pytest.mark.processes
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 def test_training_equals_one_process(wrap, tmp_path):
     """Averaged by DDP or FSDP2 a student's gradients are those of one process with the images of both."""
@@ -371,7 +372,7 @@ def _compile(rank, group, _meeting):
 
 
 @pytest.mark.compile
-@pytest.mark.cpu_kernels
+@pytest.mark.processes
 def test_compiled(tmp_path):
     """In one graph, the comparison of the ranks and the collectives included."""
     for same, graphs in Meeting(tmp_path, 2, seconds=300).spawn(_compile):
@@ -396,6 +397,9 @@ def _differ(rank, _group, _meeting):
         "levels": lambda group: from_boxes(group, levels=1 + odd),
         "strides": lambda group: from_boxes(group, strides=[8, 16 + 2 * odd]),
         "center_ratio": lambda group: from_boxes(group, center_ratio=0.5 + 0.25 * odd),
+        "device": lambda group: distributed.compare(
+            distributed.join(group), "a call", torch.device("cuda" if odd else "cpu")
+        ),
         "channels of anchor_pool": lambda group: sk.anchor_pool(narrow if odd else cls, from_boxes(group)),
         "channels": lambda group: sk.anchor_loss(
             *((narrow, narrow_teacher) if odd else (cls, cls_teacher)), from_boxes(group)
@@ -421,7 +425,7 @@ def _differ(rank, _group, _meeting):
     return errors
 
 
-@pytest.mark.cpu_kernels
+@pytest.mark.processes
 def test_ranks_that_differ(tmp_path):
     first, second = Meeting(tmp_path, 2).spawn(_differ)
     assert first == second and first.pop("distiller")
@@ -430,6 +434,7 @@ def test_ranks_that_differ(tmp_path):
         "levels": ("levels", "2", "1"),
         "strides": ("strides", "(8.0, 8.0, 18.0, 18.0)", "(8.0, 8.0, 16.0, 16.0)"),
         "center_ratio": ("center_ratio", "0.75", "0.5"),
+        "device": ("device", "cuda", "cpu"),
         "channels of anchor_pool": ("channels", "8", "24"),
         "channels": ("channels", "(8,)", "(24,)"),
         "dtype": ("dtype", "torch.float32", "torch.float64"),
@@ -460,7 +465,7 @@ def _fail(rank, meeting, how):
             os._exit(0)  # the group cannot be torn down any more
 
 
-@pytest.mark.cpu_kernels
+@pytest.mark.processes
 @pytest.mark.parametrize("how", ["raises", "dies", "hangs"])
 def test_a_rank_that_fails_leaves_nobody_waiting(how, tmp_path):
     """The others get an error, at the latest after the timeout of the group."""
@@ -487,7 +492,7 @@ def _skip_backward(rank, group, _meeting):
     return out
 
 
-@pytest.mark.cpu_kernels
+@pytest.mark.processes
 def test_a_rank_may_skip_backward(tmp_path):
     first, second = Meeting(tmp_path, 2, seconds=20).spawn(_skip_backward)
     assert torch.equal(first[0], first[1]) and torch.equal(second[0], second[1])
@@ -504,7 +509,7 @@ def alone():
 
 @pytest.mark.cpu_kernels
 def test_bad_groups(alone):
-    rank, cpu = RANKS[0], torch.device("cpu")
+    rank = RANKS[0]
     for group, error, message in (
         ("world", TypeError, r"group is a str; expected a torch.distributed.ProcessGroup, such as"),
         ([0], TypeError, r"group is a list; expected a torch.distributed.ProcessGroup"),
@@ -512,9 +517,10 @@ def test_bad_groups(alone):
     ):
         with pytest.raises(error, match=message):
             rank.regions(group)
+    own = distributed.join(alone)
+    assert own.size == 1
     with pytest.raises(ValueError, match=r"group has gloo for cpu; expected a backend for cuda, where the tensors are"):
-        distributed.join(alone, torch.device("cuda"))
-    assert distributed.join(alone, cpu).size == 1
+        distributed.compare(own, "a call", torch.device("cuda"))
     dist.destroy_process_group()
     with pytest.raises(ValueError, match=r"group is not initialized, or was destroyed; expected one of the running"):
         rank.regions(alone)
