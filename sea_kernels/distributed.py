@@ -48,7 +48,7 @@ def compare(group: Group | None, call: str, device: torch.device, **arguments: A
 
     Only then, as it is an exchange between the hosts.
     """
-    if group is not None:
+    if group is not None and group.size > 1:
         _compare(group.name, call, device.type, tuple(arguments.items()))
 
 
@@ -59,9 +59,7 @@ def _compare(name: str, call: str, device: str, arguments: tuple[tuple[str, Any]
     if call in done:
         return
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"the first {call} of a group compares its ranks: run it once before a CUDA graph is captured"
-        )
+        raise RuntimeError(f"the first {call} of a group compares its ranks: run it before a CUDA graph is captured")
     ranks: list[Any] = [None] * group.size()
     dist.all_gather_object(ranks, (("the call", call), ("device", device), *arguments), group=group)
     for rank, theirs in enumerate(ranks):

@@ -134,8 +134,8 @@ def _losses(
     tensors = regions.tensors() if regions is not None else []
     group = regions.group if regions is not None else None
     distributed.compare(
-        group, f"losses of the parts {parts}", student[0].device, options=options, dtype=str(checks.compute_dtype(student, teacher)),
-        channels=tuple(maps[0].shape[1] for maps, _, _ in sets),
+        group, f"losses of the parts {parts}", student[0].device, options=options,
+        dtype=str(checks.compute_dtype(student, teacher)), channels=tuple(maps[0].shape[1] for maps, _, _ in sets),
     )  # fmt: skip
     if _needs_gradient(*student):
         losses = _SEALoss.apply(parts, tensors, teacher, options, group, *student)
