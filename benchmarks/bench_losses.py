@@ -164,7 +164,7 @@ def make_inputs(workload: Workload, boxes: box_sources.Boxes, device: torch.devi
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
-def make_regions(workload: Workload, boxes: box_sources.Boxes) -> sk.Regions:
+def make_regions(workload: Workload, boxes: box_sources.Boxes, group=None) -> sk.Regions:
     return sk.Regions.from_boxes(
         boxes.boxes,
         boxes.labels,
@@ -176,11 +176,12 @@ def make_regions(workload: Workload, boxes: box_sources.Boxes) -> sk.Regions:
         image_sizes=boxes.image_sizes,
         ignore_boxes=boxes.ignore_boxes,
         ignore_batch_index=boxes.ignore_batch_index,
+        group=group,
     )
 
 
-def sea_losses(workload: Workload, x: Inputs):
-    regions = make_regions(workload, x.boxes)
+def sea_losses(workload: Workload, x: Inputs, group=None):
+    regions = make_regions(workload, x.boxes, group)
     return tuple(sk.sea_loss(x.student_cls, x.teacher_cls, x.student_box, x.teacher_box, regions))
 
 

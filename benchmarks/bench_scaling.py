@@ -140,23 +140,6 @@ def workload_of(base: bench.Workload, boxes: box_sources.Boxes) -> bench.Workloa
     return dataclasses.replace(base, height=height, width=width, **numbers)
 
 
-def sea_losses(workload: bench.Workload, group, x: bench.Inputs):
-    regions = sk.Regions.from_boxes(
-        x.boxes.boxes,
-        x.boxes.labels,
-        workload.level_shapes,
-        list(workload.strides),
-        num_classes=x.boxes.num_classes,
-        batch_index=x.boxes.batch_index,
-        batch_size=workload.batch,
-        image_sizes=x.boxes.image_sizes,
-        ignore_boxes=x.boxes.ignore_boxes,
-        ignore_batch_index=x.boxes.ignore_batch_index,
-        group=group,
-    )
-    return tuple(sk.sea_loss(x.student_cls, x.teacher_cls, x.student_box, x.teacher_box, regions))
-
-
 @contextlib.contextmanager
 def all_reduce_is(function):
     own, distributed.all_reduce = distributed.all_reduce, function
@@ -223,10 +206,10 @@ def run_rank(rank: int, ranks: int, args: argparse.Namespace, base, boxes, tell,
     workload = workload_of(base, own)
     inputs = bench.make_inputs(workload, own, device, 1 if args.smoke else None)
 
-    together = bench.training_step(partial(sea_losses, workload, dist.group.WORLD))
+    together = bench.training_step(partial(bench.sea_losses, workload, group=dist.group.WORLD))
     expected, sums = recorded(together, inputs[0])
     steps = {
-        ALONE: bench.training_step(partial(sea_losses, workload, None)),
+        ALONE: bench.training_step(partial(bench.sea_losses, workload)),
         SAME: without_all_reduce(together, sums),
         GLOBAL: together,
     }

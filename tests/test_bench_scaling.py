@@ -134,7 +134,7 @@ class TestStep:
         monkeypatch.setattr(distributed, "compare", lambda *_, **__: None)
         workload = dataclasses.replace(bench.bench.SMOKE, maps=2)
         (x,) = bench.bench.make_inputs(workload, bench.bench.sample_boxes(workload), torch.device("cpu"), 1)
-        return workload, x, bench.bench.training_step(partial(bench.sea_losses, workload, object()))
+        return workload, x, bench.bench.training_step(partial(bench.bench.sea_losses, workload, group=object()))
 
     @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
     def test_the_messages_are_as_large_as_their_shapes_say(self, bench, step, dtype):
