@@ -158,6 +158,27 @@ def test_masks_of_instances():
         assert masks.classes.tolist() == [0, 1, 4, 5, -1, -1] and masks.group == boxes.group
 
 
+@pytest.mark.parametrize("name", ["anchor", "distance", "localization"])
+def test_gradient_of_one_of_the_losses(name):
+    ranks = RANKS[:3]
+
+    def gradients(rank, group):
+        inputs = rank.inputs.map(lambda x: x.detach().requires_grad_())
+        losses = sk.sea_loss(inputs.cls, inputs.cls_teacher, inputs.box, inputs.box_teacher, rank.regions(group))
+        return torch.autograd.grad(getattr(losses, name), inputs.leaves(), allow_unused=True, materialize_grads=True)
+
+    exact = gradients(whole(ranks), None)
+    for k, found in enumerate(Threads(3).run(lambda group, k: gradients(ranks[k], group))):
+        for a, b in zip(found, share(exact, ranks, k)):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_no_images_at_all(backend):
+    for outputs, _ in run_threads("sea_loss, everything", [RANKS[3]] * 2, backend=backend):
+        assert [x.item() for x in outputs] == [0, 0, 0]
+
+
 def test_number_of_reductions():
     """One for the regions, one for the anchors of all maps and levels, one for their gradient; none in backward."""
     ranks = [make_rank(k, batch=1, number=4, sets=2) for k in range(2)]
@@ -253,15 +274,27 @@ def _run(rank, work, meeting, arguments):
 
 
 def _every_call(rank, group, meeting):
-    """(outputs, gradients) of every variant."""
+    """(outputs, gradients) of every variant; with four ranks also in the two halves of them, each a group."""
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])] if meeting.count == 4 else []
+    whole = _calls_of(rank, group, meeting, REDUCING)
+    half = _calls_of(rank, halves[rank // 2], meeting, ["anchor_pool", "sea_loss"]) if halves else {}
+    return whole | {f"{variant} of a half": result for variant, result in half.items()}
+
+
+def _calls_of(rank, group, meeting, variants):
     own, out = RANKS[rank], {}
     regions = sk.Regions.from_boxes(
         own.boxes.to(meeting.device), own.labels.to(meeting.device), own.shapes, own.strides, num_classes=CLASSES,
         batch_index=own.index.to(meeting.device), batch_size=own.batch, image_sizes=own.sizes.to(meeting.device),
         group=group,
     )  # fmt: skip
-    for variant in REDUCING:
-        out[variant] = cases.run(variant, own.inputs.map(lambda x: x.to(meeting.device)), regions)
+    inputs = own.inputs.map(lambda x: x.to(meeting.device).requires_grad_())
+    for variant in variants:
+        out[variant] = cases.run(variant, inputs, regions)
+    anchors = sk.anchor_pool(inputs.cls[0], regions)  # a gradient of one number, expanded, is not contiguous
+    expanded = torch.autograd.grad(anchors.sum(), inputs.cls[0], retain_graph=True)
+    for a, b in zip(expanded, torch.autograd.grad(anchors, inputs.cls[0], torch.ones_like(anchors))):
+        assert torch.equal(a, b)
     return out
 
 
@@ -276,6 +309,9 @@ def test_processes_equal_one(count, tmp_path, request, device):
     for variant in REDUCING:
         results = [rank[variant] for rank in runs[0]]
         check(variant, RANKS[:count], results)
+        if f"{variant} of a half" in runs[0][0]:
+            for half in (slice(0, 2), slice(2, 4)):
+                check(variant, RANKS[half], [rank[f"{variant} of a half"] for rank in runs[0][half]])
         if variant == "anchor_loss":
             assert len({outputs[0].item() for outputs, _ in results}) == 1
     for again in runs[1:]:
@@ -306,7 +342,8 @@ def _train(rank, group, meeting, wrap):
         model = nn.parallel.DistributedDataParallel(student)
     distiller = sk.SEADistiller(model, teacher, TAPS, group=group)
     if wrap == "ddp":  # FSDP refuses it
-        assert copy.deepcopy(distiller).student is not student
+        again = copy.deepcopy(distiller)
+        assert again.student is not student and again._models.group is group
     images, boxes, labels = _batch(rank)
     detection = model(images)["loss"]
     losses = distiller.losses(boxes, labels)
