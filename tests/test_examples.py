@@ -58,7 +58,10 @@ def test_distributed(tmp_path):
     assert len([line for line in script.splitlines() if line]) <= 30
     (tmp_path / "train.py").write_text(script)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # what this process has imported, from wherever that is
+    path = os.pathsep.join([str(Path(sk.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    data = str(Path(os.environ["SEA_KERNELS_DATA"]).resolve())
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SEA_KERNELS_DATA": data}
     done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     steps = {0: [], 1: []}
