@@ -435,19 +435,33 @@ __global__ void __launch_bounds__(kFinishThreads, 2) pool_finish(const __grid_co
   const int64_t mask = blockIdx.x;
   const float area = params.masks.area[pair.level * masks + mask];
   const int64_t tiles = pair.student.batch * per_image;
-  const int64_t first = slice_of(pyramid, pair.first_tile), last = slice_of(pyramid, pair.first_tile + tiles - 1);
+  // Of either side some rows to add up, none where there is no tile, and what to divide by. What is given is one row,
+  // or none: the difference lies in the student's place.
+  const T* rows[2];  // [count, channels], each `step` behind the one before
+  int64_t count[2], step = 0;
+  T divisor = 1;
+  if (params.anchors == Anchors::given) {
+    for (int side = 0; side < 2; ++side) {
+      count[side] = area > 0 && pair.anchors[side];
+      rows[side] = static_cast<const T*>(pair.anchors[side]) + mask * channels;
+    }
+  } else {
+    const int64_t first = slice_of(pyramid, pair.first_tile), last = slice_of(pyramid, pair.first_tile + tiles - 1);
+    step = params.sides * masks * most;
+    divisor = max(static_cast<T>(area), T(1));
+    for (int side = 0; side < 2; ++side) {
+      count[side] = area > 0 && tiles > 0 && side < params.sides ? last - first + 1 : 0;
+      rows[side] = params.sums + (first + blockIdx.y) * step + (side * masks + mask) * most;
+    }
+  }
   const auto mean = [&](int side, int64_t channel) {
-    if (params.anchors == Anchors::given)
-      return pair.anchors[side] ? static_cast<const T*>(pair.anchors[side])[mask * channels + channel] : T(0);
     T sum = 0;
-    if (area > 0 && tiles > 0)
-      for (int64_t s = first; s <= last; ++s)
-        sum += params.sums[(((s + blockIdx.y) * params.sides + side) * masks + mask) * most + channel];
-    return area > 0 ? sum / static_cast<T>(area) : 0;
+    for (int64_t i = 0; i < count[side]; ++i) sum += rows[side][i * step + channel];
+    return sum / divisor;
   };
   if (params.anchors == Anchors::written) {
     for (int64_t c = threadIdx.x; c < channels; c += kFinishThreads) {
-      const T student = mean(0, c), teacher = params.sides == 2 ? mean(1, c) : T(0);
+      const T student = mean(0, c), teacher = mean(1, c);
       static_cast<T*>(pair.anchors[0])[mask * channels + c] = pair.anchors[1] ? student : student - teacher;
       if (pair.anchors[1]) static_cast<T*>(pair.anchors[1])[mask * channels + c] = teacher;
     }
