@@ -64,15 +64,14 @@ class Capture(NamedTuple):
 
 
 class _Models(NamedTuple):
-    """A tuple, so that nn.Module takes none for its submodule. A copy, as of an EMA, shares all but the student."""
+    """A tuple, so that nn.Module takes neither for its submodule. A copy, as an EMA makes it, shares the teacher."""
 
     student: nn.Module
     teacher: nn.Module
-    group: Any  # ProcessGroup or None
 
     def __deepcopy__(self, memo: dict) -> "_Models":
         memo[id(self.teacher)] = self.teacher
-        return self._replace(student=copy.deepcopy(self.student, memo))
+        return _Models(copy.deepcopy(self.student, memo), self.teacher)
 
 
 class SEADistiller(nn.Module):
@@ -146,7 +145,10 @@ class SEADistiller(nn.Module):
         shared = [name for name, p in teacher.named_parameters() if id(p) in own]
         if shared:
             raise ValueError(f"teacher shares {shared[0]!r} with the student, which would be frozen; expected a copy")
-        self._models = _Models(student, teacher, group)
+        self._models = _Models(student, teacher)
+        self._group = group
+        if group is not None:
+            self._group = distributed.join(group)._replace(compares_strides=taps.strides is not None)
         teacher_taps = teacher_taps or taps or ready_taps.find(teacher)
         taps = taps or ready_taps.find(student)
         for branch in ("cls", "box"):
@@ -300,14 +302,11 @@ class SEADistiller(nn.Module):
         if labels is None:
             raise ValueError("labels not given; expected one tensor for each image beside boxes or masks")
         shapes = [tuple(x.shape[2:]) for x in maps]
-        options = {"image_sizes": image_sizes, "ignore_boxes": ignore, "group": self._models.group}
+        options = {"image_sizes": image_sizes, "ignore_boxes": ignore, "group": self._group}
         options |= self._region_options
         strides = taps.strides
         if strides is None:
             strides = [tuple(n / m for n, m in zip(images.shape[2:], shape)) for shape in shapes]
-            if self._models.group is not None:  # compared here, and so not there: these strides may differ by rank
-                group = distributed.join(self._models.group)
-                distributed.compare(group, "Regions", images.device, num_classes=self.num_classes, levels=len(shapes))
         if masks is not None:
             return Regions.from_masks(masks, labels, shapes, strides, **options)
         return Regions.from_boxes(boxes, labels, shapes, strides, **options)

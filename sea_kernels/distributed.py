@@ -5,7 +5,7 @@ for a GPU, except the one exchange in which the ranks compare what they were cal
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ class Group(NamedTuple):
 
     name: str
     size: int
+    compares_strides: bool = True  # not where they follow from the sizes of a rank's images
 
 
 # Of every group the calls whose arguments the ranks have compared.
@@ -25,7 +26,9 @@ _compared: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionar
 
 
 def join(group: Any) -> Group:
-    """The group, checked."""
+    """The group, checked; or one that was joined already."""
+    if isinstance(group, Group):
+        return group
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group is one that this process does not belong to; expected a group of its own")
     if not isinstance(group, dist.ProcessGroup):
@@ -43,21 +46,40 @@ def _size(group: Any) -> int:
     return group.size()
 
 
-def compare(group: Group | None, call: str, device: torch.device, **arguments: Any) -> None:
-    """The first time that a group is used for a call, raises on every rank where ranks differ in its arguments.
+def compare(
+    group: Group, like: Tensor, call: str, integers: dict[str, int] | None = None, numbers: dict | None = None
+) -> Tensor:
+    """The first time that a group makes a call: raises on every rank where ranks differ in it or in its arguments.
 
-    Only then, as it is an exchange between the hosts.
+    Only then, as it is an exchange between the hosts. It gives a zero, float64 [], on the device of `like`: what is
+    sent next has to depend on it, or torch.compile would leave it out.
     """
-    if group is not None and group.size > 1:
-        _compare(group.name, call, device.type, tuple(arguments.items()))
+    integers, numbers = integers or {}, numbers or {}
+    if group.size == 1:  # sends nothing
+        return torch.zeros((), dtype=torch.float64, device=like.device)
+    names = " ".join([*integers, *numbers])
+    return compare_ranks(like, group.name, call, names, list(integers.values()), list(numbers.values()))
 
 
-@torch.compiler.assume_constant_result  # the exchange takes place while it is traced
-def _compare(name: str, call: str, device: str, arguments: tuple[tuple[str, Any], ...]) -> None:
-    group = dist.distributed_c10d._resolve_process_group(name)
-    done = _compared.setdefault(group, set())
-    if call in done:
-        return
+# An operator, so that compiled code runs it too, whatever of the arguments is symbolic there.
+@torch.library.custom_op("sea_kernels::compare_ranks", mutates_args=())
+def compare_ranks(
+    like: Tensor, group: str, call: str, names: str, integers: Sequence[int], numbers: Sequence[float]
+) -> Tensor:
+    process_group = dist.distributed_c10d._resolve_process_group(group)
+    done = _compared.setdefault(process_group, set())
+    if call not in done:
+        _exchange(process_group, call, like.device.type, [*zip(names.split(), [*integers, *numbers])])
+        done.add(call)
+    return like.new_zeros((), dtype=torch.float64)
+
+
+@compare_ranks.register_fake
+def _(like, group, call, names, integers, numbers):
+    return like.new_empty((), dtype=torch.float64)
+
+
+def _exchange(group: Any, call: str, device: str, arguments: list[tuple[str, float]]) -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"the first {call} of a group compares its ranks: run it before a CUDA graph is captured")
     ranks: list[Any] = [None] * group.size()
@@ -74,7 +96,6 @@ def _compare(name: str, call: str, device: str, arguments: tuple[tuple[str, Any]
     if device not in backends:
         has = ", ".join(f"{backend} for {kind}" for kind, backend in backends.items())
         raise ValueError(f"group has {has}; expected a backend for {device}, where the tensors are")
-    done.add(call)
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
@@ -101,13 +122,13 @@ def differentiable_sum(x: Tensor, group: Group | None) -> Tensor:
 
 
 def rasterize(
-    rasterize_own: Callable[[Tensor | None], tuple], num_classes: int, batch_size: int, group: Group
+    rasterize_own: Callable[[Tensor | None], tuple], num_classes: int, batch_size: int, group: Group, token: Tensor
 ) -> tuple[tuple, Tensor]:
     """What `rasterize` returns and the number of images [], of all ranks: one all-reduce.
 
     Rows are those of the categories present on any rank, areas and counted pixels the sums over all ranks; extent and
     masks stay each rank's own. rasterize_own(present) gives what this rank's boxes cover, in rows for all that is
-    `present`, bool [num_classes], or (None) for its own categories.
+    `present`, bool [num_classes], or (None) for its own categories. `token`: what `compare` gave.
     """
     classes, area, counted, _, _ = rasterize_own(None)
     levels, device = area.shape[0], area.device
@@ -116,7 +137,7 @@ def rasterize(
     table = torch.zeros(levels, 3 + 2 * num_classes, **wide)
     table = table.scatter(1, _rows(classes, num_classes).expand(levels, -1), area.to(torch.float64))
     present = torch.zeros(num_classes + 1, **wide).scatter(0, torch.where(classes < 0, num_classes, classes), 1.0)
-    images = torch.full((1,), float(batch_size), **wide)
+    images = token + torch.full((1,), float(batch_size), **wide)
     table, present, counted, images = all_reduce(
         torch.cat([table.flatten(), present, counted.to(torch.float64), images]), group
     ).split([table.numel(), num_classes + 1, levels, 1])

@@ -133,10 +133,13 @@ def _losses(
     parts, options = [part for _, _, part in sets], (distance_temperature, localization_temperature, detach_anchors)
     tensors = regions.tensors() if regions is not None else []
     group = regions.group if regions is not None else None
-    distributed.compare(
-        group, f"losses of the parts {parts}", student[0].device, options=options,
-        dtype=str(checks.compute_dtype(student, teacher)), channels=tuple(maps[0].shape[1] for maps, _, _ in sets),
-    )  # fmt: skip
+    if group is not None:
+        tensors[2] = tensors[2] + distributed.compare(  # counted: nothing is sent before
+            group, tensors[2], f"sea_loss of the parts {parts} in {checks.compute_dtype(student, teacher)}",
+            {f"channels[{i}]": maps[0].shape[1] for i, (maps, _, _) in enumerate(sets)}
+            | {"detach_anchors": int(detach_anchors)},
+            {"distance_temperature": distance_temperature, "localization_temperature": localization_temperature},
+        )  # fmt: skip
     if _needs_gradient(*student):
         losses = _SEALoss.apply(parts, tensors, teacher, options, group, *student)
     else:
@@ -183,14 +186,16 @@ def anchor_pool(features: Sequence[Tensor], regions: Regions) -> Tensor:
     features = checks.maps("features", features)
     checks.regions("regions", regions, "features", [features])
     ops.require("anchor_pool", features[0].device)
-    distributed.compare(
-        regions.group, "anchor_pool", features[0].device, channels=features[0].shape[1],
-        dtype=str(checks.compute_dtype(features)),
-    )  # fmt: skip
+    tensors = regions.tensors()
+    if regions.group is not None:
+        call = f"anchor_pool in {checks.compute_dtype(features)}"
+        tensors[2] = tensors[2] + distributed.compare(
+            regions.group, tensors[2], call, {"channels": features[0].shape[1]}
+        )
     if _needs_gradient(*features):
-        own = _AnchorPool.apply(regions.tensors(), *features)
+        own = _AnchorPool.apply(tensors, *features)
     else:
-        own = torch.ops.sea_kernels.anchor_pool(features, regions.tensors())
+        own = torch.ops.sea_kernels.anchor_pool(features, tensors)
     # What a process pools is divided by the area of all: the sum is the mean.
     return distributed.differentiable_sum(own, regions.group)
 

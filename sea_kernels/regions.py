@@ -117,8 +117,9 @@ class Regions:
                 `init_process_group`). All its ranks must make this call; then the batch is that of all ranks: rows are
                 the categories present on any, in the same order, `K = num_classes`, and `area` and `counted` the sums,
                 from one all-reduce. Images, their number, sizes and level shapes may differ between ranks, boxes may
-                be missing. All that takes these regions sums up over the group likewise: see
-                :func:`sea_kernels.anchor_pool` and :func:`sea_kernels.sea_loss`. Default: each process for itself.
+                be missing (and images: packed boxes with `batch_size=0`). All that takes these regions sums up over the
+                group likewise: see :func:`sea_kernels.anchor_pool` and :func:`sea_kernels.sea_loss`. Default: each
+                process for itself.
 
         Raises:
             TypeError, ValueError: an argument of wrong type, shape, dtype, device or count; a box that is not finite or
@@ -185,13 +186,13 @@ class Regions:
                     return torch.ops.sea_kernels.regions(*rows, *grid, validate)
                 return torch.ops.sea_kernels.rasterize(*rows, *grid, present)
 
-            return _mark_dynamic(_build(rasterize, shapes, batch_size, packed.device, *options))
+            return _mark_dynamic(_build(rasterize, shapes, batch_size, packed, *options))
 
         from . import reference
 
         if not torch.compiler.is_compiling() and (validate or packed.device.type == "cpu"):
             check_values(*rows, sizes, batch_size, num_classes)
-        return _build(partial(reference.rasterize, *rows, *grid), shapes, batch_size, packed.device, *options)
+        return _build(partial(reference.rasterize, *rows, *grid), shapes, batch_size, packed, *options)
 
     @staticmethod
     def from_masks(
@@ -283,7 +284,7 @@ class Regions:
             *(pixels, labels, ignore, ignore_counts, sizes, size_list, flat_shapes, num_strides),
             *(num_classes, float(center_ratio)),
         )
-        found = _build(rasterize, shapes, batch_size, device, num_strides, num_classes, center_ratio, group)
+        found = _build(rasterize, shapes, batch_size, labels, num_strides, num_classes, center_ratio, group)
         # Packed once for all losses; image by image, as that takes 16 bytes for each mask and pixel.
         images = [image for level in found.dense for image in level.split(1, dim=1)]
         bits = torch.cat([_pack_bits(image) for image in images], dim=1).flatten()
@@ -294,7 +295,7 @@ def _build(
     rasterize: Callable[[Tensor | None], tuple],
     shapes: tuple[tuple[int, int], ...],
     batch_size: int,
-    device: torch.device,
+    like: Tensor,
     strides: list[float],
     num_classes: int,
     center_ratio: float,
@@ -306,11 +307,12 @@ def _build(
         found = rasterize(None)
     else:
         joined = distributed.join(group)
-        distributed.compare(
-            joined, "Regions", device, num_classes=num_classes, levels=len(shapes), strides=tuple(strides),
-            center_ratio=float(center_ratio),
+        steps = {f"strides[{i // 2}][{i % 2}]": s for i, s in enumerate(strides) if joined.compares_strides}
+        token = distributed.compare(
+            joined, like, f"Regions of the {ops.current_backend()} backend",
+            {"num_classes": num_classes, "levels": len(shapes)}, {"center_ratio": float(center_ratio)} | steps,
         )  # fmt: skip
-        found, images = distributed.rasterize(rasterize, num_classes, batch_size, joined)
+        found, images = distributed.rasterize(rasterize, num_classes, batch_size, joined, token)
     *rest, masks = found
     bits, dense = (None, masks) if isinstance(masks, tuple) else (masks, None)
     return Regions(*rest, bits, dense, shapes, batch_size, joined, images)

@@ -112,7 +112,11 @@ class Threads:
                 self.barrier.abort()
 
         group = distributed.Group("threads", self.count)
-        stubs = {"all_reduce": self.all_reduce, "join": lambda _: group, "compare": lambda *_, **__: None}
+        stubs = {
+            "all_reduce": self.all_reduce,
+            "join": lambda _: group,
+            "compare": lambda *_: torch.zeros((), dtype=F64),
+        }
         with mock.patch.multiple(distributed, **stubs):
             threads = [threading.Thread(target=call, args=(rank,)) for rank in range(self.count)]
             for thread in threads:

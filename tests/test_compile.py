@@ -357,6 +357,7 @@ def check_operators(inputs, regions):
                     check("sea_loss_backward", *grads, student, teacher, [3, 5], tensors, saved, 0.1, 1.0, detach)
             pooled = (student, teacher, [3, 5], tensors, 2.0)
             check("sea_loss_pool", *pooled)
+            check("sea_loss_pool", student, teacher, [3, 4], tensors, 2.0)
             apart = torch.ops.sea_kernels.sea_loss_pool(*pooled)
             compared = (student, teacher, [3, 5], tensors, apart[0], 0.1, detach, save, rows)
             check("sea_loss_compare", *compared, values=not save)

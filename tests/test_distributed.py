@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import datetime
 import os
+import pickle
 import signal
 import time
 
@@ -343,7 +344,7 @@ def _train(rank, group, meeting, wrap):
     distiller = sk.SEADistiller(model, teacher, TAPS, group=group)
     if wrap == "ddp":  # FSDP refuses it
         again = copy.deepcopy(distiller)
-        assert again.student is not student and again._models.group is group
+        assert again.student is not student and again._group == distributed.join(group)
     images, boxes, labels = _batch(rank)
     detection = model(images)["loss"]
     losses = distiller.losses(boxes, labels)
@@ -405,6 +406,16 @@ def _compile(rank, group, _meeting):
             outputs = f(own.boxes, own.labels, own.index, *sets)
             results.append([*outputs, *torch.autograd.grad(sum(x.sum() for x in outputs), inputs.leaves()[:-1])])
         same.append(all(torch.equal(a, b) for a, b in zip(*results)))
+    # channels and a temperature that are symbolic, compared though they are when the group is first used with them
+    regions = own.regions(group)
+    distance = torch.compile(sk.topological_distance_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for channels, temperature in ((24, 0.1), (12, 0.2)):
+        maps = [[x[:, :channels].float() for x in sets[0]] for sets in (own.inputs.cls, own.inputs.cls_teacher)]
+        same.append(
+            torch.equal(
+                distance(*maps, regions, temperature), sk.topological_distance_loss(*maps, regions, temperature)
+            )
+        )
     return same, counter.frame_count
 
 
@@ -413,10 +424,15 @@ def _compile(rank, group, _meeting):
 def test_compiled(tmp_path):
     """In one graph, the comparison of the ranks and the collectives included."""
     for same, graphs in Meeting(tmp_path, 2, seconds=300).spawn(_compile):
-        assert same == [True] * 3 and graphs <= 3
+        assert same == [True] * 5 and graphs <= 3
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def _with_backend(name, call):
+    with sk.backend(name):
+        return call()
 
 
 def _differ(rank, _group, _meeting):
@@ -434,8 +450,10 @@ def _differ(rank, _group, _meeting):
         "levels": lambda group: from_boxes(group, levels=1 + odd),
         "strides": lambda group: from_boxes(group, strides=[8, 16 + 2 * odd]),
         "center_ratio": lambda group: from_boxes(group, center_ratio=0.5 + 0.25 * odd),
-        "device": lambda group: distributed.compare(
-            distributed.join(group), "a call", torch.device("cuda" if odd else "cpu")
+        "device": lambda group: distributed._exchange(group, "a call", "cuda" if odd else "cpu", []),
+        "backend": lambda group: _with_backend(["native", "reference"][rank], lambda: from_boxes(group)),
+        "channels of the reference": lambda group: _with_backend(
+            "reference", lambda: sk.anchor_pool(narrow if odd else cls, from_boxes(group))
         ),
         "channels of anchor_pool": lambda group: sk.anchor_pool(narrow if odd else cls, from_boxes(group)),
         "channels": lambda group: sk.anchor_loss(
@@ -469,14 +487,16 @@ def test_ranks_that_differ(tmp_path):
     expected = {  # what it is on rank 1, and on rank 0
         "num_classes": ("num_classes", "7", "6"),
         "levels": ("levels", "2", "1"),
-        "strides": ("strides", "(8.0, 8.0, 18.0, 18.0)", "(8.0, 8.0, 16.0, 16.0)"),
+        "strides": ("strides[1][0]", "18.0", "16.0"),
         "center_ratio": ("center_ratio", "0.75", "0.5"),
         "device": ("device", "cuda", "cpu"),
         "channels of anchor_pool": ("channels", "8", "24"),
-        "channels": ("channels", "(8,)", "(24,)"),
-        "dtype": ("dtype", "torch.float32", "torch.float64"),
-        "call": ("the call", "losses of the parts [1]", "losses of the parts [2]"),
-        "temperature": ("options", "(1.1, 1.0, False)", "(0.1, 1.0, False)"),
+        "backend": ("the call", "Regions of the reference backend", "Regions of the native backend"),
+        "channels of the reference": ("channels[0]", "8", "24"),
+        "channels": ("channels[0]", "8", "24"),
+        "dtype": ("the call", "anchor_pool in torch.float32", "anchor_pool in torch.float64"),
+        "call": ("the call", *(f"sea_loss of the parts [{part}] in torch.float64" for part in (1, 2))),
+        "temperature": ("distance_temperature", "1.1", "0.1"),
     }
     for name, (what, one, zero) in expected.items():
         message = f"{what} is {one} on rank 1 of the group and {zero} on rank 0; expected the same on every rank"
@@ -545,7 +565,7 @@ def alone():
 
 
 @pytest.mark.cpu_kernels
-def test_bad_groups(alone):
+def test_bad_groups(alone, monkeypatch):
     rank = RANKS[0]
     for group, error, message in (
         ("world", TypeError, r"group is a str; expected a torch.distributed.ProcessGroup, such as"),
@@ -557,7 +577,15 @@ def test_bad_groups(alone):
     own = distributed.join(alone)
     assert own.size == 1
     with pytest.raises(ValueError, match=r"group has gloo for cpu; expected a backend for cuda, where the tensors are"):
-        distributed._compare(own.name, "a call", "cuda", ())  # of one rank nothing is sent, and so not asked
+        distributed._exchange(alone, "a call", "cuda", [])  # of one rank nothing is sent, and so not asked
+    for name in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    with pytest.raises(RuntimeError, match="the first call of a group compares its ranks: run it before a CUDA graph"):
+        distributed._exchange(alone, "call", "cpu", [])
+    monkeypatch.undo()
+    with pytest.raises(TypeError, match=r"group is a str"):
+        sk.SEADistiller(Toy(), Toy(seed=1), TAPS, group="world")
+    assert pickle.loads(pickle.dumps(sk.SEADistiller(Toy(), Toy(seed=1), TAPS, group=alone)))._group == own
     dist.destroy_process_group()
     with pytest.raises(ValueError, match=r"group is not initialized, or was destroyed; expected one of the running"):
         rank.regions(alone)
