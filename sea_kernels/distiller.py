@@ -146,9 +146,6 @@ class SEADistiller(nn.Module):
         if shared:
             raise ValueError(f"teacher shares {shared[0]!r} with the student, which would be frozen; expected a copy")
         self._models = _Models(student, teacher)
-        self._group = group
-        if group is not None:
-            self._group = distributed.join(group)._replace(compares_strides=taps.strides is not None)
         teacher_taps = teacher_taps or taps or ready_taps.find(teacher)
         taps = taps or ready_taps.find(student)
         for branch in ("cls", "box"):
@@ -159,6 +156,9 @@ class SEADistiller(nn.Module):
                     f"as the student's, {ours}"
                 )
         self._taps = taps, teacher_taps
+        self._group = group
+        if group is not None:
+            self._group = distributed.join(group)._replace(compares_strides=taps.strides is not None)
         self.num_classes = taps.num_classes if num_classes is None else num_classes
         if self.num_classes is None:
             raise ValueError("num_classes is None; expected the number of categories, which these taps do not know")
