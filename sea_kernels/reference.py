@@ -119,7 +119,7 @@ def rasterize(
     strides: Sequence[float],
     num_classes: int,
     center_ratio: float,
-    present: Tensor | None,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """The operator `rasterize`: (classes, area, counted, extent, dense masks of every level), as in `Regions`.
 
