@@ -10,7 +10,6 @@ every sample and a picture. README.md beside this file says what each column mea
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -564,11 +563,8 @@ def main(argv: list[str] | None = None) -> None:
     if report is None:
         return
     show(report)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / ("bench_losses" + ("" if args.workload == "default" else f"_{args.workload}"))
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    plot.draw(report, path.with_suffix(".png"))
-    print(f"\nWritten after {report['seconds']:.0f} s: {path}.json, {path}.png")
+    name = "bench_losses" + ("" if args.workload == "default" else f"_{args.workload}")
+    measure.save(report, args.out / name, plot.draw)
 
 
 if __name__ == "__main__":

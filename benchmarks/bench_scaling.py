@@ -512,11 +512,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"sea_kernels cannot run: {sk.ops.LIBRARY_ERROR}")
     report = run(args)
     show(report)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "bench_scaling"
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, path.with_suffix(".png"))
-    print(f"\nWritten after {report['seconds']:.0f} s: {path}.json, {path}.png")
+    measure.save(report, args.out / "bench_scaling", draw)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ and writes a JSON file with every sample and a picture. README.md beside this fi
 import argparse
 import copy
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -483,11 +482,7 @@ def main(argv: list[str] | None = None) -> None:
     report = run(args)
     report["seconds"] = round(time.monotonic() - start, 1)
     show(report)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "bench_step"
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, path.with_suffix(".png"))
-    print(f"\nWritten after {report['seconds']:.0f} s: {path}.json, {path}.png")
+    measure.save(report, args.out / "bench_step", draw)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A *step* is `step(inputs, mark) -> (losses, gradients)`; it calls `mark()` once,
 
 import datetime
 import gc
+import json
 import math
 import os
 import platform
@@ -274,3 +275,11 @@ def commit():
         return git("rev-parse", "HEAD") + " with changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("SEA_KERNELS_COMMIT")
+
+
+def save(report, path, draw):
+    """The report as PATH.json, and what draw(report, file) makes of it as PATH.png."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, path.with_suffix(".png"))
+    print(f"\nWritten after {report['seconds']:.0f} s: {path}.json, {path}.png")

@@ -28,10 +28,11 @@ class Rank:
     sizes: torch.Tensor  # [B, 2]
     inputs: Inputs
 
-    def regions(self, group=None, classes=CLASSES):
+    def regions(self, group=None, device="cpu"):
+        boxes, labels, index, sizes = (x.to(device) for x in (self.boxes, self.labels, self.index, self.sizes))
         return sk.Regions.from_boxes(
-            self.boxes, self.labels, self.shapes, self.strides, num_classes=classes, batch_index=self.index,
-            batch_size=self.batch, image_sizes=self.sizes, group=group,
+            boxes, labels, self.shapes, self.strides, num_classes=CLASSES, batch_index=index,
+            batch_size=self.batch, image_sizes=sizes, group=group,
         )  # fmt: skip
 
 

@@ -3,16 +3,13 @@
 import dataclasses
 import importlib
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
-import sea_kernels as sk
 from sea_kernels import distributed
 
 ROOT = Path(__file__).parent.parent
@@ -34,9 +31,8 @@ def bench(monkeypatch):
 def smoke(tmp_path_factory):
     """(stdout, stderr, report, picture) of a tiny run."""
     out = tmp_path_factory.mktemp("scaling")
-    path = os.pathsep.join(filter(None, [str(Path(sk.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "benchmarks/bench_scaling.py", "--smoke", "--backend", "gloo", "--out", str(out)]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    command = ["benchmarks/bench_scaling.py", "--smoke", "--backend", "gloo", "--out", str(out)]
+    run = programs.run(*command, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     report = json.loads((out / "bench_scaling.json").read_text())
     return run.stdout, run.stderr, report, (out / "bench_scaling.png").read_bytes()

@@ -2,17 +2,13 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from detectors import require
 from torch import nn
-
-import sea_kernels as sk
 
 ROOT = Path(__file__).parent.parent
 PARTS = ["student forward", "student backward", "optimizer step", "teacher forward"]
@@ -39,9 +35,8 @@ def smoke(tmp_path_factory):
     """(stdout, report, picture) of a tiny run."""
     require("torchvision")
     out = tmp_path_factory.mktemp("step")
-    path = os.pathsep.join(filter(None, [str(Path(sk.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "benchmarks/bench_step.py", "--smoke", "--device", "cpu", "--out", str(out)]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    command = ["benchmarks/bench_step.py", "--smoke", "--device", "cpu", "--out", str(out)]
+    run = programs.run(*command, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     return run.stdout, json.loads((out / "bench_step.json").read_text()), (out / "bench_step.png").read_bytes()
 

@@ -32,7 +32,6 @@ RANKS = [
     make_rank(3, batch=0, number=0),
 ]
 REDUCING = [name for name in VARIANTS if name not in ("anchor_cosine", "localization, no regions")]
-LOSSES = [name for name in REDUCING if name != "anchor_pool"]
 
 
 def check(variant, ranks, results, **options):
@@ -284,11 +283,7 @@ def _every_call(rank, group, meeting):
 
 def _calls_of(rank, group, meeting, variants):
     own, out = RANKS[rank], {}
-    regions = sk.Regions.from_boxes(
-        own.boxes.to(meeting.device), own.labels.to(meeting.device), own.shapes, own.strides, num_classes=CLASSES,
-        batch_index=own.index.to(meeting.device), batch_size=own.batch, image_sizes=own.sizes.to(meeting.device),
-        group=group,
-    )  # fmt: skip
+    regions = own.regions(group, meeting.device)
     inputs = own.inputs.map(lambda x: x.to(meeting.device).requires_grad_())
     for variant in variants:
         out[variant] = cases.run(variant, inputs, regions)

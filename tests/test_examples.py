@@ -4,10 +4,9 @@ import ast
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from detectors import (
@@ -57,12 +56,10 @@ def test_distributed(tmp_path):
     script = example("distributed")
     assert len([line for line in script.splitlines() if line]) <= 30
     (tmp_path / "train.py").write_text(script)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    # what this process has imported, from wherever that is
-    path = os.pathsep.join([str(Path(sk.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     data = str(Path(os.environ["SEA_KERNELS_DATA"]).resolve())
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SEA_KERNELS_DATA": data}
-    done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    environment = {"OMP_NUM_THREADS": "1", "SEA_KERNELS_DATA": data}
+    done = programs.run(*torchrun, cwd=tmp_path, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     steps = {0: [], 1: []}
     for line in re.findall(r"\{'rank'.*?\}", done.stdout):
