@@ -1,11 +1,9 @@
 """What only a GPU can show: streams, graphs, launches, synchronisation, alignment, two devices, sizes past 2^31."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from cases import BF16, CUDA, F32, NO_CUDA, VARIANTS, make_boxes, make_inputs, make_maps, make_regions, run
@@ -236,9 +234,7 @@ try:
 except RuntimeError as error:
     print("RuntimeError:", error, flush=True)
 """
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(sk.__file__).parents[1])])
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = programs.run("-c", code, cwd=Path(__file__).parent)
     assert done.stdout.startswith("the device has failed\nRuntimeError: "), done.stdout + done.stderr
 
 

@@ -4,11 +4,9 @@ The tables are those of the reference: both backends refuse the same with the sa
 """
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from cases import make_maps, make_regions
@@ -164,10 +162,7 @@ def use():
 
 
 def python(code, **variables):
-    environment = {**os.environ, "PYTHONPATH": str(Path(sk.__file__).parents[1]), **variables}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    return programs.run("-c", code, env=variables, cwd=Path(__file__).parent)
 
 
 def test_backend_from_the_environment():

@@ -1,12 +1,10 @@
 """The pictures show the regions and the cosines as they are; `python -m sea_kernels show` draws, or says why not."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import oracle
+import programs
 import pytest
 import torch
 from cases import make_maps, make_regions
@@ -261,7 +259,7 @@ for draw in (lambda: plot.regions(None, None, None), lambda: plot.cosines(None, 
         raise AssertionError("no error")
 assert main(["show", "a.png", "b.txt"]) == 2
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run("-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("python -m sea_kernels show: sea_kernels.plot draws with matplotlib")
@@ -324,9 +322,7 @@ def draw_scene(folder):
 
 def show(folder, *arguments):
     """The command as a process."""
-    command = [sys.executable, "-m", "sea_kernels", "show", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return programs.run("-m", "sea_kernels", "show", *map(str, arguments), cwd=folder)
 
 
 @pytest.fixture
