@@ -1,5 +1,7 @@
 """Batches that lie on several ranks, the same on one; and ranks: threads that sum up as a group does, and processes."""
 
+import datetime
+import faulthandler
 import math
 import threading
 from dataclasses import dataclass
@@ -7,6 +9,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from cases import F64, Inputs, make_boxes, make_inputs
 
 import sea_kernels as sk
@@ -127,3 +130,44 @@ class Threads:
         if errors:
             raise errors[0]
         return results
+
+
+class Meeting:
+    """How processes find each other, and where they leave what they found."""
+
+    def __init__(self, folder, count, emulate=None, seconds=60, device="cpu"):
+        self.folder, self.count, self.emulate, self.seconds, self.device = str(folder), count, emulate, seconds, device
+
+    def join(self, rank):
+        faulthandler.dump_traceback_later(300, exit=True)  # one that hangs says where, and ends
+        torch.set_num_threads(1)
+        if self.emulate is not None:
+            from emulator import operators
+
+            operators.install().settings(seed=self.emulate)
+        timeout = datetime.timedelta(seconds=self.seconds)
+        meet = f"file://{self.folder}/meet"
+        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=self.count, timeout=timeout)
+        return dist.group.WORLD
+
+    def leave(self, rank, result):
+        torch.save(result, f"{self.folder}/{rank}")
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def results(self, ranks=None):
+        return [torch.load(f"{self.folder}/{k}", weights_only=False) for k in ranks or range(self.count)]
+
+    def spawn(self, work, *arguments):
+        """What work(rank, group, meeting, *arguments) gave in each process.
+
+        DistributedDataParallel has to be gone when its group is destroyed. Else it holds the group last, and frees it
+        with Python's lock in hand: it waits for gloo's threads, and those, now and then, for the lock (torch 2.13).
+        """
+        torch.multiprocessing.spawn(_run, (work, self, arguments), nprocs=self.count)
+        return self.results()
+
+
+def _run(rank, work, meeting, arguments):
+    group = meeting.join(rank)
+    meeting.leave(rank, work(rank, group, meeting, *arguments))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import CUDA, NO_CUDA
+from ranks import Meeting
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toy_detector import STRIDES, TAPS, Toy, batch
@@ -414,9 +415,7 @@ def test_compiled_student():
     assert again.student is student and not any(n.startswith("_orig") for n in again.student_state_dict())
 
 
-def _data_parallel(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def _data_parallel(rank, _group, _meeting):
     wrap = nn.parallel.DistributedDataParallel
     student, teacher = pair(width=24)
     ddp = wrap(student)
@@ -429,17 +428,13 @@ def _data_parallel(rank, folder):
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-    torch.save(
-        {"student": own_distiller.student_state_dict(), "adapters": own_distiller.adapters.state_dict()},
-        f"{folder}/{rank}",
-    )
-    torch.distributed.destroy_process_group()
+    return {"student": own_distiller.student_state_dict(), "adapters": own_distiller.adapters.state_dict()}
 
 
+@pytest.mark.processes
 def test_distributed_data_parallel(tmp_path):
     """Two processes with other images end with the same weights of student and adapters, which have moved."""
-    torch.multiprocessing.spawn(_data_parallel, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    first, second = Meeting(tmp_path, 2).spawn(_data_parallel)
     begun = {"student": Toy().state_dict(), "adapters": sk.SEADistiller(*pair(width=24), TAPS).adapters.state_dict()}
     for part in first:
         trained = {n: x for n, x in first[part].items() if not ("running" in n or "num_batches" in n)}

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import datetime
 import os
 import pickle
 import signal
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from cases import BF16, F16, F32, F64, VARIANTS
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import CLASSES, Threads, make_rank, pad, share, whole
+from ranks import CLASSES, Meeting, Threads, make_rank, pad, share, whole
 from torch import nn
 from toy_detector import STRIDES, TAPS, Toy, batch
 
@@ -236,41 +235,6 @@ def test_upstream_gradients_of_anchor_pool_may_differ():
 
 
 # --------------------------------------------------------------------------------------------------- ranks as processes
-
-
-class Meeting:
-    """How processes find each other, and where they leave what they found."""
-
-    def __init__(self, folder, count, emulate=None, seconds=60, device="cpu"):
-        self.folder, self.count, self.emulate, self.seconds, self.device = str(folder), count, emulate, seconds, device
-
-    def join(self, rank):
-        torch.set_num_threads(1)
-        if self.emulate is not None:
-            from emulator import operators
-
-            operators.install().settings(seed=self.emulate)
-        timeout = datetime.timedelta(seconds=self.seconds)
-        meet = f"file://{self.folder}/meet"
-        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=self.count, timeout=timeout)
-        return dist.group.WORLD
-
-    def leave(self, rank, result):
-        torch.save(result, f"{self.folder}/{rank}")
-        dist.barrier()
-        dist.destroy_process_group()
-
-    def results(self, ranks=None):
-        return [torch.load(f"{self.folder}/{k}", weights_only=False) for k in ranks or range(self.count)]
-
-    def spawn(self, work, *arguments):
-        torch.multiprocessing.spawn(_run, (work, self, arguments), nprocs=self.count)
-        return self.results()
-
-
-def _run(rank, work, meeting, arguments):
-    group = meeting.join(rank)
-    meeting.leave(rank, work(rank, group, meeting, *arguments))
 
 
 def _every_call(rank, group, meeting):

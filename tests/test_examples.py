@@ -48,6 +48,7 @@ def test_plain(tmp_path, monkeypatch):
     Toy().load_state_dict(torch.load("student.pth"))
 
 
+@pytest.mark.processes
 def test_distributed(tmp_path):
     """Two processes by torchrun: the anchor loss is that of both, so the same on either; the others are their own."""
     require("torchvision")
@@ -59,7 +60,7 @@ def test_distributed(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     data = str(Path(os.environ["SEA_KERNELS_DATA"]).resolve())
     environment = {"OMP_NUM_THREADS": "1", "SEA_KERNELS_DATA": data}
-    done = programs.run(*torchrun, cwd=tmp_path, env=environment, timeout=600)
+    done = programs.run(*torchrun, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     steps = {0: [], 1: []}
     for line in re.findall(r"\{'rank'.*?\}", done.stdout):
