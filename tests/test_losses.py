@@ -111,12 +111,27 @@ def scenarios(draw):
     }
 
 
+def pooled(maps, regions):
+    with sk.backend("reference"):
+        return sk.anchor_pool([x.double() for x in maps], regions)
+
+
+def anchor_noise(inputs, regions):
+    """What rounding is multiplied by in the squared difference of two anchors; an anchor itself is granted 8 eps."""
+    total = 0.0
+    for sets in zip(inputs.cls + inputs.box, inputs.cls_teacher + inputs.box_teacher):
+        student, teacher = (pooled(maps, regions) for maps in sets)
+        for difference, *maps in zip((student - teacher).abs(), *sets):
+            largest = max((x.abs().max().item() for x in maps if x.numel()), default=0.0)
+            total += 16 * largest * difference.max().item()
+    return total
+
+
 def noise(inputs, regions, temperature):
     """What rounding is multiplied by in cosines and their softmax, where terms cancel (of one channel: all of them)."""
     norms = [inputs.anchors.double().norm(dim=2)]
     for maps in inputs.cls + inputs.box:
-        with sk.backend("reference"):
-            anchors = sk.anchor_pool([x.double() for x in maps], regions)
+        anchors = pooled(maps, regions)
         for i, x in enumerate(maps):
             norms += [x.double().norm(dim=1)[regions.masks(i).any(0)], anchors[i].norm(dim=1)[regions.area[i] > 0]]
     norms = torch.cat([x.flatten() for x in norms])
@@ -158,9 +173,12 @@ def test_any_call(variant, scenario, device):
         slack += 32 * noise(inputs, regions, temperature)
     if variant in ("localization", "sea_loss"):
         slack += 64 * len(inputs.box) * len(scenario["shapes"]) * (1 + temperature**2)
-    slack *= torch.finfo(native[0][0].dtype).eps
+    eps = torch.finfo(native[0][0].dtype).eps
+    slack, of_value = slack * eps, slack * eps
+    if variant in ("anchor_loss", "sea_loss"):  # a scalar of one seed: plain PyTorch may be exact by chance
+        of_value += anchor_noise(inputs, regions) * eps
     for i, outputs in enumerate(zip(native[0], plain[0], exact[0])):
-        tolerance.assert_close(*outputs, tolerance.OUTPUT, f"output {i}", slack)
+        tolerance.assert_close(*outputs, tolerance.OUTPUT, f"output {i}", of_value)
     for i, gradients in enumerate(zip(native[1], plain[1], exact[1])):
         tolerance.assert_close(*gradients, tolerance.GRADIENT, f"gradient {i}", slack)
     for x, gradient in zip(inputs.leaves(), native[1]):
