@@ -3,6 +3,7 @@
 Nothing here synchronises with the host. Maps are taken as `[B, C, N]` with `N = H * W` pixels, masks as `[B, P, N]`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -370,20 +371,22 @@ def _sets(
 # ------------------------------------------------------------------------------------------------- public functions
 
 
-def _compare(call: str, regions: Regions, *branches: list[list[Tensor]]) -> None:
-    """The ranks of a group compare what they call, and their channels."""
-    if regions.group is not None:
-        sets = [maps for branch in branches for maps in branch]
-        channels = {f"channels[{i}]": maps[0].shape[1] for i, maps in enumerate(sets)}
-        call = f"{call} of the reference backend in {checks.compute_dtype(*sets)}"
-        distributed.compare(regions.group, regions.counted, call, channels)
+def _compare(call: str, regions: Regions, *branches: list[list[Tensor]]) -> Regions:
+    """The ranks of a group compare what they call, and their channels, before anything that needs the areas is sent."""
+    if regions.group is None:
+        return regions
+    sets = [maps for branch in branches for maps in branch]
+    channels = {f"channels[{i}]": maps[0].shape[1] for i, maps in enumerate(sets)}
+    call = f"{call} of the reference backend in {checks.compute_dtype(*sets)}"
+    token = distributed.compare(regions.group, regions.area, call, channels)
+    return dataclasses.replace(regions, area=regions.area + token)
 
 
 def anchor_pool(features: Sequence[Tensor], regions: Regions) -> Tensor:
     """See :func:`sea_kernels.anchor_pool`."""
     features = checks.maps("features", features)
     checks.regions("regions", regions, "features", [features])
-    _compare("anchor_pool", regions, [features])
+    regions = _compare("anchor_pool", regions, [features])
     dtype = checks.compute_dtype(features)
     masks = _masks(regions, dtype)
     return _pool(_pixels(features, masks, dtype), masks, regions)
@@ -403,7 +406,7 @@ def anchor_loss(student: Maps, teacher: Maps, regions: Regions) -> Tensor:
     """See :func:`sea_kernels.anchor_loss`."""
     student, teacher = _sets("student", student, "teacher", teacher)
     checks.regions("regions", regions, "student", student)
-    _compare("anchor_loss", regions, student)
+    regions = _compare("anchor_loss", regions, student)
     dtype = checks.compute_dtype(*student, *teacher)
     masks, loss = _masks(regions, dtype), 0
     for s, t in zip(student, teacher):
@@ -418,7 +421,7 @@ def topological_distance_loss(
     """See :func:`sea_kernels.topological_distance_loss`."""
     student, teacher = _sets("student", student, "teacher", teacher)
     checks.regions("regions", regions, "student", student)
-    _compare("topological_distance_loss", regions, student)
+    regions = _compare("topological_distance_loss", regions, student)
     temperature = checks.temperature("temperature", temperature)
     dtype = checks.compute_dtype(*student, *teacher)
     masks, loss = _masks(regions, dtype), 0
@@ -457,7 +460,7 @@ def sea_loss(
     student_box, teacher_box = _sets("student_box", student_box, "teacher_box", teacher_box)
     checks.regions("regions", regions, "student_cls", student_cls)
     checks.regions("regions", regions, "student_box", student_box)
-    _compare("sea_loss", regions, student_cls, student_box)
+    regions = _compare("sea_loss", regions, student_cls, student_box)
     distance_temperature = checks.temperature("distance_temperature", distance_temperature)
     localization_temperature = checks.temperature("localization_temperature", localization_temperature)
 

@@ -414,6 +414,12 @@ def _differ(rank, _group, _meeting):
         "channels of the reference": lambda group: _with_backend(
             "reference", lambda: sk.anchor_pool(narrow if odd else cls, from_boxes(group))
         ),
+        "channels of the compiled reference": lambda group: _with_backend(
+            "reference",
+            lambda: torch.compile(sk.anchor_pool, fullgraph=True, backend="aot_eager")(
+                narrow if odd else cls, from_boxes(group)
+            ),
+        ),
         "channels of anchor_pool": lambda group: sk.anchor_pool(narrow if odd else cls, from_boxes(group)),
         "channels": lambda group: sk.anchor_loss(
             *((narrow, narrow_teacher) if odd else (cls, cls_teacher)), from_boxes(group)
@@ -452,6 +458,7 @@ def test_ranks_that_differ(tmp_path):
         "channels of anchor_pool": ("channels", "8", "24"),
         "backend": ("the call", "Regions of the reference backend", "Regions of the native backend"),
         "channels of the reference": ("channels[0]", "8", "24"),
+        "channels of the compiled reference": ("channels[0]", "8", "24"),
         "channels": ("channels[0]", "8", "24"),
         "dtype": ("the call", "anchor_pool in torch.float32", "anchor_pool in torch.float64"),
         "call": ("the call", *(f"sea_loss of the parts [{part}] in torch.float64" for part in (1, 2))),
