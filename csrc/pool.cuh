@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(kFinishThreads, 2) pool_finish(const __grid_co
   if (params.anchors == Anchors::given) {
     for (int side = 0; side < 2; ++side) {
       count[side] = area > 0 && pair.anchors[side];
-      rows[side] = static_cast<const T*>(pair.anchors[side]) + mask * channels;
+      rows[side] = count[side] ? static_cast<const T*>(pair.anchors[side]) + mask * channels : nullptr;
     }
   } else {
     const int64_t first = slice_of(pyramid, pair.first_tile), last = slice_of(pyramid, pair.first_tile + tiles - 1);
