@@ -130,7 +130,7 @@ def steps(folder):
     """The build as a list of (output, inputs, command); the last one links."""
     compiler, target = find_compiler()
     torch, version = find_torch()
-    cuda_sources = sorted(Path("csrc/cuda").glob("*.cu"))
+    cuda_sources = sorted(Path("csrc/cuda/ops").glob("*.cu"))
     nvcc, why_no_cuda = find_nvcc(cuda_sources)
     info = {"cuda": None, "architectures": [], "why_no_cuda": why_no_cuda}
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
@@ -147,8 +147,8 @@ def steps(folder):
     compiled = []  # (name, source, command)
     for isa in isas:
         command = [*cxx, "-ffp-contract=fast", f"-DSEA_ISA={isa}", *ISA_FLAGS[isa], *words("CXXFLAGS")]
-        compiled.append((f"isa_{isa}", Path("csrc/cpu/loops/isa.cpp"), command))
-    for source in sorted(Path("csrc/cpu").glob("*.cpp")):
+        compiled.append((f"isa_{isa}", Path("csrc/cpu/isa.cpp"), command))
+    for source in sorted(Path("csrc/cpu/ops").glob("*.cpp")):
         command = [*cxx, "-ffp-contract=off", *torch_flags, info_flag, *words("CXXFLAGS")]
         compiled.append((f"cpu_{source.stem}", source, command))
     for source in cuda_sources if nvcc else []:

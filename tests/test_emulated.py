@@ -143,18 +143,18 @@ def test_sizes_of_what_is_saved(dtypes, detach, kernels):
 
 MUTATIONS = {
     "barrier: a tile is used before every thread's part of it has come": (
-        "distance.cuh",
+        "cuda/distance.cuh",
         """pair().teacher, kPixels, panel.width);
     __syncthreads();""",
         "pair().teacher, kPixels, panel.width);",
     ),
     "index: a tile of the wrong image": (
-        "tile.cuh",
+        "cuda/tile.cuh",
         "image = static_cast<int>(at / per_image);",
         "image = static_cast<int>(at / per_image) * 0;",
     ),
     "mask: what is beyond the last pixel is written": (
-        "tile.cuh",
+        "cuda/tile.cuh",
         "const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count;",
         "const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count + 1;",
     ),

@@ -1,7 +1,7 @@
 // The kernels' host functions for Python: maps as (address, dtype, sizes, strides), everything else as addresses.
-#include <launch.h>
+#include <cuda/launch.h>
 
-#include <sea_loss.cuh>
+#include <cuda/losses.cuh>
 
 #include "bind.h"
 #include "kernels_regions.h"

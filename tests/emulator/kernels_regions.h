@@ -1,6 +1,6 @@
 // The host function of csrc/regions.cuh for Python: pointers as integers, 0 for none; lists as the operator has them.
 #pragma once
-#include <regions.cuh>
+#include <cuda/regions.cuh>
 
 #include "bind.h"
 

@@ -1,9 +1,9 @@
 // Toy kernels for the tests of the emulator itself, right ones and wrong ones.
-#include <launch.h>
+#include <cuda/launch.h>
 #include <pybind11/numpy.h>
-#include <pyramid.h>
+#include <map.h>
 
-#include <ptx.cuh>
+#include <cuda/ptx.cuh>
 
 #include "bind.h"
 

@@ -4,9 +4,9 @@
 // It adds up runs of pixels that lie in the same masks, and adds a run's sum to each of its masks: to rows in shared
 // memory while there are any left, which are written out when others need them.
 #pragma once
-#include <launch.h>
+#include <cuda/launch.h>
 
-#include "localization.cuh"
+#include "softmax.cuh"
 
 namespace sea {
 

@@ -10,7 +10,7 @@
 // more (chunks), or the channels (groups), both are loaded piece by piece. With several groups a block writes the
 // gradients of one of them, its own, which it visits last.
 #pragma once
-#include <launch.h>
+#include <cuda/launch.h>
 
 #include "mma.cuh"
 #include "pool.cuh"

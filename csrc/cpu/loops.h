@@ -1,8 +1,8 @@
 // What the vector loops are given and what they offer: the border between the operators, which know torch, and the
 // loops, which are compiled once for each instruction set. T is the type computed in: float, or double.
 #pragma once
-#include "../../pyramid.h"
-#include "../runs.h"
+#include <map.h>
+#include "runs.h"
 
 namespace sea {
 

@@ -1,4 +1,4 @@
-// Stands in for csrc/ptx.cuh, which describes the functions.
+// Stands in for csrc/cuda/ptx.cuh, which describes the functions.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -1,6 +1,6 @@
 // Masked means of features, and in the same pass the softmax over positions: one block of channels of one level.
 #pragma once
-#include "localization.h"
+#include "softmax.h"
 #include "loops.h"
 #include "tile.h"
 

@@ -1,4 +1,4 @@
-// Stands in for csrc/launch.h: the kernel runs to its end on the CPU before launch() returns.
+// Stands in for csrc/cuda/launch.h: the kernel runs to its end on the CPU before launch() returns.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "pyramid.h"
+#include <map.h>
 
 namespace sea {
 

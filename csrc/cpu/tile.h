@@ -3,7 +3,7 @@
 #pragma once
 #include <type_traits>
 
-#include "../../pyramid.h"
+#include <map.h>
 #include "vec.h"
 
 namespace sea {

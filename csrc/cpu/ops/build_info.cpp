@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "loops/loops.h"
+#include <cpu/loops.h>
 
 namespace sea {
 

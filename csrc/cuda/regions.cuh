@@ -2,13 +2,13 @@
 // Three launches (more where lists are long): categories, masks, areas. Nothing waits for the host; shapes alone size a
 // launch.
 #pragma once
-#include <launch.h>
+#include <cuda/launch.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <ptx.cuh>
+#include <cuda/ptx.cuh>
 
-#include "pyramid.h"
+#include <map.h>
 
 namespace sea {
 

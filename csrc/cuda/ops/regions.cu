@@ -1,5 +1,5 @@
 // From boxes on a GPU to regions.
-#include <regions.cuh>
+#include <cuda/regions.cuh>
 
 #include "tensors.h"
 

@@ -2,7 +2,7 @@
 // (NCHW) or rows of pixels (channels_last). Chunks of 16 bytes are swizzled within their row, so that 8 rows at one
 // column, as the tensor cores read them, lie in different banks.
 #pragma once
-#include <ptx.cuh>
+#include <cuda/ptx.cuh>
 
 #include "vec.cuh"
 

@@ -1,5 +1,5 @@
 // anchor_pool: tensors to pointers, and torch's memory.
-#include "sea_loss.cuh"
+#include <cuda/losses.cuh>
 #include "tensors.h"
 
 namespace sea {

@@ -10,13 +10,13 @@
 #pragma once
 #include <cuda_runtime.h>
 #include <dlfcn.h>
-#include <launch.h>
-#include <maps.h>
+#include <cuda/launch.h>
+#include <tensors.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <pyramid.cuh>
-#include <vec.cuh>
+#include <cuda/pyramid.cuh>
+#include <cuda/vec.cuh>
 
 namespace sea {
 
@@ -29,7 +29,7 @@ inline void* current_stream(int32_t device) {
     return reinterpret_cast<decltype(&aoti_torch_get_current_cuda_stream)>(found);
   }();
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
 

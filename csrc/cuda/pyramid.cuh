@@ -2,7 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include "pyramid.h"
+#include <map.h>
 
 namespace sea {
 

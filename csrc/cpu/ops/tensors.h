@@ -3,8 +3,8 @@
 #include <atomic>
 #include <vector>
 
-#include "../maps.h"
-#include "loops/loops.h"
+#include <tensors.h>
+#include <cpu/loops.h>
 
 namespace sea {
 

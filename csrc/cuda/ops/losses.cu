@@ -1,5 +1,5 @@
 // The losses, fused: tensors to pointers, and torch's memory.
-#include "sea_loss.cuh"
+#include <cuda/losses.cuh>
 #include "tensors.h"
 
 namespace sea {
