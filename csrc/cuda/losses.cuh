@@ -8,10 +8,6 @@
 
 namespace sea {
 
-// Blocks that a launch is dealt out to: one or two for each multiprocessor of a large GPU. Not asked of the GPU, for
-// sums would be cut in other places on another one.
-constexpr int kSlices = 132;
-
 // Memory handed out piece by piece; with no memory it counts what would be needed.
 class Arena {
  public:
@@ -79,7 +75,7 @@ void each_launch(const std::vector<Pair>& pairs, F f) {
 struct LossOptions {
   double distance_temperature, localization_temperature;
   bool detach_anchors, save;
-  int slices = kSlices;
+  int slices;
   Anchors anchors = Anchors::used;  // written: pooling and localization alone; given: without them
 };
 

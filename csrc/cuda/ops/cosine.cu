@@ -1,5 +1,6 @@
 // anchor_cosine: tensors to pointers, and torch's memory.
 #include <cuda/losses.cuh>
+
 #include "tensors.h"
 
 namespace sea {
@@ -12,9 +13,9 @@ void cosine(const std::vector<Tensor>& features, const std::vector<Tensor>& grad
   const OnDevice on(anchors);
   const Masks masks = make_masks(regions);
   const std::vector<Pair> pairs = make_pairs(make_maps(features), make_maps(gradients), make_maps(out), {kDistance});
-  const int64_t bytes = cosine_scratch<T>(pairs, masks, kSlices, anchor_gradient != nullptr);
+  const int64_t bytes = cosine_scratch<T>(pairs, masks, slices(), anchor_gradient != nullptr);
   const Tensor scratch = make({bytes}, ScalarType::Byte, anchors);
-  run_cosine<T>(pairs, masks, kSlices, scratch.data_ptr(), data<T>(anchors),
+  run_cosine<T>(pairs, masks, slices(), scratch.data_ptr(), data<T>(anchors),
                 anchor_gradient ? data<T>(*anchor_gradient) : nullptr, on.stream());
 }
 
@@ -44,7 +45,7 @@ std::vector<Tensor> anchor_cosine_backward(std::vector<Tensor> gradients, std::v
 }  // namespace
 }  // namespace sea
 
-STABLE_TORCH_LIBRARY_IMPL(sea_kernels, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(sea_kernels, SEA_DEVICE, library) {
   library.impl("anchor_cosine", TORCH_BOX(&sea::anchor_cosine));
   library.impl("anchor_cosine_backward", TORCH_BOX(&sea::anchor_cosine_backward));
 }

@@ -1,5 +1,6 @@
 // The losses, fused: tensors to pointers, and torch's memory.
 #include <cuda/losses.cuh>
+
 #include "tensors.h"
 
 namespace sea {
@@ -17,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sea_loss(
   const OnDevice on(like);
   const Masks masks = make_masks(regions);
   std::vector<Pair> pairs = make_pairs(student, teacher, {}, parts);
-  const LossOptions options{distance_temperature, localization_temperature, detach_anchors, save};
+  const LossOptions options{distance_temperature, localization_temperature, detach_anchors, save, slices()};
   return with_held_type(student, teacher, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -47,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> sea_loss_pool(std::vector<Tensor> student, st
   const Masks masks = make_masks(regions);
   const int64_t levels = static_cast<int64_t>(student.size() / parts.size());
   std::vector<Pair> pairs = make_pairs(student, teacher, {}, parts);
-  const LossOptions options{1, localization_temperature, false, false, kSlices, Anchors::written};
+  const LossOptions options{1, localization_temperature, false, false, slices(), Anchors::written};
   return with_held_type(student, teacher, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -71,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sea_loss_compare(std::vector<Tensor> 
   const OnDevice on(like);
   const Masks masks = make_masks(regions);
   std::vector<Pair> pairs = make_pairs(student, teacher, {}, parts);
-  const LossOptions options{distance_temperature, 1, detach_anchors, save, kSlices, Anchors::given};
+  const LossOptions options{distance_temperature, 1, detach_anchors, save, slices(), Anchors::given};
   return with_held_type(student, teacher, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -101,7 +102,7 @@ std::vector<Tensor> sea_loss_backward(std::optional<Tensor> anchor, std::optiona
   std::vector<Tensor> gradients;
   for (const Tensor& map : student) gradients.push_back(make_gradient(map));
   std::vector<Pair> pairs = make_pairs(student, teacher, gradients, parts);
-  const LossOptions options{distance_temperature, localization_temperature, detach_anchors, true};
+  const LossOptions options{distance_temperature, localization_temperature, detach_anchors, true, slices()};
   with_held_type(student, teacher, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -114,7 +115,7 @@ std::vector<Tensor> sea_loss_backward(std::optional<Tensor> anchor, std::optiona
 }  // namespace
 }  // namespace sea
 
-STABLE_TORCH_LIBRARY_IMPL(sea_kernels, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(sea_kernels, SEA_DEVICE, library) {
   library.impl("sea_loss", TORCH_BOX(&sea::sea_loss));
   library.impl("sea_loss_pool", TORCH_BOX(&sea::sea_loss_pool));
   library.impl("sea_loss_compare", TORCH_BOX(&sea::sea_loss_compare));

@@ -50,4 +50,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
 }  // namespace
 }  // namespace sea
 
-STABLE_TORCH_LIBRARY_IMPL(sea_kernels, CUDA, library) { library.impl("rasterize", TORCH_BOX(&sea::regions)); }
+STABLE_TORCH_LIBRARY_IMPL(sea_kernels, SEA_DEVICE, library) { library.impl("rasterize", TORCH_BOX(&sea::regions)); }

@@ -1,61 +1,12 @@
-// What the glue of the CUDA kernels shares; with <maps.h>: data<T>(tensor), dtype, make_map, any_double.
-//
-//   const OnDevice on(tensor);               // before anything is allocated or launched
-//   Tensor out = make({n, 2}, ScalarType::Int, tensor);
-//   Tensor gradient = make_gradient(map);
-//   pool(..., on.stream());                  // a host function of <pool.cuh>
-//
-// torch's functions on streams are there only where torch has CUDA, in a library that nobody loads for others to see:
-// they are looked up in it when they are first needed.
+// From torch's tensors to what the host functions of the CUDA kernels are given.
 #pragma once
-#include <cuda_runtime.h>
-#include <dlfcn.h>
-#include <cuda/launch.h>
+#include <cuda/device.h>
 #include <tensors.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 
 #include <cuda/pyramid.cuh>
 #include <cuda/vec.cuh>
 
 namespace sea {
-
-inline void* current_stream(int32_t device) {
-  static const auto get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-    if (!found)
-      throw std::runtime_error("sea_kernels: this torch has no CUDA streams (libtorch_cuda.so is not loaded)");
-    return reinterpret_cast<decltype(&aoti_torch_get_current_cuda_stream)>(found);
-  }();
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(get(device, &stream));
-  return stream;
-}
-
-// While it lives, the device of a tensor is the current one; and its current stream.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& tensor)
-      : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
-  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_;
-};
-
-// A contiguous tensor on the device of `like`, its values not set.
-inline Tensor make(std::vector<int64_t> sizes, ScalarType type, const Tensor& like) {
-  return torch::stable::new_empty(like, sizes, type);
-}
-
-// A gradient for a map: its strides where it is dense, else contiguous. Static, for the CPU's has the same signature.
-static inline Tensor make_gradient(const Tensor& like) {
-  if (is_dense(like)) return torch::stable::empty_like(like);
-  const auto sizes = like.sizes();
-  return make({sizes.begin(), sizes.end()}, like.scalar_type(), like);
-}
 
 inline std::vector<Map> make_maps(const std::vector<Tensor>& tensors) {
   std::vector<Map> maps;
