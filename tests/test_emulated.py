@@ -25,9 +25,6 @@ def kernels(request):
 def defaults(kernels):
     kernels.settings()
     kernels.launches()
-    before = operators.SLICES
-    yield
-    operators.SLICES = before
 
 
 def check(variant, regions, dtype=F32, layout="contiguous", **sizes):
@@ -63,9 +60,9 @@ def test_any_order_of_threads_gives_the_same_bits(dtype, order, kernels):
 
 
 @pytest.mark.parametrize("slices", [1, 2, 7, 1000])
-def test_shares_of_any_size(slices):
+def test_shares_of_any_size(slices, kernels):
     """Blocks with one tile each, blocks that see several pairs and images."""
-    operators.SLICES = slices
+    kernels.settings(slices=slices)
     check(EVERYTHING, make_regions(levels=4, number=9), channels=33, box_channels=17, sets=2)
     check("anchor_cosine", make_regions(levels=3), channels=33)
 
@@ -132,11 +129,11 @@ def test_sizes_of_what_is_saved(dtypes, detach, kernels):
         [x for c in (40, 24, 7, 8) for x in cases.make_maps(regions.level_shapes, channels=c, dtype=dtype)]
         for dtype in dtypes
     ]
-    loss = operators.Operators(kernels)._loss(*maps, [], parts, regions.tensors(), (0.1, 1.0, detach), True)
+    saved = torch.ops.sea_kernels.sea_loss(*maps, parts, regions.tensors(), 0.1, 1.0, detach, True, 0)[3]
     with torch._subclasses.FakeTensorMode():
         fakes = [[torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in side] for side in maps]
         sizes = ops.saved_elements(*fakes, parts, regions.area.shape[1], detach, 0)
-    assert list(sizes) == loss.lay_out([0, 0, 0])
+    assert list(sizes) == [x.numel() for x in saved]
 
 
 # -------------------------------------------------------------------------------------------------------- mutations

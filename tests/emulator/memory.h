@@ -1,0 +1,19 @@
+// Global memory: what the operators allocate lies between guards, and is full of 0xFF (NaN, -1) until it is written.
+#pragma once
+#include <cstddef>
+
+namespace emulator {
+
+void* allocate(size_t bytes);
+void release(void* memory);  // any thread may call it
+
+// Holds what is allocated while it lives, also what is released, so that check() can look at the guards.
+class Allocations {
+ public:
+  Allocations() = default;
+  Allocations(const Allocations&) = delete;
+  ~Allocations();
+  void check() const;  // throws std::runtime_error where something was written beside an allocation
+};
+
+}  // namespace emulator
