@@ -123,17 +123,20 @@ def test_few_launches(kernels):
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F64)], ids=str)
 @pytest.mark.parametrize("detach", [False, True])
 def test_sizes_of_what_is_saved(dtypes, detach, kernels):
-    """The fake's sizes for a GPU are those of the kernels."""
-    regions, parts = make_regions(levels=3), [3, 7, 5, 1]
+    """Python computes them, and the operators refuse any other size."""
+    regions, losses = make_regions(levels=3), [3, 7, 5, 1]
     maps = [
         [x for c in (40, 24, 7, 8) for x in cases.make_maps(regions.level_shapes, channels=c, dtype=dtype)]
         for dtype in dtypes
     ]
-    saved = torch.ops.sea_kernels.sea_loss(*maps, parts, regions.tensors(), 0.1, 1.0, detach, True, 0)[3]
-    with torch._subclasses.FakeTensorMode():
-        fakes = [[torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in side] for side in maps]
-        sizes = ops.saved_elements(*fakes, parts, regions.area.shape[1], detach, 0)
-    assert list(sizes) == [x.numel() for x in saved]
+    sizes = list(ops.saved_elements(*maps, losses, regions.area.shape[1], detach))
+    assert (sizes[1] == 0) == detach
+    given = *maps, losses, regions.tensors(), 0.1, 1.0
+    assert [x.numel() for x in torch.ops.sea_kernels.sea_loss(*given, *sizes)[3]] == sizes
+    for i in range(3):
+        for wrong in (sizes[i] - 1, sizes[i] + 1):
+            with pytest.raises(RuntimeError, match="_elements is .*; expected "):
+                torch.ops.sea_kernels.sea_loss(*given, *sizes[:i], wrong, *sizes[i + 1 :])
 
 
 # -------------------------------------------------------------------------------------------------------- mutations

@@ -46,12 +46,13 @@ def sanitizer_environment():
     return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
-def load(name, sources, sanitize=False, defines=(), edits=None, races=False):
+def load(name, sources, sanitize=False, defines=(), edits=None, races=False, plain=()):
     """The Python module `name` (PYBIND11_MODULE(name, ...)), built from sources: names in tests/emulator, or paths.
 
     edits: [(file in csrc, old, new)], applied to a copy of csrc; each `old` has to occur in its file exactly once.
     sanitize: with AddressSanitizer; the process needs sanitizer_environment(). Undefined behaviour is always checked.
     races: with the detector of races (slower); not together with sanitize.
+    plain: more sources, without kernels, which nothing has to watch.
     """
     if sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         raise BuildError("sanitize=True needs a process started with build.sanitizer_environment()")
@@ -62,7 +63,7 @@ def load(name, sources, sanitize=False, defines=(), edits=None, races=False):
     flags += ["-DRACES"] if races else []
     sources = [HERE / source for source in sources]
     runtime = [HERE / f"{name}.cpp" for name in ["emulator", "memory", *(["races"] if races else [])]]
-    content = [*map(str, sources), *flags, *includes, repr(edits), sys.version]
+    content = [*map(str, sources + runtime), *plain, *flags, *includes, repr(edits), sys.version]
     for file in sorted(p for folder in (CSRC, HERE) for p in folder.rglob("*") if p.suffix in SUFFIXES):
         content += [str(file), file.read_text()]
     library = CACHE / f"{name}-{_hash(*content)}.so"
@@ -72,9 +73,10 @@ def load(name, sources, sanitize=False, defines=(), edits=None, races=False):
         with tempfile.TemporaryDirectory(dir=CACHE) as work:
             csrc = _edited(Path(work), edits) if edits else CSRC
             includes += [f"-I{HERE}", f"-I{csrc}"]
-            own = ["-O3", "-fno-sanitize=undefined,float-cast-overflow"]
+            unchecked = ["-fno-sanitize=undefined,float-cast-overflow"]
             jobs = [(_in(csrc, source), [*flags, *(THREADS if races else []), *includes]) for source in sources]
-            jobs += [(source, [*flags, *own, *includes]) for source in runtime]
+            jobs += [(HERE / source, [*flags, *unchecked, "-O0", *includes]) for source in plain]
+            jobs += [(source, [*flags, *unchecked, "-O3", *includes]) for source in runtime]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(lambda job: _object(*job, csrc, Path(work)), jobs))
             made = Path(work) / "module.so"

@@ -1,17 +1,36 @@
 """Puts the emulated CUDA operators in the place of the CPU's, so that every test of the operators runs them."""
 
+from types import SimpleNamespace
+
 from . import build
 
+try:
+    from sea_kernels.native import saved as _sizes
+
+    _name = "elements"
+except ImportError:
+    from sea_kernels import ops as _sizes
+
+    _name = "saved_elements"
+
 _installed = None
+_elements = getattr(_sizes, _name)
+
+
+def _elements_on_cuda(student, teacher, *rest):
+    """Sizes of what is saved: those of CUDA's kernels, although the maps lie on the CPU."""
+    maps = [[SimpleNamespace(shape=x.shape, dtype=x.dtype, is_cuda=True) for x in side] for side in (student, teacher)]
+    return _elements(*maps, *rest)
 
 
 def install(**options):
     """Compiles csrc/cuda/ops (options: of build.load) and registers it for the CPU; returns the module."""
     global _installed
     uninstall()
-    sources = ["operators.cpp", *sorted(build.CSRC.glob("cuda/ops/*.cu"))]
-    _installed = build.load("operators", sources, **options)
+    sources = sorted(build.CSRC.glob("cuda/ops/*.cu"))
+    _installed = build.load("operators", sources, plain=["operators.cpp"], **options)
     _installed.install()
+    setattr(_sizes, _name, _elements_on_cuda)
     return _installed
 
 
@@ -20,4 +39,5 @@ def uninstall():
     global _installed
     if _installed is not None:
         _installed.uninstall()
+        setattr(_sizes, _name, _elements)
         _installed = None

@@ -37,11 +37,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
     const Tensor counted = make({in.levels}, ScalarType::Float, boxes);
     const Tensor extent = make({in.levels, batch_size, 2}, ScalarType::Int, boxes);
     const Tensor bits = make({in.words() * in.pixels()}, ScalarType::Int, boxes);
-    const Tensor scratch = make({raster_scratch(in)}, ScalarType::Byte, boxes);
-    rasterize(
-        in,
-        {data<int64_t>(classes), data<float>(area), data<float>(counted), data<Extent>(extent), data<int32_t>(bits)},
-        data<void>(scratch), on.stream());
+    with_scratch(boxes, [&](Carver& scratch) {
+      rasterize(
+          in,
+          {data<int64_t>(classes), data<float>(area), data<float>(counted), data<Extent>(extent), data<int32_t>(bits)},
+          scratch, on.stream());
+    });
     return std::make_tuple(classes, area, counted, extent, bits);
   };
   return boxes.scalar_type() == ScalarType::Double ? run(0.) : run(0.f);

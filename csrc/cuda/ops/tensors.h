@@ -3,6 +3,7 @@
 #include <cuda/device.h>
 #include <tensors.h>
 
+#include <cuda/carve.cuh>
 #include <cuda/pyramid.cuh>
 #include <cuda/vec.cuh>
 
@@ -23,8 +24,14 @@ inline Masks make_masks(const std::vector<Tensor>& tensors) {
           static_cast<int32_t>(capacity), static_cast<int32_t>(masks)};
 }
 
-// Calls f with a zero of the type that maps are held in while they are worked on: their own if they all have the same,
-// else what they are computed in.
+inline std::vector<Tensor> make_gradients(const std::vector<Tensor>& maps) {
+  std::vector<Tensor> out;
+  for (const Tensor& map : maps) out.push_back(make_gradient(map));
+  return out;
+}
+
+// Calls f with a zero of the type that maps have in shared memory: their own if all have the same, else the type
+// computed in.
 template <class F>
 auto with_held_type(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher, F f) {
   const ScalarType type = student[0].scalar_type();
@@ -35,6 +42,16 @@ auto with_held_type(const std::vector<Tensor>& student, const std::vector<Tensor
   if (same && type == ScalarType::Half) return f(__half());
   if (same && type == ScalarType::BFloat16) return f(__nv_bfloat16());
   return f(float());
+}
+
+// Calls run(carver) twice: to count the bytes of scratch memory that it needs, and to run with them.
+template <class Run>
+void with_scratch(const Tensor& like, Run run) {
+  Carver counter(nullptr);
+  run(counter);
+  const Tensor memory = make({std::max<int64_t>(counter.most(), 16)}, ScalarType::Byte, like);
+  Carver scratch(memory.data_ptr());
+  run(scratch);
 }
 
 }  // namespace sea

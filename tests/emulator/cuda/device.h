@@ -1,6 +1,7 @@
 // Stands in for csrc/cuda/device.h, which describes the functions. The operators are registered for the CPU, when
 // operators.cpp is told to, and each is checked when it ends.
 #pragma once
+#include <cuda/launch.h>
 #include <cuda_runtime.h>
 #include <tensors.h>
 
