@@ -17,7 +17,16 @@ CACHE = Path(os.environ.get("SEA_KERNELS_EMULATOR_CACHE", HERE.parent.parent / "
 
 SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
 
-FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off"]
+FLAGS = [
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-gnu-unique",
+    "-ffp-contract=off",
+]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Werror=return-type"]
 # emulator.cpp is the runtime of these; vptr is for classes alone. A float beyond an int's range saturates on the GPU.
 FLAGS += ["-fsanitize=undefined,float-cast-overflow", "-fno-sanitize=vptr"]

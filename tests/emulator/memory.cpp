@@ -15,7 +15,7 @@
 namespace emulator {
 namespace {
 
-constexpr size_t kGuardBytes = 64;  // also the alignment of what lies between two guards
+constexpr size_t kGuardBytes = 64;                // also the alignment of what lies between two guards
 constexpr unsigned char kGuard[] = {0xF7, 0x7F};  // NaN as float, double, half and bfloat16
 
 struct Allocation {
@@ -25,7 +25,8 @@ struct Allocation {
 };
 
 // Never destroyed: tensors may be released after the variables of this library are gone.
-std::mutex& mutex = *new std::mutex;
+std::mutex& operators = *new std::mutex;                              // locked while one runs
+std::mutex& mutex = *new std::mutex;                                  // of the list
 std::vector<Allocation>& allocations = *new std::vector<Allocation>;  // since the running operator began
 
 void fill_guard(unsigned char* guard) {
@@ -60,7 +61,9 @@ void release(void* memory) {
   free_all(static_cast<unsigned char*>(memory));
 }
 
-void Allocations::check() const {
+RunningOperator::RunningOperator() { operators.lock(); }
+
+void RunningOperator::check() const {
   if (kAddressSanitizer) return;  // which has the guards poisoned
   const std::lock_guard<std::mutex> lock(mutex);
   for (const Allocation& allocation : allocations)
@@ -72,11 +75,14 @@ void Allocations::check() const {
                                    std::to_string(allocation.bytes) + " bytes");
 }
 
-Allocations::~Allocations() {
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (const Allocation& allocation : allocations)
-    if (allocation.released) free_all(allocation.begin);
-  allocations.clear();
+RunningOperator::~RunningOperator() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const Allocation& allocation : allocations)
+      if (allocation.released) free_all(allocation.begin);
+    allocations.clear();
+  }
+  operators.unlock();
 }
 
 }  // namespace emulator

@@ -7,12 +7,13 @@ namespace emulator {
 void* allocate(size_t bytes);
 void release(void* memory);  // any thread may call it
 
-// Holds what is allocated while it lives, also what is released, so that check() can look at the guards.
-class Allocations {
+// An operator that runs; others wait for its end. What it allocates is held while it lives, also what is released, so
+// that check() can look at the guards.
+class RunningOperator {
  public:
-  Allocations() = default;
-  Allocations(const Allocations&) = delete;
-  ~Allocations();
+  RunningOperator();
+  RunningOperator(const RunningOperator&) = delete;
+  ~RunningOperator();
   void check() const;  // throws std::runtime_error where something was written beside an allocation
 };
 

@@ -1,4 +1,5 @@
-// The operators of csrc/cuda/ops as a Python module, which puts them in the place of the CPU's and takes them away again.
+// The operators of csrc/cuda/ops as a Python module, which puts them in the place of the CPU's and takes them away
+// again.
 #include <cuda/device.h>
 
 #include "bind.h"

@@ -23,12 +23,15 @@ def _elements_on_cuda(student, teacher, *rest):
     return _elements(*maps, *rest)
 
 
-def install(**options):
-    """Compiles csrc/cuda/ops (options: of build.load) and registers it for the CPU; returns the module."""
+def install(sources=("cosine", "losses", "pool", "regions"), **options):
+    """Compiles csrc/cuda/ops/*.cu and registers their operators for the CPU; returns the module.
+
+    sources: operators of the files that are not named remain those of the CPU. options: of build.load.
+    """
     global _installed
     uninstall()
-    sources = sorted(build.CSRC.glob("cuda/ops/*.cu"))
-    _installed = build.load("operators", sources, plain=["operators.cpp"], **options)
+    files = [build.CSRC / f"cuda/ops/{source}.cu" for source in sources]
+    _installed = build.load("operators", files, plain=["operators.cpp"], **options)
     _installed.install()
     setattr(_sizes, _name, _elements_on_cuda)
     return _installed

@@ -1,11 +1,10 @@
-// Stands in for csrc/cuda/device.h, which describes the functions. The operators are registered for the CPU, when
-// operators.cpp is told to, and each is checked when it ends.
+// Stands in for csrc/cuda/device.h, which describes the functions. Operators are collected, and registered for the CPU
+// by operators.cpp; each is checked when it ends.
 #pragma once
 #include <cuda/launch.h>
 #include <cuda_runtime.h>
 #include <tensors.h>
 
-#include <mutex>
 #include <utility>
 
 #include "../memory.h"
@@ -17,15 +16,13 @@ namespace emulator {
 using Operator = void (*)(StableIValue*, uint64_t, uint64_t);
 using Register = void (*)(torch::stable::detail::StableLibrary&);
 inline std::vector<Register> registrations;  // of every file in csrc/cuda/ops
-inline std::mutex operator_mutex;
 
-// One operator at a time, whatever the number of threads that call them.
+// Not watched for races: it waits while an operator of another Python thread runs.
 template <Operator kOperator>
-void run(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  const std::lock_guard<std::mutex> lock(operator_mutex);
-  const Allocations allocations;
+__attribute__((no_sanitize("thread"))) void run(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  const RunningOperator running;
   kOperator(stack, inputs, outputs);
-  allocations.check();
+  running.check();
 }
 
 }  // namespace emulator
@@ -35,8 +32,8 @@ void run(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   &emulator::run<&torch::stable::detail::boxer<std::remove_pointer_t<decltype(function)>, (function)>::boxed_fn>
 
 #undef STABLE_TORCH_LIBRARY_IMPL
-#define STABLE_TORCH_LIBRARY_IMPL(name, key, library)                                    \
-  static void register_operators(torch::stable::detail::StableLibrary& library);         \
+#define STABLE_TORCH_LIBRARY_IMPL(name, key, library)                                                        \
+  static void register_operators(torch::stable::detail::StableLibrary& library);                             \
   [[maybe_unused]] static const auto& registered = emulator::registrations.emplace_back(register_operators); \
   static void register_operators(torch::stable::detail::StableLibrary& library)
 
