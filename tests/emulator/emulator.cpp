@@ -16,25 +16,10 @@
 
 #include "half.h"
 #include "races.h"
-
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "sanitizer.h"
 
 namespace emulator {
 namespace {
-
-#ifdef __SANITIZE_ADDRESS__
-constexpr bool kAddressSanitizer = true;
-#else
-constexpr bool kAddressSanitizer = false;
-void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
-void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
-void __asan_poison_memory_region(const volatile void*, size_t) {}
-void __asan_unpoison_memory_region(const volatile void*, size_t) {}
-void* __asan_region_is_poisoned(void*, size_t) { return nullptr; }
-#endif
 
 constexpr size_t kStackBytes = kAddressSanitizer ? 1 << 20 : 256 << 10;  // only the pages that are used take memory
 constexpr size_t kPage = 4096;

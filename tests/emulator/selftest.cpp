@@ -1,7 +1,7 @@
 // Toy kernels for the tests of the emulator itself, right ones and wrong ones.
 #include <cuda/launch.h>
-#include <pybind11/numpy.h>
 #include <map.h>
+#include <pybind11/numpy.h>
 
 #include <cuda/ptx.cuh>
 
