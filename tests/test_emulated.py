@@ -144,7 +144,7 @@ def test_sizes_of_what_is_saved(dtypes, detach, kernels):
     assert [x.numel() for x in torch.ops.sea_kernels.sea_loss(*given, *sizes)[3]] == sizes
     for i in range(3):
         for wrong in (sizes[i] - 1, sizes[i] + 1):
-            with pytest.raises(RuntimeError, match="_elements is -?[0-9]+; expected "):
+            with pytest.raises(RuntimeError, match=r"_elements is -?\d+; expected "):
                 torch.ops.sea_kernels.sea_loss(*given, *sizes[:i], wrong, *sizes[i + 1 :])
 
 

@@ -33,7 +33,8 @@ def install(sources=("cosine", "losses", "pool", "regions"), **options):
     files = [build.CSRC / f"cuda/ops/{source}.cu" for source in sources]
     _installed = build.load("operators", files, plain=["operators.cpp"], **options)
     _installed.install()
-    setattr(_sizes, _name, _elements_on_cuda)
+    if "losses" in sources:
+        setattr(_sizes, _name, _elements_on_cuda)
     return _installed
 
 
