@@ -203,8 +203,8 @@ def test_the_emulator_sees_mistakes(mutation, kernels):
     source, variant, *edit = mutation
     regions = make_regions(levels=2, number=30, num_classes=20, shapes=[(20, 28), (5, 5)], strides=[8, 40])
     assert regions.area.shape[1] == 41
-    mutated = operators.install(sources=[source], edits=[edit])
     try:
+        mutated = operators.install(sources=[source], edits=[edit])
         failed = []
         for order in (0, 1):
             mutated.settings(seed=order)
