@@ -21,7 +21,7 @@ from toy_detector import Toy, batch
 
 import sea_kernels as sk
 
-README = Path(__file__).parent.parent / "sea_kernels" / "README.md"
+README = Path(__file__).parents[2] / "sea_kernels" / "README.md"
 
 
 def example(name):

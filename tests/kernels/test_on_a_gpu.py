@@ -12,7 +12,7 @@ import sea_kernels as sk
 
 pytestmark = pytest.mark.skipif(not CUDA, reason=NO_CUDA)
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHAPES, STRIDES = [(20, 28), (10, 14), (5, 7)], [8, 16, 32]
 
 
@@ -234,7 +234,7 @@ try:
 except RuntimeError as error:
     print("RuntimeError:", error, flush=True)
 """
-    done = programs.run("-c", code, cwd=Path(__file__).parent)
+    done = programs.run("-c", code, cwd=Path(__file__).parents[1])
     assert done.stdout.startswith("the device has failed\nRuntimeError: "), done.stdout + done.stderr
 
 

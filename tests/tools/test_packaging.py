@@ -15,7 +15,7 @@ import sea_kernels
 from sea_kernels import ops
 from sea_kernels.ops import KERNELS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(sea_kernels.__file__).parent
 
 
