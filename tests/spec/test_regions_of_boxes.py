@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import CASES, assert_same_regions, build, expected_regions, regions_of
 
-import sea_kernels as sk
 from sea_kernels import Regions, reference
 
 
@@ -249,17 +248,6 @@ def test_many_boxes_of_many_categories(boxes, num_classes, device):
     regions = build(rows, labels, shapes, strides, num_classes=num_classes, batch_index=index, batch_size=2)
     assert regions.classes.shape[0] == min(2 * boxes, num_classes)
     assert regions.classes.tolist()[: len(labels.unique())] == labels.unique().tolist()
-
-
-@pytest.mark.parametrize("by", ["native", "reference"])
-def test_regions_of_either_backend_serve_the_other(by, backend, device):
-    rows, labels, index = (x.to(device) for x in make_boxes(20, num_classes=20))
-    call = {"batch_index": index, "batch_size": 2, "num_classes": 20}
-    own = build(rows, labels, [(20, 28), (5, 7)], [8, 32], **call)
-    with sk.backend(by):
-        other = Regions.from_boxes(rows, labels, [(20, 28), (5, 7)], [8, 32], **call)
-    maps = [torch.randn(2, 8, *shape, device=device) for shape in own.level_shapes]
-    assert torch.equal(sk.anchor_pool(maps, own), sk.anchor_pool(maps, other))
 
 
 @pytest.mark.skipif("SEA_KERNELS_DATA" not in os.environ, reason="SEA_KERNELS_DATA is not set")
