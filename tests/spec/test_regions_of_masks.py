@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scenes import assert_same_regions
 
-import sea_kernels as sk
 from sea_kernels import Regions
 
 STRIDES = [8, 16, 1, 0.5, 13.3, 48 / 7, (8, 16), (6.9, 7.3)]
