@@ -16,10 +16,6 @@ from .regions import Regions
 
 Maps = Sequence[Tensor] | Sequence[Sequence[Tensor]]
 
-# Coefficients and anchors are kept for backward while they take at most 2/15 of the student's maps, which with the rest
-# that is kept stays under 15%; else backward computes them again.
-_KEPT_SHARE = (2, 15)
-
 
 def _refuse_second_derivative(name: str) -> None:
     # once_differentiable would silently drop this function's term under create_graph
@@ -74,36 +70,40 @@ class _AnchorCosine(torch.autograd.Function):
         return None, out[-1], *out[:-1]
 
 
-def _sea_loss(student, teacher, parts, regions, options, group, save, kept_rows):
+def _sea_loss(student, teacher, losses, regions, temperatures, group, saved=(0, 0, 0)):
     """(anchor, distance, localization, saved) of the operators; with a group the anchors are those of all its ranks."""
-    if group is None or not any(part & (ops.ANCHOR | ops.DISTANCE) for part in parts):
-        return torch.ops.sea_kernels.sea_loss(student, teacher, parts, regions, *options, save, kept_rows)
-    distance_temperature, localization_temperature, detach_anchors = options
+    if group is None or not any(flags & (ops.ANCHOR | ops.DISTANCE) for flags in losses):
+        return torch.ops.sea_kernels.sea_loss(student, teacher, losses, regions, *temperatures, *saved)
+    saved_elements, gradient_elements, softmax_elements = saved
+    distance_temperature, localization_temperature = temperatures
     pool, compare = torch.ops.sea_kernels.sea_loss_pool, torch.ops.sea_kernels.sea_loss_compare
     # What a process pools is divided by the area of all: the sum is the mean.
-    anchors, localization, softmax = pool(student, teacher, parts, regions, localization_temperature)
+    sizes = ops.anchor_elements(student, losses, regions[1].shape[1]), softmax_elements
+    anchors, localization, softmax = pool(student, teacher, losses, regions, localization_temperature, *sizes)
     anchors = distributed.all_reduce(anchors, group)
-    rest = distance_temperature, detach_anchors, save, kept_rows
-    anchor, distance, kept, gradients = compare(student, teacher, parts, regions, anchors, *rest)
-    if save and not detach_anchors and any(part & ops.DISTANCE for part in parts):
+    sizes = saved_elements, gradient_elements
+    anchor, distance, saved, gradients = compare(
+        student, teacher, losses, regions, anchors, distance_temperature, *sizes
+    )
+    if gradient_elements:
         # Here, not in backward: a process that skips backward leaves nobody waiting.
         gradients = distributed.all_reduce(gradients, group)
-    # CUDA's kernels keep what they make of the anchors, the CPU's may have to begin with them again.
+    # CUDA's kernels save what they make of the anchors, the CPU's may have to begin with them again.
     again = [] if anchors.is_cuda else [anchors]
-    return anchor, distance, localization, [kept, gradients, softmax, *again]
+    return anchor, distance, localization, [saved, gradients, softmax, *again]
 
 
 class _SEALoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, regions, teacher, options, group, *student):
-        share = sum(x.numel() * x.element_size() for x in student) * _KEPT_SHARE[0] // _KEPT_SHARE[1]
-        size = 8 if any(x.dtype == torch.float64 for x in (*student, *teacher)) else 4
-        kept_rows = share // (size * max(ops.kept_elements(student, parts), 1))
-        *losses, saved = _sea_loss(student, teacher, parts, regions, options, group, True, kept_rows)
-        ctx.parts, ctx.options, ctx.group, ctx.count = parts, options, group, (len(student), len(regions))
+    def forward(ctx, losses, regions, teacher, temperatures, detach_anchors, group, *student):
+        masks = regions[1].shape[1] if regions else 0
+        sizes = ops.saved_elements(student, teacher, losses, masks, detach_anchors)
+        *values, saved = _sea_loss(student, teacher, losses, regions, temperatures, group, sizes)
+        ctx.losses, ctx.temperatures, ctx.group = losses, temperatures, group
+        ctx.count = len(student), len(regions)
         _save(ctx, *student, *teacher, *regions, *saved)
         ctx.set_materialize_grads(False)
-        return tuple(losses)
+        return tuple(values)
 
     @staticmethod
     def backward(ctx, anchor, distance, localization):
@@ -114,36 +114,36 @@ class _SEALoss(torch.autograd.Function):
         tensors = _saved(ctx)
         student, teacher = tensors[:maps], tensors[maps : 2 * maps]
         gradients = torch.ops.sea_kernels.sea_loss_backward(
-            anchor, distance, localization, student, teacher, ctx.parts,
-            tensors[2 * maps : 2 * maps + regions], tensors[2 * maps + regions :], *ctx.options,
+            anchor, distance, localization, student, teacher, ctx.losses,
+            tensors[2 * maps : 2 * maps + regions], tensors[2 * maps + regions :], *ctx.temperatures,
         )  # fmt: skip
-        return None, None, None, None, None, *gradients
+        return None, None, None, None, None, None, *gradients
 
 
 def _losses(
     sets: list, regions: Regions | None, distance_temperature=0.1, localization_temperature=1.0, detach_anchors=False
 ) -> SEALoss:
-    """sets: (student, teacher, part) of every set of maps."""
+    """sets: (student, teacher, loss flags) of every set of maps."""
     student = []
     for x in [x for maps, _, _ in sets for x in maps]:
         # torch.compile does not trace a Function that is given one tensor twice, as of a map in both branches
         student.append(x.view_as(x) if any(x is y for y in student) else x)
     teacher = [x.detach() for _, maps, _ in sets for x in maps]
     ops.require("sea_loss", student[0].device)
-    parts, options = [part for _, _, part in sets], (distance_temperature, localization_temperature, detach_anchors)
+    flags, temperatures = [flags for _, _, flags in sets], (distance_temperature, localization_temperature)
     tensors = regions.tensors() if regions is not None else []
     group = regions.group if regions is not None else None
     if group is not None:
         tensors[2] = tensors[2] + distributed.compare(  # counted: nothing is sent before
-            group, tensors[2], f"sea_loss of the parts {parts} in {checks.compute_dtype(student, teacher)}",
+            group, tensors[2], f"sea_loss of the losses {flags} in {checks.compute_dtype(student, teacher)}",
             {f"channels[{i}]": maps[0].shape[1] for i, (maps, _, _) in enumerate(sets)}
             | {"detach_anchors": int(detach_anchors)},
             {"distance_temperature": distance_temperature, "localization_temperature": localization_temperature},
         )  # fmt: skip
     if _needs_gradient(*student):
-        losses = _SEALoss.apply(parts, tensors, teacher, options, group, *student)
+        losses = _SEALoss.apply(flags, tensors, teacher, temperatures, detach_anchors, group, *student)
     else:
-        losses = _sea_loss(student, teacher, parts, tensors, options, group, False, 0)[:3]
+        losses = _sea_loss(student, teacher, flags, tensors, temperatures, group)[:3]
     if group is None:
         return SEALoss(*losses)
     # The mean of all ranks' losses is that of one process with the whole batch; what a rank's backward gives is the
@@ -356,8 +356,8 @@ def sea_loss(
     box = _pairs("student_box", student_box, "teacher_box", teacher_box)
     checks.regions("regions", regions, "student_cls", [s for s, _ in cls])
     checks.regions("regions", regions, "student_box", [s for s, _ in box])
-    box_part = ops.LOCALIZATION | (ops.ANCHOR if anchor_on_box else 0) | (ops.DISTANCE if distance_on_box else 0)
-    sets = [(s, t, ops.ANCHOR | ops.DISTANCE) for s, t in cls] + [(s, t, box_part) for s, t in box]
+    box_flags = ops.LOCALIZATION | (ops.ANCHOR if anchor_on_box else 0) | (ops.DISTANCE if distance_on_box else 0)
+    sets = [(s, t, ops.ANCHOR | ops.DISTANCE) for s, t in cls] + [(s, t, box_flags) for s, t in box]
     return _losses(
         sets,
         regions,

@@ -31,29 +31,34 @@ _SCHEMAS = {
     "anchor_pool_backward": "(Tensor gradient, Tensor[] features, Tensor[] regions) -> Tensor[]",
     "anchor_cosine": "(Tensor[] features, Tensor anchors, Tensor[] regions) -> Tensor[]",
     "anchor_cosine_backward": "(Tensor[] gradients, Tensor[] features, Tensor anchors, Tensor[] regions) -> Tensor[]",
-    # Sets of maps, one after the other: parts[s] says which losses set s takes part in. `save` saves what backward
-    # needs; where P + 1 <= kept_rows that includes anchors and coefficients, which it computes again otherwise.
-    "sea_loss": "(Tensor[] student, Tensor[] teacher, int[] parts, Tensor[] regions, float distance_temperature, "
-    "float localization_temperature, bool detach_anchors, bool save, SymInt kept_rows) -> "
+    # Sets of maps, one after the other: losses[s] says which losses set s takes part in. The numbers of elements are
+    # those of saved_elements() and anchor_elements(). saved: [saved, gradients, softmax], each empty where its number
+    # is 0: backward then computes again what `saved` holds, and lets no gradient pass the anchors without `gradients`.
+    "sea_loss": "(Tensor[] student, Tensor[] teacher, int[] losses, Tensor[] regions, float distance_temperature, "
+    "float localization_temperature, SymInt saved_elements, SymInt gradient_elements, SymInt softmax_elements) -> "
     "(Tensor anchor, Tensor distance, Tensor localization, Tensor[] saved)",
     # The same in two steps, between which the anchors of several processes are summed up. anchors, one set after the
     # other: [2 sides, L, P, C] where there are distances, else [L, P, C], the difference of the sides.
-    "sea_loss_pool": "(Tensor[] student, Tensor[] teacher, int[] parts, Tensor[] regions, "
-    "float localization_temperature) -> (Tensor anchors, Tensor localization, Tensor softmax)",
-    "sea_loss_compare": "(Tensor[] student, Tensor[] teacher, int[] parts, Tensor[] regions, Tensor anchors, "
-    "float distance_temperature, bool detach_anchors, bool save, SymInt kept_rows) -> "
-    "(Tensor anchor, Tensor distance, Tensor kept, Tensor gradients)",
-    # saved: kept, gradients, softmax; and the anchors where they come from several processes
+    "sea_loss_pool": "(Tensor[] student, Tensor[] teacher, int[] losses, Tensor[] regions, "
+    "float localization_temperature, SymInt anchor_elements, SymInt softmax_elements) -> "
+    "(Tensor anchors, Tensor localization, Tensor softmax)",
+    "sea_loss_compare": "(Tensor[] student, Tensor[] teacher, int[] losses, Tensor[] regions, Tensor anchors, "
+    "float distance_temperature, SymInt saved_elements, SymInt gradient_elements) -> "
+    "(Tensor anchor, Tensor distance, Tensor saved, Tensor gradients)",
+    # saved: as of sea_loss; and the anchors where they come from several processes
     "sea_loss_backward": "(Tensor? anchor, Tensor? distance, Tensor? localization, Tensor[] student, Tensor[] teacher, "
-    "int[] parts, Tensor[] regions, Tensor[] saved, float distance_temperature, float localization_temperature, "
-    "bool detach_anchors) -> Tensor[]",
+    "int[] losses, Tensor[] regions, Tensor[] saved, float distance_temperature, float localization_temperature) "
+    "-> Tensor[]",
     "build_info": "() -> str",
 }
 OPERATORS = tuple(_SCHEMAS)
 KERNELS = tuple(name for name in OPERATORS if name not in ("regions", "build_info"))  # those are Python, and a report
-ANCHOR, DISTANCE, LOCALIZATION = 1, 2, 4  # parts
+ANCHOR, DISTANCE, LOCALIZATION = 1, 2, 4  # loss flags
 
-_TILE = 64  # pixels of a tile of the CPU kernels; coefficients are kept in whole tiles
+_TILE = 64  # pixels of a tile of the CPU kernels; coefficients are saved in whole tiles
+# On the CPU coefficients and anchors are saved while they take at most this share of the student's maps, which with
+# the rest that is saved stays under 15%; else backward computes them again.
+SAVED_SHARE = (2, 15)
 
 _library = torch.library.Library("sea_kernels", "DEF")
 for _name, _schema in _SCHEMAS.items():
@@ -254,70 +259,81 @@ def _(gradients, features, anchors, regions):
     return [*(_gradient(x) for x in features), anchors.new_empty(anchors.shape)]
 
 
-def kept_elements(student: list[Tensor], parts: list[int]) -> int:
-    """Elements that are kept for backward for each of P + 1 rows: coefficients of every pixel, and anchors."""
-    levels, total = len(student) // len(parts), 0
-    for i, x in enumerate(student):
-        part = parts[i // levels]
-        if part & DISTANCE:
-            total = total + (x.shape[0] * x.shape[2] * x.shape[3] + _TILE - 1) // _TILE * _TILE
-        if part & (ANCHOR | DISTANCE):
-            total = total + 2 * x.shape[1]
-    return total
-
-
 def saved_elements(
-    student: list[Tensor], teacher: list[Tensor], parts: list[int], masks: int, detach_anchors: bool, kept_rows: int
+    student: list[Tensor],
+    teacher: list[Tensor],
+    losses: list[int],
+    masks: int,
+    detach_anchors: bool,
+    share: tuple[int, int] = SAVED_SHARE,
 ) -> tuple[int, int, int]:
-    """Elements of the three tensors that sea_loss saves for backward: what they are is up to the device's kernels."""
-    levels, cuda = len(student) // len(parts), student[0].device.type == "cuda"
-    # CUDA: of 16-bit maps two numbers a pixel are enough
-    dtypes = {x.dtype for x in student + teacher}
-    numbers = 2 if len(dtypes) == 1 and dtypes < {torch.float16, torch.bfloat16} else 4
-    kept = gradient = softmax = 0
+    """Elements of the tensors that are saved for backward: `saved`, `gradients`, `softmax`; 0 where one is not.
+
+    What lies in them is up to the device's kernels. There is no branch on a size, which would compile a graph for
+    either outcome.
+    """
+    levels = len(student) // len(losses)
+    gradients = softmax = 0
     for i, x in enumerate(student):
-        part, channels, pixels = parts[i // levels], x.shape[1], x.shape[0] * x.shape[2] * x.shape[3]
-        row = (channels + 7) // 8 * 8 if cuda else channels
-        if part & DISTANCE:
-            gradient = gradient + masks * row
-            kept = kept + masks * 2 * row + numbers * pixels
-        kept = kept + (masks * row if part & ANCHOR else 0)
-        softmax = softmax + (4 * x.shape[0] * channels if part & LOCALIZATION else 0)
-    if not cuda:
-        # masks + 1 where that is at most kept_rows, else 0; without a branch, which would compile a graph for either
-        rows = torch.sym_max(0, torch.sym_min(masks + 1, (masks + 1) * (kept_rows - masks)))
-        kept = rows * kept_elements(student, parts)
-    return kept, 0 if detach_anchors else gradient, softmax
+        flags, channels = losses[i // levels], x.shape[1]
+        row = (channels + 7) // 8 * 8 if x.is_cuda else channels
+        gradients = gradients + (masks * row if flags & DISTANCE and not detach_anchors else 0)
+        softmax = softmax + (4 * x.shape[0] * channels if flags & LOCALIZATION else 0)
+    if student[0].is_cuda:
+        return _saved_cuda(student, teacher, losses, masks), gradients, softmax
+    return _saved_cpu(student, teacher, losses, masks, share), gradients, softmax
 
 
-@_fake("sea_loss")
-def _(student, teacher, parts, regions, _distance, _localization, detach_anchors, save, kept_rows):
-    dtype, masks = _compute_dtype(student + teacher), regions[1].shape[1] if regions else 0
-    saved = saved_elements(student, teacher, parts, masks, detach_anchors, kept_rows) if save else (0, 0, 0)
-    losses = (student[0].new_empty((), dtype=dtype) for _ in range(3))
-    return *losses, [student[0].new_empty(n, dtype=dtype) for n in saved]
+def _saved_cuda(student, teacher, losses, masks):
+    """Of each level with distances unit anchors of both sides and two or four numbers a pixel, with anchors a table."""
+    levels, saved, dtype = len(student) // len(losses), 0, student[0].dtype
+    half = dtype in (torch.float16, torch.bfloat16) and all(x.dtype == dtype for x in (*student, *teacher))
+    for i, x in enumerate(student):
+        flags, row = losses[i // levels], (x.shape[1] + 7) // 8 * 8
+        if flags & DISTANCE:
+            saved = saved + 2 * masks * row + (2 if half else 4) * x.shape[0] * x.shape[2] * x.shape[3]
+        saved = saved + (masks * row if flags & ANCHOR else 0)
+    return saved
 
 
-def anchor_elements(student: list[Tensor], parts: list[int], masks: int) -> int:
+def _saved_cpu(student, teacher, losses, masks, share):
+    """Of each level with distances the coefficients of every pixel, and the anchors of both sides: masks + 1 rows."""
+    levels, row = len(student) // len(losses), 0  # elements for each of the rows
+    for i, x in enumerate(student):
+        flags = losses[i // levels]
+        if flags & DISTANCE:
+            row = row + (x.shape[0] * x.shape[2] * x.shape[3] + _TILE - 1) // _TILE * _TILE
+        row = row + (2 * x.shape[1] if flags & (ANCHOR | DISTANCE) else 0)
+    size = 8 if any(x.dtype == torch.float64 for x in (*student, *teacher)) else 4
+    most = sum(x.numel() * x.element_size() for x in student) * share[0] // share[1] // (size * torch.sym_max(row, 1))
+    # masks + 1 rows where those are at most `most`, else none
+    return torch.sym_max(0, torch.sym_min(masks + 1, (masks + 1) * (most - masks))) * row
+
+
+def anchor_elements(student: list[Tensor], losses: list[int], masks: int) -> int:
     """Elements of the anchors that sea_loss_pool hands over."""
-    levels = len(student) // len(parts)
-    sides = [2 if part & DISTANCE else 1 if part & ANCHOR else 0 for part in parts]
+    levels = len(student) // len(losses)
+    sides = [2 if flags & DISTANCE else 1 if flags & ANCHOR else 0 for flags in losses]
     return sum(n * levels * masks * student[s * levels].shape[1] for s, n in enumerate(sides))
 
 
+@_fake("sea_loss")
+def _(student, teacher, losses, regions, _distance, _localization, *saved):
+    dtype = _compute_dtype(student + teacher)
+    anchor, distance, localization = (student[0].new_empty((), dtype=dtype) for _ in range(3))
+    return anchor, distance, localization, [student[0].new_empty(n, dtype=dtype) for n in saved]
+
+
 @_fake("sea_loss_pool")
-def _(student, teacher, parts, regions, _localization):
-    dtype, masks = _compute_dtype(student + teacher), regions[1].shape[1]
-    softmax = saved_elements(student, teacher, [x & LOCALIZATION for x in parts], masks, False, 0)[2]
-    anchors = anchor_elements(student, parts, masks)
-    return tuple(student[0].new_empty(n, dtype=dtype) for n in ((anchors,), (), (softmax,)))
+def _(student, teacher, losses, regions, _localization, anchor_elements, softmax_elements):
+    dtype = _compute_dtype(student + teacher)
+    return tuple(student[0].new_empty(n, dtype=dtype) for n in ((anchor_elements,), (), (softmax_elements,)))
 
 
 @_fake("sea_loss_compare")
-def _(student, teacher, parts, regions, anchors, _distance, detach_anchors, save, kept_rows):
-    dtype, masks = _compute_dtype(student + teacher), regions[1].shape[1]
-    saved = saved_elements(student, teacher, parts, masks, detach_anchors, kept_rows) if save else (0, 0, 0)
-    return tuple(student[0].new_empty(n, dtype=dtype) for n in ((), (), (saved[0],), (saved[1],)))
+def _(student, teacher, losses, regions, anchors, _distance, saved_elements, gradient_elements):
+    dtype = _compute_dtype(student + teacher)
+    return tuple(student[0].new_empty(n, dtype=dtype) for n in ((), (), (saved_elements,), (gradient_elements,)))
 
 
 @_fake("sea_loss_backward")
