@@ -5,11 +5,10 @@ import warnings
 import pytest
 import torch
 import torch.compiler.config
-from cases import BF16, CALLS, F16, F32, F64, make_boxes, make_inputs, make_maps, make_regions, upstream
+from cases import BF16, CALLS, F32, make_boxes, make_inputs, make_maps, make_regions, upstream
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import sea_kernels as sk
-from sea_kernels import ops
 
 compiles = pytest.mark.compile
 SHAPES, STRIDES = [(10, 14), (5, 7)], [16, 32]
@@ -285,113 +284,3 @@ def test_bad_values_are_refused_in_compiled_code(device):
     boxes[1, 2] = float("nan")
     with pytest.raises(ValueError, match=r"boxes\[1\] is .*nan"):
         fast(boxes, labels, index)
-
-
-# ------------------------------------------------------------------------------------------------------------ opcheck
-
-REGIONS = {
-    "boxes": lambda device: make_regions(device, 4),
-    "no box": lambda device: make_regions(device, 0),
-    "one box": lambda device: make_regions(device, 1, levels=1, num_classes=1),
-    "many": lambda device: make_regions(device, 40, levels=2, num_classes=80),
-}
-
-
-def check(name, *arguments, values=True):
-    """values=False: not the values, where a part of the results is never written."""
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    operator = getattr(torch.ops.sea_kernels, name).default
-    torch.library.opcheck(operator, arguments, test_utils=tests[: None if values else 3])
-
-
-def region_arguments(device, number, listed, dtype=F32):
-    boxes, labels, index = (x.to(device) for x in make_boxes(number, dtype=dtype))
-    rows = (boxes, labels, None, [number, 0]) if listed else (boxes, labels, index, [])
-    ignore = (boxes[:1], None, [1 if number else 0, 0]) if listed else (boxes[:1], index[:1], [])
-    sizes = (None, [150, 220, 160, 224]) if listed else (torch.tensor([[9, 9], [8, 8]], device=device), [])
-    return (*rows, *ignore, *sizes, 2, [10, 14, 5, 7], [16.0, 16.0, 32.0, 30.5], 80, 0.5)
-
-
-@compiles
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("listed", [True, False], ids=["list", "packed"])
-@pytest.mark.parametrize("number", [0, 1, 5, 90])
-def test_opcheck_regions(number, listed, dtype, device):
-    arguments = region_arguments(device, number, listed, dtype)
-    check("regions", *arguments, False)
-    check("rasterize", *arguments, None)
-    check("rasterize", *arguments, torch.arange(80, device=device) % 7 == 3)
-
-
-@compiles
-@pytest.mark.parametrize(
-    ("layout", "dtype"),
-    [("contiguous", F64), ("contiguous", BF16), ("channels_last", F32), ("sliced", BF16), ("expanded", F64)],
-    ids=str,
-)
-def test_opcheck_layouts(layout, dtype, device):
-    regions = make_regions(device, 4, levels=2)
-    check_operators(make_inputs(regions, 12, 8, dtype=dtype, device=device).layout(layout), regions)
-
-
-@compiles
-@pytest.mark.parametrize("kind", REGIONS)
-def test_opcheck_regions_given(kind, device):
-    regions = REGIONS[kind](device)
-    check_operators(make_inputs(regions, 70, 8, dtype=F16, teacher_dtype=F32, device=device), regions)
-
-
-def check_operators(inputs, regions):
-    tensors, features, anchors = regions.tensors(), inputs.cls[0], inputs.anchors
-    one = torch.ones((), dtype=anchors.dtype, device=anchors.device)
-    check("anchor_pool", features, tensors)
-    check("anchor_pool_backward", anchors, features, tensors)
-    check("anchor_cosine", features, anchors, tensors)
-    cosines = torch.ops.sea_kernels.anchor_cosine(features, anchors, tensors)
-    check("anchor_cosine_backward", cosines, features, anchors, tensors)
-    student, teacher = features + inputs.box[0], inputs.cls_teacher[0] + inputs.box_teacher[0]
-    masks, losses = tensors[1].shape[1], [3, 5]
-
-    def sizes(losses, detach=False, share=ops.SAVED_SHARE):
-        return ops.saved_elements(student, teacher, losses, masks, detach, share)
-
-    for flags, softmax in ((losses, sizes(losses)[2]), ([3, 4], sizes([3, 4])[2]), (losses, 0)):
-        elements = ops.anchor_elements(student, flags, masks)
-        check("sea_loss_pool", student, teacher, flags, tensors, 2.0, elements, softmax)
-    elements = ops.anchor_elements(student, losses, masks), sizes(losses)[2]
-    apart = torch.ops.sea_kernels.sea_loss_pool(student, teacher, losses, tensors, 2.0, *elements)
-    check("sea_loss", student, teacher, losses, tensors, 0.1, 1.0, 0, 0, 0)
-    check("sea_loss_compare", student, teacher, losses, tensors, apart[0], 0.1, 0, 0)
-    for detach in (False, True):
-        for share in ((0, 1), (1000, 1)):
-            elements = sizes(losses, detach, share)
-            options = (student, teacher, losses, tensors, 0.1, 1.0, *elements)
-            check("sea_loss", *options, values=False)
-            saved = torch.ops.sea_kernels.sea_loss(*options)[3]
-            for grads in ((one, one, one), (None, one, None)):
-                check("sea_loss_backward", *grads, student, teacher, losses, tensors, saved, 0.1, 1.0)
-            compared = (student, teacher, losses, tensors, apart[0], 0.1, *elements[:2])
-            check("sea_loss_compare", *compared, values=False)
-            saved = [*torch.ops.sea_kernels.sea_loss_compare(*compared)[2:], apart[2], apart[0]]
-            check("sea_loss_backward", one, one, one, student, teacher, losses, tensors, saved, 0.1, 2.0)
-
-
-@compiles
-def test_opcheck_localization_without_regions(device):
-    """And of one set alone."""
-    student, teacher = make_maps(SHAPES, 2, 8, 1, BF16, device), make_maps(SHAPES, 2, 8, 2, F32, device)
-    one = torch.ones((), device=device)
-    maps = (student, teacher, [ops.LOCALIZATION], [])
-    sizes = ops.saved_elements(*maps[:3], 0, False)
-    for saved in (sizes, (0, 0, 0)):
-        check("sea_loss", *maps, 0.1, 2.0, *saved)
-    saved = torch.ops.sea_kernels.sea_loss(*maps, 0.1, 2.0, *sizes)[3]
-    check("sea_loss_backward", None, None, one, *maps, saved, 0.1, 2.0)
-
-
-def test_every_operator_has_a_kernel_and_a_fake(device):
-    for name in ops.OPERATORS:
-        assert ops.has_kernel(name, device.upper()), name
-        if name != "build_info":
-            fake = torch._library.simple_registry.singleton.find(f"sea_kernels::{name}").fake_impl.kernel
-            assert fake is not None, name
