@@ -20,7 +20,7 @@ DTYPES = {  # student's, teacher's
     "float32, float64": (F32, F64),
     "float64, bfloat16": (F64, BF16),
 }
-# Few categories and many channels: what backward needs is saved. Many categories and few channels: it is computed again.
+# Few categories and many channels: what backward needs is saved. Many and few: it is computed again.
 SIZES = {"saved": {"number": 3, "channels": 96}, "recomputed": {"number": 12, "channels": 24}}
 
 
