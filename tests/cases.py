@@ -169,11 +169,11 @@ def upstream(outputs):
     return [torch.randn(x.shape, generator=g).to(x) for x in outputs]
 
 
-def run(variant, inputs, regions, backend="native", **options):
-    """(outputs, gradients of the leaves, None where there is none)"""
+def run(variant, inputs, regions, backend=None, **options):
+    """(outputs, gradients of the leaves, None where there is none), by the backend in use or another"""
     call, defaults = VARIANTS[variant]
     inputs = inputs.map(lambda x: x.detach().requires_grad_())
-    with sk.backend(backend):
+    with sk.backend(backend or ops.current_backend()):
         outputs = call(inputs, regions, **(defaults | options))
         gradients = torch.autograd.grad(outputs, inputs.leaves(), upstream(outputs), allow_unused=True)
     return [x.detach() for x in outputs], gradients

@@ -1,4 +1,4 @@
-"""Hypothesis profiles; the devices that the suite runs on: the CPU, and a GPU where the build has kernels for it."""
+"""The backends and devices that the suite runs on, the emulator in the place of the CPU's kernels, hypothesis."""
 
 import os
 
@@ -9,19 +9,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from cases import CUDA
 
+import sea_kernels as sk
 from sea_kernels import ops
 
 try:
-    from hypothesis import settings
-except ImportError:  # test_smoke.py needs pytest and torch alone; what uses hypothesis imports it and fails
+    from hypothesis import HealthCheck, settings
+except ImportError:  # test_everything_once.py needs pytest and torch alone; what uses hypothesis imports it and fails
     pass
 else:
-    settings.register_profile("dev", deadline=None, max_examples=60)
-    settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True, print_blob=True)
+    # The backend fixture is the same for all examples of a test.
+    common = {"deadline": None, "max_examples": 60, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+    settings.register_profile("dev", **common)
+    settings.register_profile("ci", **common, derandomize=True, print_blob=True)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
 
 
+BACKENDS = ("native", "reference")
+
+
 def pytest_addoption(parser):
+    parser.addoption(
+        "--backend", choices=BACKENDS, help="only that one (default: both; native where the kernels are emulated)"
+    )
     parser.addoption(
         "--emulate", type=int, metavar="ORDER", help="run the CUDA kernels on the CPU, threads in that order"
     )
@@ -40,6 +49,22 @@ def pytest_configure(config):
 def pytest_report_header(config):
     emulated = " CUDA kernels are emulated" if config.getoption("--emulate") is not None else ""
     return f"sea_kernels: {ops.LIBRARY_ERROR or ops.build_info()}{emulated}"
+
+
+def pytest_generate_tests(metafunc):
+    """Tests that take `backend` run once with each."""
+    if "backend" in metafunc.fixturenames:
+        config = metafunc.config
+        emulated = "native" if config.getoption("--emulate") is not None else None
+        chosen = config.getoption("--backend") or emulated
+        metafunc.parametrize("backend", [chosen] if chosen else BACKENDS, indirect=True)
+
+
+@pytest.fixture
+def backend(request):
+    """The name of the backend within which the test runs."""
+    with sk.backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"] if CUDA else ["cpu"])

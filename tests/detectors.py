@@ -112,7 +112,7 @@ def mmdet_config(name, depth=18):
     from mmengine.config import Config
     from mmengine.logging import MMLogger
 
-    MMLogger.get_current_instance().setLevel("ERROR")  # it lists every weight that is initialised
+    MMLogger.get_current_instance().setLevel("ERROR")  # it lists every weight that is initialized
     model = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / MMDET[name]).model
     model.backbone.init_cfg = None
     if depth == 18:

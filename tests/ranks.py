@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
 
+import cases
+import tolerance
 import torch
 import torch.distributed as dist
-from cases import F64, Inputs, make_boxes, make_inputs
+from cases import F64, VARIANTS, Inputs, make_boxes, make_inputs
 
 import sea_kernels as sk
 from sea_kernels import distributed
@@ -84,6 +86,31 @@ def share(gradients, ranks, k):
         height, width = rank.shapes[i % levels]
         out.append(None if x is None else len(ranks) * x[first : first + rank.batch, :, :height, :width])
     return out
+
+
+# Images, boxes, size of the input: one rank has no boxes, one no images, and their maps differ.
+RANKS = [
+    make_rank(0, batch=2, number=5),
+    make_rank(1, batch=1, number=0, size=(64, 130)),
+    make_rank(2, batch=3, number=4, size=(100, 50)),
+    make_rank(3, batch=0, number=0),
+]
+REDUCING = [name for name in VARIANTS if name not in ("anchor_cosine", "localization, no regions")]
+
+
+def assert_equal_to_one_process(variant, ranks, results, **options):
+    """What the ranks gave in float64, (outputs, gradients) of each, against one process with the whole batch."""
+    one = whole(ranks)
+    outputs, gradients = cases.run(variant, one.inputs, one.regions(), "reference", **options)
+    noise = 1e-11  # where values cancel; a sum in float32 would be off by 1e-8
+    for i, exact in enumerate(outputs):
+        found = [outputs[i].cpu() for outputs, _ in results]
+        for k, x in enumerate([torch.stack(found).mean(0)] if exact.dim() == 0 else found):
+            tolerance.assert_close(x, exact, exact, tolerance.OUTPUT, f"output {i} of rank {k}", noise)
+    for k, (_, found) in enumerate(results):
+        for i, (x, exact) in enumerate(zip(found[:-1], share(gradients, ranks, k))):
+            x = None if x is None else x.cpu()
+            tolerance.assert_close(x, exact, exact, tolerance.GRADIENT, f"gradient {i} of rank {k}", noise)
 
 
 class Threads:

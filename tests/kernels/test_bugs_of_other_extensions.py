@@ -1,4 +1,4 @@
-"""One test for every kind of bug that comparable extensions have had; test_cuda.py holds those that need a GPU."""
+"""One test for every kind of bug that comparable extensions have had; test_on_a_gpu.py holds those that need one."""
 
 import pytest
 import torch
@@ -100,8 +100,7 @@ def test_offsets_past_two_to_the_31(device):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_image(variant, device):
-    """Losses of an empty batch are zero, gradients empty."""
+def test_a_batch_without_an_image_has_losses_of_zero(variant, device):
     regions = make_regions(device, batch=0)
     outputs, gradients = run(variant, make_inputs(regions, device=device), regions)
     assert not any(x.any() for x in outputs)
@@ -109,7 +108,7 @@ def test_no_image(variant, device):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_box(variant, device):
+def test_images_without_a_box(variant, device):
     regions = make_regions(device, number=0)
     inputs = make_inputs(regions, device=device)
     (outputs, gradients), (wanted, wanted_gradients) = (
@@ -120,8 +119,8 @@ def test_no_box(variant, device):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
-def test_no_counted_pixel(device):
-    """A crowd over everything: no anchor, so only the localisation has a value."""
+def test_maps_without_a_valid_pixel(device):
+    """A crowd over everything: no anchor, so only the localization has a value."""
     crowd = torch.tensor([[-9.0, -9.0, 999.0, 999.0]] * 2, device=device)
     index = torch.tensor([0, 1], device=device)
     regions = make_regions(device, 0, ignore_boxes=crowd, ignore_batch_index=index)
@@ -131,7 +130,7 @@ def test_no_counted_pixel(device):
     assert not any(x.any() for x in gradients[:3]) and all(x.any() for x in gradients[3:6])
 
 
-def test_batch_of_70000_of_one_pixel(device):
+def test_a_batch_of_70000_images_of_one_pixel(device):
     """More blocks than a dimension of a CUDA grid may have; P = 3."""
     batch = 70_000
     boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0]], device=device).expand(batch // 2, 4)
@@ -192,7 +191,7 @@ def test_inputs_are_untouched(variant, device):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_same_input_same_bits(variant, layout, device):
+def test_same_input_gives_the_same_bits(variant, layout, device):
     """Twice, and with 1, 2, 3 and 4 threads; few categories and many, so that both ways of backward are taken."""
     threads = torch.get_num_threads()
     for number, channels in ((3, 96), (40, 24)):
@@ -209,7 +208,7 @@ def test_same_input_same_bits(variant, layout, device):
             torch.set_num_threads(threads)
 
 
-def test_many_threads_at_once(device):
+def test_calls_of_many_threads_do_not_disturb_each_other(device):
     """Calls from several Python threads do not disturb each other, nor does a call from inside of torch's own pool."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -257,7 +256,7 @@ def test_a_device_without_kernels_is_an_error_and_no_silent_fall_back():
 
 
 @pytest.mark.parametrize("present", [30, 31, 63])
-def test_last_block_of_anchors(present, device):
+def test_the_last_block_of_anchors_may_be_partly_filled(present, device):
     """The matrix product reads anchors in blocks of 12 rows: 61 and 63 of them need more room than 64."""
     shapes = [(10, 14), (5, 7)]
     corner = torch.arange(present, dtype=F32, device=device).unsqueeze(1) * torch.tensor([3.0, 2.0], device=device)

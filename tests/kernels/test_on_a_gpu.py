@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, launches, synchronisation, alignment, two devices, sizes past 2^31."""
+"""What only a GPU can show: streams, graphs, launches, synchronization, alignment, two devices, sizes past 2^31."""
 
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import sea_kernels as sk
 
 pytestmark = pytest.mark.skipif(not CUDA, reason=NO_CUDA)
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHAPES, STRIDES = [(20, 28), (10, 14), (5, 7)], [8, 16, 32]
 
 
@@ -75,7 +75,7 @@ def test_cpu_and_gpu_agree():
         assert torch.equal(x.cpu(), y)
 
 
-def test_side_stream():
+def test_a_side_stream_is_used_and_waited_for():
     """Everything runs on the current stream: work that is late there is waited for, and by nobody else."""
     boxes, inputs = padded_boxes(20), leaves()
     wanted = step(*boxes, inputs)
@@ -93,7 +93,7 @@ def test_side_stream():
     assert equal(got, wanted)
 
 
-def test_capture_and_replay():
+def test_a_captured_graph_serves_other_boxes_and_maps():
     """One captured graph, boxes included, serves every step: other boxes, other numbers of them, other maps."""
     boxes, inputs = padded_boxes(20), leaves()
     stream = torch.cuda.Stream()
@@ -142,7 +142,7 @@ def test_lists_of_boxes_in_a_captured_graph():
         assert torch.equal(x.cpu(), y)
 
 
-def test_no_synchronisation():
+def test_a_step_does_not_synchronize():
     """Nothing in a step waits for the device by torch's doing; lists of sizes and boxes included."""
     boxes, inputs = padded_boxes(20), leaves()
     lists = [b.cuda() for b in make_boxes(20)[0].split(10)], [c.cuda() for c in make_boxes(20)[1].split(10)]
@@ -161,7 +161,7 @@ def test_no_synchronisation():
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_launches_of_a_step(monkeypatch):
+def test_a_step_has_at_most_15_launches(monkeypatch):
     """As FCOS is trained, from packed boxes to gradients: at most 15 kernels, fills and copies, and nobody waits."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import bench_losses
@@ -171,12 +171,12 @@ def test_launches_of_a_step(monkeypatch):
     (x,) = bench_losses.make_inputs(workload, bench_losses.sample_boxes(workload), torch.device("cuda"), 1)
     train = bench_losses.training_step(partial(bench_losses.sea_losses, workload))
     train(x, lambda: None)
-    launches, synchronisations = measure.cuda_calls(train, x)
-    assert 3 <= launches <= 15 and synchronisations == 0
+    launches, synchronizations = measure.cuda_calls(train, x)
+    assert 3 <= launches <= 15 and synchronizations == 0
 
 
 @pytest.mark.compile
-def test_graphs_of_torch_compile():
+def test_torch_compile_captures_cuda_graphs():
     """mode="reduce-overhead": regions, losses and backward are captured and replayed for other boxes and maps."""
     from torch._dynamo.utils import counters
 
@@ -234,13 +234,13 @@ try:
 except RuntimeError as error:
     print("RuntimeError:", error, flush=True)
 """
-    done = programs.run("-c", code, cwd=Path(__file__).parent)
+    done = programs.run("-c", code, cwd=Path(__file__).parents[1])
     assert done.stdout.startswith("the device has failed\nRuntimeError: "), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("offset", [1, 2, 3, 5, 7])
-def test_misaligned_views(offset, dtype):
+def test_views_that_are_not_aligned(offset, dtype):
     """Contiguous, but not at an address that is a multiple of 16 bytes."""
     regions = make_regions("cuda")
     inputs = make_inputs(regions, dtype=dtype, device="cuda")

@@ -20,7 +20,7 @@ ROOT = Path(sk.__file__).parents[1]
 SHAPES, STRIDES = [(9, 12), (5, 6), (2, 2)], [8, (16, 16.5), 40]
 SIZES = [(72, 96), (50, 61)]  # height, width
 NAMES = ["cat", "dog", "cow", "pig"]
-# In image 0 a cat in a dog's centre; a crowd reaches over half the dog. Image 1 has a crowd alone, over its border.
+# In image 0 a cat in a dog's center; a crowd reaches over half the dog. Image 1 has a crowd alone, over its border.
 BOXES = [[(8.0, 8.0, 60.0, 60.0), (24.0, 20.0, 47.0, 40.0), (70.0, 3.0, 75.0, 9.0)], []]
 LABELS = [[1, 0, 3], []]
 IGNORE = [[(40.0, 30.0, 95.0, 70.0)], [(33.0, 31.0, 90.0, 90.0)]]
@@ -100,7 +100,7 @@ def test_regions_are_painted_where_they_are(scene):
 
 
 def test_what_is_drawn_looks_as_painted(tmp_path, scene):
-    """The colour in the written file where pixel (y, x) of level 0 lies, on a grey image: nothing lies over it."""
+    """The color in the written file where pixel (y, x) of level 0 lies, on a gray image: nothing lies over it."""
     figure = plot.regions(torch.full((2, 3, 72, 96), 0.5), scene, STRIDES)
     figure.savefig(tmp_path / "a.png")
     written = torch.tensor(imread(tmp_path / "a.png"))[..., :3]
@@ -148,7 +148,7 @@ def test_images_of_every_kind(dtype, channels):
     shown = (plot.regions(x.to(dtype), regions, [8]).axes[0].images[0].get_array() for x in (image, image - 100))
     expected = image.expand(3, -1, -1).permute(1, 2, 0) / 255
     torch.testing.assert_close(torch.tensor(next(shown)).double(), expected.double(), atol=1e-6, rtol=0)
-    if dtype != torch.uint8:  # of any normalisation: rescaled to its least and greatest
+    if dtype != torch.uint8:  # of any normalization: rescaled to its least and greatest
         torch.testing.assert_close(torch.tensor(next(shown)).double(), expected.double(), atol=1e-3, rtol=0)
     small = plot.regions(torch.full((3, 16, 24), 0.25), regions, [8]).axes[0].images[0].get_array()
     assert (small == 0.25).all()
@@ -186,7 +186,7 @@ def test_cosines_are_those_of_the_maps():
             assert axis.images[0].get_clim() == before_apart.images[0].get_clim()
             assert axis.get_title() == f"|{name} - teacher|, mean {apart[masks.any(0)].mean():.3f}"
         covered = torch.tensor(after.images[1].get_array())[..., 3] > 0
-        assert torch.equal(covered, ~masks.any(0))  # what does not count is grey
+        assert torch.equal(covered, ~masks.any(0))  # what does not count is gray
 
 
 def test_chosen_anchors_and_one_set_of_maps(tmp_path):

@@ -20,14 +20,14 @@ DTYPES = {  # student's, teacher's
     "float32, float64": (F32, F64),
     "float64, bfloat16": (F64, BF16),
 }
-# Few categories and many channels: what backward needs is kept. Many categories and few channels: it is computed again.
-SIZES = {"kept": {"number": 3, "channels": 96}, "recomputed": {"number": 12, "channels": 24}}
+# Few categories and many channels: what backward needs is saved. Many and few: it is computed again.
+SIZES = {"saved": {"number": 3, "channels": 96}, "recomputed": {"number": 12, "channels": 24}}
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_native_is_as_exact_as_the_reference(variant, dtypes, size, device):
+def test_losses_and_gradients_in_every_dtype(variant, dtypes, size, device):
     regions = make_regions(device, size["number"], levels=2, num_classes=20)
     scalars, seeds = [], 16
     # Scalars want sixteen, the rest has many values in one; to float64, which is exact, rounding is granted instead.
@@ -73,7 +73,7 @@ def one_level(device):
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0, 5.0])
 @pytest.mark.parametrize("variant", ["distance", "localization"])
-def test_temperatures(variant, temperature, one_level, device):
+def test_extreme_temperatures(variant, temperature, one_level, device):
     check_sixteen_seeds(variant, one_level, device, temperature=temperature)
 
 
@@ -145,7 +145,7 @@ def strides(x):
 
 @pytest.mark.parametrize("variant", CALLS)
 @given(scenario=scenarios())
-def test_any_call(variant, scenario, device):
+def test_any_call_of_any_shape_dtype_and_layout(variant, scenario, device):
     keys = ("number", "batch", "num_classes", "seed", "shapes", "strides")
     regions = make_regions(device, **{k: scenario[k] for k in keys})
     keys = ("channels", "box_channels", "sets", "seed")

@@ -10,7 +10,7 @@ import torch
 from detectors import require
 from torch import nn
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PARTS = ["student forward", "student backward", "optimizer step", "teacher forward"]
 WHOLE = [
     "whole step without distillation",

@@ -88,7 +88,7 @@ def test_losses_are_those_of_sea_loss(options):
         torch.testing.assert_close(found[name], x)
 
 
-def test_modules_of_each_level():
+def test_an_entry_may_name_a_module_for_every_level():
     """As in YOLO: an entry names a module for every level."""
 
     class PerLevel(Toy):
@@ -161,7 +161,7 @@ def test_relu_in_place_behind_a_tapped_convolution():
     assert (maps[0] < 0).any()
 
 
-def test_norm_before_a_relu_in_place():
+def test_a_norm_before_a_relu_in_place():
     student, teacher = pair()
     for model in (student, teacher):
         model.head.box_tower.insert(1, nn.GroupNorm(4, 16))
@@ -185,7 +185,7 @@ class Listed(Toy):
         return {"loss": self.head(levels)}
 
 
-def test_module_that_gives_all_levels_at_once():
+def test_a_module_may_give_all_levels_at_once():
     student, teacher = Listed(), Listed()
     distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, cls=("neck",)), channels=((8, 8), (16, 16)))
     student(IMAGES)
@@ -351,7 +351,7 @@ def test_maps_are_not_kept_after_the_step():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_scaler(device, dtype):
+def test_autocast_and_a_scaler(device, dtype):
     student, teacher = (m.to(device) for m in pair())
     images, boxes, labels = IMAGES.to(device), [b.to(device) for b in BOXES], [x.to(device) for x in LABELS]
     distiller = sk.SEADistiller(student, teacher, TAPS)
@@ -370,7 +370,7 @@ def test_autocast_and_scaler(device, dtype):
 
 
 @pytest.mark.skipif(not CUDA, reason=NO_CUDA)
-def test_no_synchronisation():
+def test_a_step_on_a_gpu_does_not_synchronize():
     student, teacher = (m.cuda() for m in pair(width=24))
     images, boxes, labels = IMAGES.cuda(), [b.cuda() for b in BOXES], [x.cuda() for x in LABELS]
     distiller = sk.SEADistiller(student, teacher, TAPS)
@@ -385,7 +385,7 @@ def test_no_synchronisation():
 
 @pytest.mark.compile
 @pytest.mark.parametrize("hooked", [["student"], ["compiled"], ["student", "compiled"]], ids="-".join)
-def test_compiled_student(hooked):
+def test_a_compiled_student_is_one_graph(hooked):
     """The hooks are traced: one graph, the same losses, no second compilation; over a compiled model too."""
     if len(hooked) == 2 and TorchVersion(torch.__version__) < (2, 13):
         pytest.skip("two distillers on one compiled student: torch 2.11 fails to compile it")
@@ -437,7 +437,7 @@ def _data_parallel(rank, _group, _meeting):
 
 
 @pytest.mark.processes
-def test_distributed_data_parallel(tmp_path):
+def test_two_processes_end_with_the_same_weights(tmp_path):
     """Two processes with other images end with the same weights of student and adapters, which have moved."""
     first, second = Meeting(tmp_path, 2).spawn(_data_parallel)
     begun = {"student": Toy().state_dict(), "adapters": sk.SEADistiller(*pair(width=24), TAPS).adapters.state_dict()}
@@ -538,7 +538,7 @@ def test_targets_that_the_taps_see_give_way_to_those_given():
         distiller.losses(BOXES)
 
 
-def test_teacher_input():
+def test_the_teacher_may_be_given_an_input_of_its_own():
     student, teacher = pair()
     distiller = sk.SEADistiller(student, teacher, TAPS)
     student(IMAGES)
@@ -547,7 +547,7 @@ def test_teacher_input():
     assert value(distiller.losses(BOXES, LABELS, teacher_input=2 * IMAGES + 1)) != plain
 
 
-def test_schedule():
+def test_a_schedule_warms_up_decays_and_stops():
     schedule = sk.Schedule(warmup=4, decay=6, stop=10)
     assert [schedule(s) for s in range(12)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
     assert [sk.Schedule(stop=2)(s) for s in range(4)] == [1, 1, 0, 0] and sk.Schedule()(10**9) == 1
@@ -589,7 +589,7 @@ def refused(match, kind=ValueError, run=True, taps=TAPS, losses=(BOXES, LABELS),
         distiller.losses(*losses)
 
 
-def test_bad_input():
+def test_bad_input_is_refused():
     replace = dataclasses.replace
     refused("has not run since the last losses", RuntimeError, run=False)
     refused("boxes and labels not given; expected them in losses.*the taps name no module", losses=())
@@ -613,7 +613,7 @@ def test_bad_input():
         sk.SEADistiller(pair()[0], "teacher.pth", TAPS)
 
 
-def test_models_that_cannot_go_together():
+def test_models_that_cannot_go_together_are_refused():
     student, teacher = pair()
     teacher.backbone = student.backbone
     with pytest.raises(ValueError, match=r"teacher shares 'backbone.0.weight' with the student"):
@@ -646,7 +646,7 @@ def test_teacher_that_does_not_fire_or_has_other_levels():
         distiller.losses(BOXES, LABELS)
 
 
-def test_frozen_map_is_an_error():
+def test_a_frozen_map_is_an_error():
     student, teacher = pair()
     student.requires_grad_(False)
     student.head.predict.requires_grad_(True)

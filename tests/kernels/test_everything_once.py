@@ -25,6 +25,6 @@ def losses(backend):
     return [regions.classes, regions.area, *parts, anchors, *cosines, *gradients]
 
 
-def test_native_equals_reference():
+def test_native_equals_the_reference():
     for native, reference in zip(losses("native"), losses("reference")):
         torch.testing.assert_close(native, reference, rtol=1e-4, atol=1e-6)

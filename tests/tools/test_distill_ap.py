@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytest.importorskip("pycocotools", reason="the evaluation needs pycocotools")
 pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
 

@@ -12,7 +12,7 @@ import torch
 
 from sea_kernels import distributed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROWS = ["each for itself", "same work, no all-reduce", "global batch"]
 # Three levels, 161 rows, 16 channels in float32: both sides of the branch with distances, of the other the difference;
 # then the gradients of the former. The regions in float64: 3 levels of 163 areas, 81 flags, 3 numbers of pixels and one

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import CUDA, NO_CUDA
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture

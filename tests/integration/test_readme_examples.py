@@ -21,7 +21,7 @@ from toy_detector import Toy, batch
 
 import sea_kernels as sk
 
-README = Path(__file__).parent.parent / "sea_kernels" / "README.md"
+README = Path(__file__).parents[2] / "sea_kernels" / "README.md"
 
 
 def example(name):
@@ -36,7 +36,7 @@ def snapshot(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def test_plain(tmp_path, monkeypatch):
+def test_the_example_of_plain_pytorch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     student, teacher = Toy(), Toy(24, seed=1)
     before = snapshot(student)
@@ -49,7 +49,7 @@ def test_plain(tmp_path, monkeypatch):
 
 
 @pytest.mark.processes
-def test_distributed(tmp_path):
+def test_the_example_of_several_processes(tmp_path):
     """Two processes by torchrun: the anchor loss is that of both, so the same on either; the others are their own."""
     require("torchvision")
     if "SEA_KERNELS_DATA" not in os.environ:
@@ -74,7 +74,7 @@ def test_distributed(tmp_path):
         assert [first[n] == second[n] for n in names] == [True, False, False]
 
 
-def test_torchvision():
+def test_the_example_of_torchvision():
     model, teacher = torchvision_detector("FCOS").train(), torchvision_detector("FCOS", 50, seed=1)
     before, fixed = snapshot(model), snapshot(teacher)
     optimizer = torch.optim.SGD(model.parameters(), 1e-6)
@@ -83,7 +83,7 @@ def test_torchvision():
     assert moved(model, before) and not moved(teacher, fixed)
 
 
-def test_mmdet(tmp_path, monkeypatch):
+def test_the_example_of_mmdetection(tmp_path, monkeypatch):
     require("mmdet")
     from mmengine.config import Config
     from mmengine.model import ExponentialMovingAverage

@@ -31,7 +31,7 @@ def check(student, teacher, own_losses, trained):
         assert native[name].isfinite() and native[name] > 0, name
         torch.testing.assert_close(native[name], plain[name], rtol=1e-4, atol=0)
     assert gradients.keys() == expected.keys()
-    # The localisation loss does not see a common offset: the exact gradient of a bias behind it is 0, rounding shows.
+    # The localization loss does not see a common offset: the exact gradient of a bias behind it is 0, rounding shows.
     rounding = 1e-6 * max(x.abs().max().item() for x in expected.values())
     for name, x in gradients.items():
         assert x.isfinite().all(), name
@@ -45,14 +45,14 @@ def check(student, teacher, own_losses, trained):
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvision(name):
+def test_losses_and_gradients_in_torchvision(name):
     student, teacher = torchvision_detector(name), torchvision_detector(name, 50, seed=1)
     towers = ("rpn.head.conv",) if "RCNN" in name else ("head.classification_head.conv", "head.regression_head.conv")
     check(student, teacher, lambda: student(*torchvision_batch(name)), ("backbone.body", *towers))
 
 
 @pytest.mark.parametrize("name", MMDET)
-def test_mmdet(name):
+def test_losses_and_gradients_in_mmdetection(name):
     student, teacher = mmdet_detector(name), mmdet_detector(name, 50, seed=1)
     towers = {"SOLOv2": ("mask_head.cls_convs", "mask_head.kernel_convs")}.get(
         name, ("rpn_head.rpn_conv",) if "RCNN" in name else ("bbox_head.cls_convs", "bbox_head.reg_convs")
@@ -74,7 +74,7 @@ def assert_same_regions(found, wanted):
 
 
 @pytest.mark.parametrize("use_masks", [False, True])
-def test_targets_of_torchvision(use_masks):
+def test_targets_that_torchvision_shows_reach_the_regions(use_masks):
     """Boxes as they are after the resize, labels from 0, crowds in no region, sizes before padding."""
     student, teacher = torchvision_detector("MaskRCNN").train(), torchvision_detector("MaskRCNN", seed=1)
     images, targets = torchvision_batch("MaskRCNN")
@@ -101,7 +101,7 @@ def test_targets_of_torchvision(use_masks):
 
 
 @pytest.mark.parametrize("use_masks", [False, True])
-def test_targets_of_mmdet(use_masks):
+def test_targets_that_mmdetection_shows_reach_the_regions(use_masks):
     student, teacher = mmdet_detector("MaskRCNN").train(), mmdet_detector("MaskRCNN", seed=1)
     with sk.SEADistiller(student, teacher, use_masks=use_masks) as distiller:
         data = student.data_preprocessor(mmdet_batch("MaskRCNN"), training=True)
@@ -147,7 +147,7 @@ def test_solo_grids_divide_the_input():
     assert_same_regions(captured.regions, wanted)
 
 
-def test_narrower_student():
+def test_a_narrower_student_gets_adapters():
     """Half the channels of the teacher in FPN and towers; GroupNorm and ReLU at the end of every block."""
     student, teacher = torchvision_detector("FCOS", channels=128).train(), torchvision_detector("FCOS", seed=1)
     with sk.SEADistiller(student, teacher) as distiller:

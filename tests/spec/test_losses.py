@@ -1,0 +1,229 @@
+"""Losses, anchors and cosines: the values and gradients of the oracle's loops, in float64 to 1e-9."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from cases import BF16, F16, F32, F64
+from scenes import CASES, arrays, assert_near, build, expected_regions, make_maps, regions_of
+
+import sea_kernels as sk
+
+nan = math.nan
+LOSS_CASES = {k: v for k, v in CASES.items() if k != "huge"}
+
+
+@pytest.fixture(params=LOSS_CASES.values(), ids=LOSS_CASES)
+def case(request):
+    return request.param
+
+
+def all_losses(student, teacher, regions):
+    return (
+        sk.anchor_loss(student, teacher, regions),
+        sk.topological_distance_loss(student, teacher, regions),
+        sk.localization_alignment_loss(student, teacher, regions),
+    )
+
+
+def test_anchors_are_means_and_cosines_are_of_every_pixel_with_every_anchor(case, backend, device):
+    regions, (_, masks, _) = regions_of(case, device=device), expected_regions(case)
+    features = make_maps(case, device=device)
+    anchors = sk.anchor_pool(features, regions)
+    wanted = oracle.anchors(arrays(features), masks)
+    assert anchors.dtype == F64
+    assert_near(anchors, np.stack(wanted))
+    assert torch.equal(anchors[regions.area == 0], torch.zeros_like(anchors[regions.area == 0]))
+    for f, a, m, c in zip(arrays(features), wanted, masks, sk.anchor_cosine(features, anchors, regions)):
+        assert c.shape == (f.shape[0], len(m), *f.shape[2:])
+        wanted_cosine = [
+            [oracle.cosine(f[b, :, y, x], a[p]) for b in range(f.shape[0])]
+            for y in range(f.shape[2])
+            for x in range(f.shape[3])
+            for p in range(len(m))
+        ]
+        wanted_cosine = np.array(wanted_cosine).reshape(*f.shape[2:], len(m), -1).transpose(3, 2, 0, 1)
+        assert_near(c, wanted_cosine)
+
+
+def test_anchor_cosine_of_an_empty_anchor_is_zero(case, backend, device):
+    """Whatever is given for it, even NaN."""
+    regions, features = regions_of(case, device=device), make_maps(case, requires_grad=True, device=device)
+    anchors = torch.randn(len(features), regions.area.shape[1], 3, dtype=F64, device=device)
+    anchors[regions.area == 0] = nan
+    anchors.requires_grad_()
+    cosines = sk.anchor_cosine(features, anchors, regions)
+    for c, area in zip(cosines, regions.area):
+        assert torch.equal(c.isfinite(), torch.ones_like(c, dtype=torch.bool))
+        assert not c[:, area == 0].any()
+    grads = torch.autograd.grad(sum(c.sum() for c in cosines), [anchors, *features])
+    assert all(g.isfinite().all() for g in grads)
+    assert not grads[0][regions.area == 0].any()
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+def test_losses_in_every_dtype(case, dtype, backend, device):
+    """In every dtype of maps against the oracle on the same (rounded) values."""
+    regions, (_, masks, extent) = regions_of(case, device=device), expected_regions(case)
+    student, teacher = make_maps(case, 4, 1, dtype, device=device), make_maps(case, 4, 2, dtype, device=device)
+    s, t = arrays(student), arrays(teacher)
+    rtol = 1e-9 if dtype == F64 else 1e-4
+    for loss, wanted in (
+        (sk.anchor_loss(student, teacher, regions), oracle.anchor_loss(s, t, masks)),
+        (
+            sk.topological_distance_loss(student, teacher, regions, temperature=0.2),
+            oracle.distance_loss(s, t, masks, 0.2),
+        ),
+        (
+            sk.localization_alignment_loss(student, teacher, regions, temperature=2),
+            oracle.localization_loss(s, t, extent, 2.0),
+        ),
+        (sk.localization_alignment_loss(student, teacher), oracle.localization_loss(s, t, None, 1.0)),
+    ):
+        assert loss.shape == () and loss.dtype == (F64 if dtype == F64 else F32)
+        assert_near(loss, wanted, rtol)
+
+
+def test_default_temperatures_are_a_tenth_and_one(backend, device):
+    case = CASES["plain"]
+    regions, (_, masks, _) = regions_of(case, device=device), expected_regions(case)
+    student, teacher = make_maps(case, 4, 1, device=device), make_maps(case, 4, 2, device=device)
+    s, t = arrays(student), arrays(teacher)
+    assert_near(sk.topological_distance_loss(student, teacher, regions), oracle.distance_loss(s, t, masks, 0.1))
+    assert_near(sk.localization_alignment_loss(student, teacher), oracle.localization_loss(s, t, None, 1.0))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 5.0])
+@pytest.mark.parametrize("detach_anchors", [False, True])
+def test_gradients_are_the_closed_formulas(case, temperature, detach_anchors, backend, device):
+    regions, (_, masks, extent) = regions_of(case, device=device), expected_regions(case)
+    student, teacher = make_maps(case, 4, 1, requires_grad=True, device=device), make_maps(case, 4, 2, device=device)
+    s, t = arrays(student), arrays(teacher)
+    distance = sk.topological_distance_loss(student, teacher, regions, temperature, detach_anchors)
+    for loss, wanted in (
+        (sk.anchor_loss(student, teacher, regions), oracle.anchor_gradient(s, t, masks)),
+        (distance, oracle.distance_gradient(s, t, masks, temperature, detach_anchors)),
+        (
+            sk.localization_alignment_loss(student, teacher, regions, temperature),
+            oracle.localization_gradient(s, t, extent, temperature),
+        ),
+        (
+            sk.localization_alignment_loss(student, teacher, None, temperature),
+            oracle.localization_gradient(s, t, None, temperature),
+        ),
+    ):
+        for g, w in zip(torch.autograd.grad(loss, student), wanted):
+            assert_near(g, w, 1e-8)
+
+
+@pytest.mark.parametrize("anchor_on_box", [False, True])
+@pytest.mark.parametrize("distance_on_box", [False, True])
+def test_sea_loss_is_the_sum_of_the_single_losses(distance_on_box, anchor_on_box, backend, device):
+    """Of two maps a branch, the box maps of other width; the gradient included."""
+    case = CASES["crowd and padding"]
+    regions = regions_of(case, device=device)
+    student_cls, teacher_cls = (
+        [make_maps(case, 4, i + k, requires_grad=k == 0, device=device) for i in (0, 1)] for k in (0, 9)
+    )
+    student_box, teacher_box = (
+        [make_maps(case, 5, i + k, requires_grad=k == 20, device=device) for i in (0, 1)] for k in (20, 30)
+    )
+    out = sk.sea_loss(
+        student_cls, teacher_cls, student_box, teacher_box, regions, 0.3, 2.0, False, distance_on_box, anchor_on_box
+    )
+    assert out._fields == ("anchor", "distance", "localization")
+
+    def single(loss, student, teacher, *args):
+        return sum(loss(s, t, *args) for s, t in zip(student, teacher))
+
+    anchor = single(sk.anchor_loss, student_cls, teacher_cls, regions)
+    if anchor_on_box:
+        anchor = anchor + single(sk.anchor_loss, student_box, teacher_box, regions)
+    distance = single(sk.topological_distance_loss, student_cls, teacher_cls, regions, 0.3)
+    if distance_on_box:
+        distance = distance + single(sk.topological_distance_loss, student_box, teacher_box, regions, 0.3)
+    localization = single(sk.localization_alignment_loss, student_box, teacher_box, regions, 2.0)
+    maps = [x for s in student_cls + student_box for x in s]
+    for x, y in zip(out, (anchor, distance, localization)):
+        assert_near(x, y.item())
+        for g, w in zip(*(torch.autograd.grad(v, maps, retain_graph=True, materialize_grads=True) for v in (x, y))):
+            torch.testing.assert_close(g, w)
+
+
+def test_sea_loss_can_detach_the_anchors(backend, device):
+    case = CASES["plain"]
+    regions, student, teacher = (
+        regions_of(case, device=device),
+        make_maps(case, 3, 1, requires_grad=True, device=device),
+        make_maps(case, 3, 2, device=device),
+    )
+    out = sk.sea_loss(
+        student, teacher, make_maps(case, device=device), make_maps(case, device=device), regions, detach_anchors=True
+    )
+    wanted = sk.topological_distance_loss(student, teacher, regions, detach_anchors=True)
+    for g, w in zip(torch.autograd.grad(out.distance, student), torch.autograd.grad(wanted, student)):
+        torch.testing.assert_close(g, w)
+
+
+def test_losses_of_several_sets_of_maps_add_up(backend, device):
+    case = CASES["plain"]
+    regions = regions_of(case, device=device)
+    student, teacher = ([make_maps(case, 3, i + k, device=device) for i in (0, 1, 2)] for k in (0, 9))
+    for loss in (
+        sk.anchor_loss,
+        sk.topological_distance_loss,
+        sk.localization_alignment_loss,
+    ):
+        assert_near(loss(student, teacher, regions), sum(loss(s, t, regions).item() for s, t in zip(student, teacher)))
+        assert_near(loss(student[:1], teacher[:1], regions), loss(student[0], teacher[0], regions).item())
+
+
+def test_equal_maps_have_no_loss(case, backend, device):
+    regions, maps = regions_of(case, device=device), make_maps(case, device=device)
+    for v in sk.sea_loss(maps, maps, maps, maps, regions, distance_on_box=True):
+        assert abs(v.item()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_a_norm_just_above_the_limit_has_a_direction(dtype, backend, device):
+    """The limit is 1e-12 itself, of pixels and of anchors: on the square, float32 could hold neither."""
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    regions = build([torch.zeros(0, 4, device=device)], [none], [(1, 1)], [8])
+    other = torch.tensor([3.0, 4.0], dtype=dtype, device=device)
+    for norm, wanted in ((2e-12, 0.6), (0.5e-12, 0.0), (0.0, 0.0), (nan, nan)):
+        x = torch.tensor([norm, 0.0], dtype=dtype, device=device)
+        for pixel, anchor in ((x, other), (other, x)):
+            (cosine,) = sk.anchor_cosine([pixel.view(1, 2, 1, 1)], anchor.view(1, 1, 2), regions)
+            assert cosine.item() == pytest.approx(wanted, rel=1e-9 if dtype == F64 else 1e-5, nan_ok=True)
+
+
+def test_a_level_without_a_valid_pixel_adds_nothing(backend, device):
+    """A crowd over all of it; and no image in the batch."""
+    case = CASES["plain"] | {"boxes": [[], []], "labels": [[], []], "ignore": [[(0, 0, 64, 48)]] * 2}
+    empty = case | {"boxes": [], "labels": [], "ignore": []}
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    args = {"batch_index": none, "batch_size": 0}
+    no_image = build(torch.zeros(0, 4, device=device), none, case["shapes"], case["strides"], **args)
+    assert no_image.area.tolist() == [[0]] * 3
+    assert sk.Regions(*no_image.tensors(), None, no_image.level_shapes, 0).masks(0).shape == (1, 0, 6, 8)
+    for c, regions in ((case, regions_of(case, device=device)), (empty, no_image)):
+        assert not regions.counted.any()
+        student, teacher = make_maps(c, 3, 1, requires_grad=True, device=device), make_maps(c, 3, 2, device=device)
+        anchor, distance, localization = sk.sea_loss(student, teacher, student, teacher, regions)
+        assert anchor.item() == 0 and distance.item() == 0 and (localization.item() > 0) == (c is case)
+        for loss in (anchor, distance):
+            assert not any(g.any() for g in torch.autograd.grad(loss, student, retain_graph=True))
+        assert all(g.isfinite().all() for g in torch.autograd.grad(localization, student))
+
+
+@pytest.mark.parametrize("by", ["native", "reference"])
+def test_losses_take_regions_of_either_backend(by, backend, device):
+    case = CASES["plain"]
+    own, student, teacher = (regions_of(case, device=device), *(make_maps(case, 3, i, device=device) for i in (1, 2)))
+    with sk.backend(by):
+        other = regions_of(case, device=device)
+    for x, y in zip(all_losses(student, teacher, other), all_losses(student, teacher, own)):
+        assert torch.equal(x, y)
+    assert torch.equal(sk.anchor_pool(student, other), sk.anchor_pool(student, own))
