@@ -1,8 +1,9 @@
-"""Ground-truth boxes for the benchmark: from a COCO annotation file, or sampled with COCO's statistics."""
+"""Ground-truth boxes for the benchmarks: from a COCO annotation file, or sampled with COCO's statistics."""
 
 import contextlib
 import dataclasses
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,19 @@ class Boxes:
     @property
     def categories(self) -> int:
         return len(self.labels[self.labels >= 0].unique())
+
+
+def padded_size(sizes: list[tuple[int, int]]) -> list[int]:
+    """(height, width) of a batch of such images, padded as detectors do: to the largest, and to multiples of 32."""
+    return [32 * math.ceil(max(size[d] for size in sizes) / 32) for d in (0, 1)]
+
+
+def choose(annotations: Path | None, batch: int, height: int, width: int, *numbers) -> Boxes:
+    """Boxes from `sample` or, where there is a file, of the images whose numbers come nearest to those of `sample`."""
+    sampled = sample(batch, height, width, *numbers)
+    if annotations is None:
+        return sampled
+    return from_annotations(annotations, batch, height, width, len(sampled.labels), sampled.categories)
 
 
 def category_weights(num_classes: int) -> np.ndarray:
@@ -114,8 +128,8 @@ def from_annotations(path: Path, batch: int, height: int, width: int, boxes: int
 
     The images are those whose numbers of boxes and of categories come nearest to `boxes` and `categories`; the same
     file gives the same images every time. An image is scaled until its shorter side is `height` or its longer side is
-    `width`, whichever comes first (so portrait images are left out where there are landscape ones), and lies at the
-    top left of its map: the rest is padding, told by `image_sizes`. Crowds become ignore boxes.
+    `width`, whichever comes first (portrait images are skipped where there are enough landscape ones), and lies at
+    the top left of its map. The rest is padding, which `image_sizes` tells. Crowds become ignore boxes.
     """
     try:
         from pycocotools.coco import COCO
