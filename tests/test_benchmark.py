@@ -293,13 +293,12 @@ def test_impossible_numbers_are_refused(benchmark_module):
 
 
 def test_annotated_images_are_scaled_as_detectors_do(benchmark_module, tmp_path):
-    pytest.importorskip("pycocotools")
     annotation = {"area": 1.0, "iscrowd": 0, "segmentation": []}
     coco = {
         "images": [
-            {"id": 7, "width": 640, "height": 480},
-            {"id": 8, "width": 1000, "height": 400},
-            {"id": 9, "width": 480, "height": 640},  # portrait: skipped
+            {"id": 7, "file_name": "7.jpg", "width": 640, "height": 480},
+            {"id": 8, "file_name": "8.jpg", "width": 1000, "height": 400},
+            {"id": 9, "file_name": "9.jpg", "width": 480, "height": 640},  # portrait: skipped
         ],
         "categories": [{"id": 3, "name": "a"}, {"id": 90, "name": "b"}],
         "annotations": [
