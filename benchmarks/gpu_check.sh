@@ -142,12 +142,11 @@ run() { step "$1" "$2" bash -c '"$@"' - "${@:3}"; } # a step that is one of the 
 run_gpu() { gpu "$1" "$2" bash -c '"$@"' - "${@:3}"; }
 test_files() { # name, seconds, threads, which: each file in the background, so that one broken context breaks one file
   local file
-  for file in $(find "$repo/tests" -name "test_*.py" ! -name "test_emulat*"); do # the emulator runs on CPUs
+  for file in "$repo"/tests/{spec,kernels,integration,tools}/test_*.py; do # not the emulator's, which compile for CPUs
     local name=$1${file##*/test}
     OMP_NUM_THREADS=$3 run "${name%.py}" "$2" tests "${name%.py}" -k "$4" "$file" &
   done
 }
-test_file() { find "$repo/tests" -name "test_$1.py"; }
 bench=("$python" "$repo/benchmarks/bench_losses.py")
 trap 'pack; rm -rf "$work"' EXIT
 trap 'exit 1' INT TERM
@@ -163,11 +162,11 @@ run kernels 90 kernels $rehearse
 
 # At once, since none is timed: tests, sanitizers, and filling torch.compile's cache for the benchmark.
 if [ "$rehearse" ]; then
-  run tests 150 tests tests "$(test_file smoke)" "$(test_file cuda)"
+  run tests 150 tests tests "$repo"/tests/kernels/test_{everything_once,on_a_gpu}.py
   step sanitize 60 "$python" "$repo/benchmarks/sanitize.py" --device cpu
   say "skipped gpu_*, cpu_*, bench_coco: the rest of the tests and the benchmark on real boxes need a GPU"
 else
-  test_files gpu 230 2 cuda
+  test_files gpu 230 2 "cuda or gpu"
 fi
 port=50000
 for tool in memcheck racecheck initcheck synccheck; do
@@ -201,7 +200,7 @@ pack
 
 # Where time is left: what needs no GPU, and the slowest way to compile.
 if [ ! "$rehearse" ] && [ $((seconds - SECONDS)) -ge 60 ]; then
-  test_files cpu 200 4 "not cuda"
+  test_files cpu 200 4 "not cuda and not gpu"
   wait
 fi
 TORCHINDUCTOR_COMPILE_THREADS=16 gpu autotune 200 "${bench[@]}" --device cuda --workload W1 --autotune \
