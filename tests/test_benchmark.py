@@ -81,6 +81,38 @@ def test_the_table_is_refused_where_the_results_differ(benchmark_module, tmp_pat
     assert "| sea_kernels " not in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def test_a_report_names_files_without_their_folders(benchmark_module):
+    arguments = ["--smoke", "--out=/home/someone/out", "--annotations", "/data/instances.json"]
+    origin = benchmark_module("report").provenance("bench.py", arguments, torch.device("cpu"))
+    assert origin["command"] == "python benchmarks/bench.py --smoke --out=out --annotations instances.json"
+    assert {"device", "cpu", "cores", "threads", "instruction_set", "cache_mib"} < set(origin["machine"])
+
+
+def test_progress_outside_a_terminal_is_a_line_for_each_kind_of_work(benchmark_module, capsys):
+    tell = benchmark_module("report").Progress(5)
+    for text in (
+        "sea_kernels: warm-up",
+        "time: repeat 1 of 3",
+        "time: repeat 2 of 3",
+        "time: repeat 3 of 3",
+        "sweep: batch 1",
+    ):
+        tell(text)
+    lines = [line.split("] ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["1 of 5: sea_kernels: warm-up", "2 of 5: time: repeat 1 of 3", "5 of 5: sweep: batch 1"]
+
+
+def test_a_cell_without_a_value_is_a_dash(benchmark_module):
+    report = benchmark_module("report")
+    columns = {"": report.label, "ms": "{step_ms:.4g}", "MiB": "{peak_mib:.4g} ({peak_percent:.1f}%)"}
+    rows = [
+        {"name": "a", "step_ms": 1.5, "peak_bytes": 2**20, "peak_percent": 50.0},
+        {"name": "b", "left_out": "out of memory"},
+    ]
+    lines = [[x.strip() for x in line.split("|")[1:-1]] for line in report.row_table(rows, columns).splitlines()]
+    assert lines[0] == ["", "ms", "MiB"] and lines[2:] == [["a", "1.5", "1 (50.0%)"], ["b: out of memory", "-", "-"]]
+
+
 # ------------------------------------------------------------------------------------------- rows that are left out
 
 
