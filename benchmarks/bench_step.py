@@ -11,20 +11,18 @@ and writes a JSON file with every sample and a picture. README.md beside this fi
 import argparse
 import copy
 import dataclasses
-import math
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import bench_losses as bench
 import boxes as box_sources
 import measure
 import plot
+import report
 import torch
-from bench_losses import COMPILED, EAGER, NATIVE
-from torch.utils.flop_counter import FlopCounterMode
+from steps import COMPILED, EAGER, NATIVE, make_regions, make_steps, measure_rows, training_step
+from workloads import Inputs, Workload, make_inputs
 
 import sea_kernels as sk
 
@@ -33,11 +31,18 @@ WITHOUT, WITH = "whole step without distillation", "whole step with "
 ROWS = (NATIVE, EAGER, COMPILED)
 COLORS = ("#4477aa", "#99bbdd", "#bbbbbb", "#998833", "#cc6677", "#eeaaaa")
 
-# What the prediction for a GPU takes from elsewhere.
-SEA_MS = 0.42  # W1 in a CUDA graph on an H200: csrc/README.md, itself a prediction
-COPY_RATE = 4.3e12  # bytes a second on an H200: csrc/README.md
-BF16_PEAK = 989e12  # operations a second of an H100 or H200 (SXM), dense: its data sheet
-PEAK_SHARE = 0.4  # of that, for all convolutions of the step: an assumption
+COLUMNS = {
+    "": report.label,
+    "forward ms": "{forward_ms:.4g}",
+    "backward ms": "{backward_ms:.4g}",
+    "SEA ms": "{sea_ms:.4g}",
+    "added to the student's step": "{added_to_student:.1%}",
+    "added to student and teacher": "{added_to_student_and_teacher:.1%}",
+    "sum of parts ms": "{parts_ms:.4g}",
+    "whole step ms": "{whole_ms:.4g}",
+    "peak of SEA MiB": "{peak_mib:.4g}",
+    "peak of whole step MiB": "{whole_peak_mib:.4g}",
+}
 
 
 def fcos(backbone: str, num_classes: int) -> torch.nn.Module:
@@ -77,11 +82,6 @@ class Batch:
             "image_sizes": self.boxes.image_sizes,
             "ignore_boxes": self.ignore_boxes,
         }
-
-    @property
-    def padded_size(self) -> list[int]:
-        """As torchvision pads: to the largest image, and to whole pixels of P5."""
-        return [32 * math.ceil(max(image.shape[d] for image in self.images) / 32) for d in (1, 2)]
 
 
 def make_batch(boxes: box_sources.Boxes, batch: int, height: int, width: int, device: torch.device) -> Batch:
@@ -153,7 +153,7 @@ def teacher_step(teacher: torch.nn.Module, batch: Batch, amp: bool):
 
 
 def captured_inputs(training: Training, device: torch.device, count: int | None):
-    """(workload, inputs) of bench_losses.py, from the maps of one step."""
+    """(workload, inputs): copies of the maps of one step."""
     batch = training.batch
     with autocast(batch, training.amp):
         training.student(batch.images, batch.targets)
@@ -161,21 +161,18 @@ def captured_inputs(training: Training, device: torch.device, count: int | None)
     dtypes = {x.dtype for sets in maps for levels in sets for x in levels}
     if len(dtypes) > 1:
         raise SystemExit(f"the maps of student and teacher have the dtypes {dtypes}; expected a single one")
-    height, width = batch.padded_size
+    height, width = box_sources.padded_size(batch.boxes.image_sizes)
     first = maps[0][0][0]
-    workload = bench.Workload(
+    workload = Workload(
         batch=len(batch.images),
         height=height,
         width=width,
         channels=first.shape[1],
         maps=len(maps[0]),
         dtype=str(first.dtype).removeprefix("torch."),
-        boxes=len(batch.boxes.labels),
-        categories=batch.boxes.categories,
-        num_classes=batch.boxes.num_classes,
         channels_last=not first.is_contiguous(),
-    )
-    inputs = bench.make_inputs(workload, batch.boxes, device, count)
+    ).with_boxes(batch.boxes)
+    inputs = make_inputs(workload, batch.boxes, device, count)
     with torch.no_grad():
         for x in inputs:
             for to, of in zip((x.student_cls, x.teacher_cls, x.student_box, x.teacher_box), maps, strict=True):
@@ -187,88 +184,21 @@ def captured_inputs(training: Training, device: torch.device, count: int | None)
     return workload, inputs
 
 
-def compiled_step(workload: bench.Workload):
+def compiled_step(workload: Workload):
     """The reference under torch.compile: the regions, and one map of each branch at a time, which all share one graph.
 
     A graph of all maps takes too long to compile for a quick run.
     """
     options = {"fullgraph": True, "dynamic": False}
-    make_regions = torch.compile(lambda boxes: bench.make_regions(workload, boxes), **options)
+    regions_of = torch.compile(lambda boxes: make_regions(workload, boxes), **options)
     one_map = torch.compile(lambda *maps: tuple(sk.sea_loss(*([x] for x in maps[:4]), maps[4])), **options)
 
-    def losses(x: bench.Inputs):
-        regions = make_regions(x.boxes)
+    def losses(x: Inputs):
+        regions = regions_of(x.boxes)
         sets = zip(x.student_cls, x.teacher_cls, x.student_box, x.teacher_box, strict=True)
         return tuple(sum(terms) for terms in zip(*(one_map(*maps, regions) for maps in sets), strict=True))
 
-    return bench.training_step(losses, "reference")
-
-
-# ------------------------------------------------------------------------------------------------------- prediction
-
-
-def operations(model: torch.nn.Module, batch: int, height: int, width: int, training: bool) -> int:
-    """Of the convolutions, forward and backward; or forward alone, as far as the maps of the towers need.
-
-    The model is on the meta device, where nothing is computed.
-    """
-    x = torch.empty(batch, 3, height, width, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-        levels = list(model.backbone(x).values())
-        if training:
-            sum(y.sum() for y in model.head(levels).values()).backward()
-        else:
-            for branch in (model.head.classification_head, model.head.regression_head):
-                for level in levels:
-                    branch.conv(level)
-    return counter.get_total_flops()
-
-
-def prediction() -> dict:
-    """For a GPU: a step as it is trained (W1) by its operations alone, beside the predicted time of the losses."""
-    w = bench.WORKLOADS["W1"]
-    with torch.device("meta"):
-        student, teacher = fcos("resnet50", w.num_classes), fcos("resnet101", w.num_classes)
-    size = w.batch, w.height, w.width
-    student_operations = operations(student, *size, training=True)
-    teacher_operations = operations(teacher, *size, training=False)
-    student_ms, teacher_ms = (1e3 * n / (PEAK_SHARE * BF16_PEAK) for n in (student_operations, teacher_operations))
-    return {
-        "measured_on_a_gpu": False,
-        "workload": dataclasses.asdict(w),
-        "sea_ms": SEA_MS,
-        "sea_least_bytes": w.least_bytes,
-        "copy_rate": COPY_RATE,
-        "sea_least_bytes_ms": 1e3 * w.least_bytes / COPY_RATE,
-        # Autocast has GroupNorm give float32, and so are the maps of torchvision's towers.
-        "sea_least_bytes_float32_ms": 1e3 * dataclasses.replace(w, dtype="float32").least_bytes / COPY_RATE,
-        "student_operations": student_operations,
-        "teacher_operations": teacher_operations,
-        "bf16_peak": BF16_PEAK,
-        "peak_share": PEAK_SHARE,
-        "student_ms": student_ms,
-        "teacher_ms": teacher_ms,
-        "added_to_student": SEA_MS / student_ms,
-        "added_to_student_and_teacher": SEA_MS / (student_ms + teacher_ms),
-        "added_to_student_at_peak": SEA_MS / (student_ms * PEAK_SHARE),
-    }
-
-
-def prediction_text(p: dict) -> str:
-    w = bench.Workload(**p["workload"])
-    return (
-        f"PREDICTION for an H200; nothing in this paragraph was measured on a GPU. {w}.\n"
-        f"Convolutions of the student's step: {p['student_operations'] / 1e12:.3g} TFLOP; of the teacher's maps: "
-        f"{p['teacher_operations'] / 1e12:.3g} TFLOP. At an assumed {p['peak_share']:.0%} of the bf16 peak "
-        f"({p['bf16_peak'] / 1e12:.0f} TFLOP/s), and as if all else took no time: "
-        f"{p['student_ms']:.3g} and {p['teacher_ms']:.3g} ms.\n"
-        f"The losses: {p['sea_least_bytes'] / 2**20:.4g} MiB moved at least, {p['sea_least_bytes_ms']:.2g} ms at "
-        f"{p['copy_rate'] / 1e12:.2g} TB/s ({p['sea_least_bytes_float32_ms']:.2g} ms with float32 maps, as autocast "
-        f"gives them after GroupNorm); predicted in a CUDA graph: {p['sea_ms']:.2g} ms (csrc/README.md).\n"
-        f"So they would add {p['added_to_student']:.1%} to the student's step and "
-        f"{p['added_to_student_and_teacher']:.1%} to it and the teacher's; {p['added_to_student_at_peak']:.1%} to a "
-        "student's step at the whole peak. A real step is slower than its convolutions, and the share smaller."
-    )
+    return training_step(losses, "reference")
 
 
 # ----------------------------------------------------------------------------------------------------------- results
@@ -315,54 +245,33 @@ def summarize(rows: list[dict]) -> tuple[dict[str, float], list[dict]]:
     return parts, sea
 
 
-def sea_table(report: dict) -> str:
-    columns = {
-        "": lambda r: r["name"] + (f": {r['left_out'][:40]}" if "left_out" in r else ""),
-        "forward ms": lambda r: bench.cell(r, "forward_ms", "{:.4g}"),
-        "backward ms": lambda r: bench.cell(r, "backward_ms", "{:.4g}"),
-        "SEA ms": lambda r: bench.cell(r, "sea_ms", "{:.4g}"),
-        "added to the student's step": lambda r: bench.cell(r, "added_to_student", "{:.1%}"),
-        "added to student and teacher": lambda r: bench.cell(r, "added_to_student_and_teacher", "{:.1%}"),
-        "sum of parts ms": lambda r: bench.cell(r, "parts_ms", "{:.4g}"),
-        "whole step ms": lambda r: bench.cell(r, "whole_ms", "{:.4g}"),
-        "peak of SEA MiB": lambda r: bench.mib(r, "peak"),
-        "peak of whole step MiB": lambda r: bench.mib(r, "whole_peak"),
-    }
-    without = next(row for row in report["rows"] if row["name"] == WITHOUT)
-    alone = {
-        "name": "no distillation",
-        "parts_ms": sum(report["parts"].values()) - report["parts"]["teacher forward"],
-        "whole_ms": without["step_ms"],
-        "whole_peak_bytes": without["peak_bytes"],
-    }
-    return bench.table(list(columns), [[column(r) for column in columns.values()] for r in (alone, *report["sea"])])
-
-
-def show(report: dict) -> None:
-    machine, parts = report["machine"], report["parts"]
+def show(result: dict) -> None:
+    machine, parts = result["machine"], result["parts"]
     alone = sum(parts.values()) - parts["teacher forward"]
+    without = next(row for row in result["rows"] if row["name"] == WITHOUT)
     print(
-        f"\n{machine['device']}, {machine['threads']} threads, torch {report['versions']['torch']}\n"
-        f"Student {report['models']['student']}, teacher {report['models']['teacher']}"
-        f"{', autocast to bfloat16' * report['amp']}\n"
-        f"Maps: {bench.Workload(**report['workload'])}\n"
-        f"Boxes: {report['boxes']['source']}\n"
+        f"\n{machine['device']}, {machine['threads']} threads, torch {result['versions']['torch']}\n"
+        f"Student {result['models']['student']}, teacher {result['models']['teacher']}"
+        f"{', autocast to bfloat16' * result['amp']}\n"
+        f"Maps: {Workload(**result['workload'])}\n"
+        f"Boxes: {result['boxes']['source']}\n"
     )
-    rows = [[name, f"{ms:.4g}", f"{ms / alone:.1%}"] for name, ms in parts.items()]
-    print(bench.table(["", "ms", "of the student's step"], rows))
-    print("\n" + sea_table(report))
-    print("\n" + prediction_text(report["predicted"]))
+    lines = [[name, f"{ms:.4g}", f"{ms / alone:.1%}"] for name, ms in parts.items()]
+    print(report.table(["", "ms", "of the student's step"], lines))
+    first = {"name": "no distillation", "parts_ms": alone, "whole_ms": without["step_ms"]}
+    first["whole_peak_bytes"] = without["peak_bytes"]
+    print("\n" + report.row_table([first, *result["sea"]], COLUMNS))
 
 
-def draw(report: dict, path: Path) -> None:
+def draw(result: dict, path: Path) -> None:
     """One bar a row: the step's parts, one after the other."""
-    bars = [("no distillation", {k: v for k, v in report["parts"].items() if k != "teacher forward"})]
-    for row in report["sea"]:
+    bars = [("no distillation", {k: v for k, v in result["parts"].items() if k != "teacher forward"})]
+    for row in result["sea"]:
         if "sea_ms" in row:
             own = {"SEA forward": row["forward_ms"], "SEA backward": row["backward_ms"]}
-            bars.append((row["name"], report["parts"] | own))
+            bars.append((row["name"], result["parts"] | own))
     figure, axis = plot.plt.subplots(figsize=(9, 1.5 + 0.6 * len(bars)), layout="constrained")
-    names = [*report["parts"], "SEA forward", "SEA backward"]
+    names = [*result["parts"], "SEA forward", "SEA backward"]
     for y, (_, parts) in enumerate(bars):
         left = 0.0
         for name, color in zip(names, COLORS, strict=True):
@@ -375,10 +284,10 @@ def draw(report: dict, path: Path) -> None:
     axis.margins(x=0.1)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("ms of one training step, sum of its parts")
-    w, models = report["workload"], report["models"]
+    w, models = result["workload"], result["models"]
     axis.set_title(
         f"FCOS, {models['student']} taught by {models['teacher']}, batch {w['batch']}, {w['height']}x{w['width']}, "
-        f"maps in {w['dtype']}\n{report['machine']['device']}, torch {report['versions']['torch']}",
+        f"maps in {w['dtype']}\n{result['machine']['device']}, torch {result['versions']['torch']}",
         fontsize=10,
         loc="left",
     )
@@ -391,7 +300,7 @@ def draw(report: dict, path: Path) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = report.parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--height", type=int, help="of the input (default: 320; 64 with --smoke)")
@@ -399,13 +308,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--amp", action="store_true", help="autocast to bfloat16 (slow on a CPU without such instructions)"
     )
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO annotations; else boxes are sampled")
-    parser.add_argument("--smoke", action="store_true", help="tiny images and models: checks the program, no more")
     parser.add_argument("--no-compile", action="store_true", help="without the row of torch.compile")
     budget_help = "past it fewer repeats, and no torch.compile that takes more than half of it (default: 240)"
     parser.add_argument("--budget", type=float, metavar="SECONDS", default=240.0, help=budget_help)
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path(__file__).parent / "out")
     args = parser.parse_args(argv)
     for name in ("height", "width"):
         if getattr(args, name) is None:
@@ -415,13 +320,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace, argv: list[str] | None) -> dict:
     device = torch.device(args.device)
     repeats = 2 if args.smoke else 9
     shape = args.batch, args.height, args.width
-    boxes = box_sources.sample(*shape)
-    if args.annotations:  # the images that come nearest to the sampler's numbers
-        boxes = box_sources.from_annotations(args.annotations, *shape, len(boxes.labels), boxes.categories)
+    boxes = box_sources.choose(args.annotations, *shape)
     batch = make_batch(boxes, *shape, device)
 
     models = {"student": "resnet18", "teacher": "resnet18"} if args.smoke else {}
@@ -444,16 +347,16 @@ def run(args: argparse.Namespace) -> dict:
         WITHOUT: alone.step,
         WITH + NATIVE: distilled.step,
         WITH + EAGER: lambda: distilled.step("reference"),
-        **bench.make_steps(workload, inputs, compiled=False, context=False),
+        **make_steps(workload, inputs, compiled=False, context=False),
     }
     if not (args.smoke or args.no_compile):
         makers[COMPILED] = lambda: compiled_step(workload)
-    tell = bench.Progress(1 + 2 * len(makers) + repeats)
-    tell("copy and matrix product rates of the machine")
+    tell = report.Progress(1 + 2 * len(makers) + repeats)
+    tell("rates of the machine: copies and matrix products")
     rates = measure.rates(device, getattr(torch, workload.dtype), small=args.smoke)
-    rows = bench.measure_rows(workload, inputs, makers, device, repeats, rates["copy"], tell, args.budget)
+    rows = measure_rows(workload, inputs, makers, device, repeats, rates["copy"], tell, args.budget)
     parts, sea = summarize(rows)
-    origin = measure.provenance("bench_step.py", args.argv, device)
+    origin = report.provenance("bench_step.py", argv, device)
     origin["versions"]["torchvision"] = sys.modules["torchvision"].__version__
     return {
         **origin,
@@ -466,23 +369,16 @@ def run(args: argparse.Namespace) -> dict:
         "rows": rows,
         "parts": parts,
         "sea": sea,
-        "predicted": prediction(),
+        "seconds": tell.close(),
     }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
-    if sk.ops.LIBRARY_ERROR:
-        raise SystemExit(f"sea_kernels cannot run: {sk.ops.LIBRARY_ERROR}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    start = time.monotonic()
-    report = run(args)
-    report["seconds"] = round(time.monotonic() - start, 1)
-    show(report)
-    measure.save(report, args.out / "bench_step", draw)
+    report.begin()
+    result = run(args, argv)
+    show(result)
+    report.save(result, args.out / "bench_step", draw)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Ground-truth boxes for the benchmark: from a COCO annotation file, or sampled with COCO's statistics."""
+"""Ground-truth boxes for the benchmarks: from a COCO annotation file, or sampled with COCO's statistics."""
 
-import contextlib
 import dataclasses
-import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from sea_kernels import coco
 
 # Instances of each of the 80 categories in COCO train2017 (crowds left out), in category order: 860,001 boxes.
 COCO_INSTANCES = (
@@ -50,6 +51,19 @@ class Boxes:
     @property
     def categories(self) -> int:
         return len(self.labels[self.labels >= 0].unique())
+
+
+def padded_size(sizes: list[tuple[int, int]]) -> list[int]:
+    """(height, width) of a batch of such images, padded as detectors do: to the largest, and to multiples of 32."""
+    return [32 * math.ceil(max(size[d] for size in sizes) / 32) for d in (0, 1)]
+
+
+def choose(annotations: Path | None, batch: int, height: int, width: int, *numbers) -> Boxes:
+    """Boxes from `sample` or, where there is a file, of the images whose numbers come nearest to those of `sample`."""
+    sampled = sample(batch, height, width, *numbers)
+    if annotations is None:
+        return sampled
+    return from_annotations(annotations, batch, height, width, len(sampled.labels), sampled.categories)
 
 
 def category_weights(num_classes: int) -> np.ndarray:
@@ -114,52 +128,45 @@ def from_annotations(path: Path, batch: int, height: int, width: int, boxes: int
 
     The images are those whose numbers of boxes and of categories come nearest to `boxes` and `categories`; the same
     file gives the same images every time. An image is scaled until its shorter side is `height` or its longer side is
-    `width`, whichever comes first (so portrait images are left out where there are landscape ones), and lies at the
-    top left of its map: the rest is padding, told by `image_sizes`. Crowds become ignore boxes.
+    `width`, whichever comes first (portrait images are skipped where there are enough landscape ones), and lies at
+    the top left of its map. The rest is padding, which `image_sizes` tells. Crowds become ignore boxes.
     """
-    try:
-        from pycocotools.coco import COCO
-    except ImportError as e:
-        raise SystemExit("--annotations needs pycocotools (pip install pycocotools)") from e
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its own progress
-        coco = COCO(str(path))
-    label_of = {category: label for label, category in enumerate(sorted(coco.getCatIds()))}
-    annotations = {i: [a for a in coco.imgToAnns[i] if min(a["bbox"][2:]) >= 1] for i in sorted(coco.imgs)}
-    labels = {i: [label_of[a["category_id"]] for a in anns if not a["iscrowd"]] for i, anns in annotations.items()}
-    candidates = [i for i in labels if labels[i]]
-    landscape = [i for i in candidates if coco.imgs[i]["width"] >= coco.imgs[i]["height"]]
-    candidates = landscape if len(landscape) >= batch else candidates
+    annotations = coco.Annotations(path)
+    images = {image.id: image for image in sorted(annotations, key=lambda image: image.id)}
+    things = {i: [x for x in zip(image.boxes, image.labels) if _visible(x[0])] for i, image in images.items()}
+    labels = {i: [label for _, label in rows] for i, rows in things.items() if rows}
+    landscape = {i: labels[i] for i in labels if images[i].size[1] >= images[i].size[0]}
+    candidates = landscape if len(landscape) >= batch else labels
     if len(candidates) < batch:
         raise SystemExit(f"{path} has {len(candidates)} images with boxes; a batch of {batch} was asked for")
-    images = sorted(_nearest({i: labels[i] for i in candidates}, batch, boxes, categories))
+    chosen = sorted(_nearest(candidates, batch, boxes, categories))
 
-    rows, sizes = [], []
-    for b, i in enumerate(images):
-        w, h = coco.imgs[i]["width"], coco.imgs[i]["height"]
+    rows, ignored, sizes = [], [], []  # (box, image of the batch, label)
+    for b, i in enumerate(chosen):
+        h, w = images[i].size
         scale = min(height / h, width / w)
         sizes.append((round(h * scale), round(w * scale)))
-        rows += [(b, a, scale) for a in annotations[i]]
-    things, crowds = [r for r in rows if not r[1]["iscrowd"]], [r for r in rows if r[1]["iscrowd"]]
-
-    def packed(rows):
-        xywh = torch.tensor([[s * v for v in a["bbox"]] for _, a, s in rows], dtype=torch.float64)
-        xyxy = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1).float()
-        return xyxy, torch.tensor([b for b, _, _ in rows])
-
-    box, index = packed(things)
-    ignore, ignore_index = packed(crowds) if crowds else (None, None)
+        rows += [([scale * v for v in box], b, label) for box, label in things[i]]
+        ignored += [([scale * v for v in box], b, -1) for box in images[i].crowds if _visible(box)]
+    box, index, label = map(torch.tensor, zip(*rows, strict=True))
+    ignore, ignore_index, _ = map(torch.tensor, zip(*ignored, strict=True)) if ignored else (None, None, None)
+    present = len(label.unique())
     return Boxes(
         boxes=box,
-        labels=torch.tensor([label_of[a["category_id"]] for _, a, _ in things]),
+        labels=label,
         batch_index=index,
         ignore_boxes=ignore,
         ignore_batch_index=ignore_index,
         image_sizes=sizes,
-        num_classes=len(label_of),
-        source=f"COCO annotations {path.name}, images {', '.join(map(str, images))}: "
-        f"{len(things)} boxes of {len({a['category_id'] for _, a, _ in things})} categories, "
-        f"the nearest to {boxes} of {categories}",
+        num_classes=len(annotations.names),
+        source=f"COCO annotations {path.name}, images {', '.join(map(str, chosen))}: "
+        f"{len(label)} boxes of {present} categories, the nearest to {boxes} of {categories}",
     )
+
+
+def _visible(box: tuple[float, ...]) -> bool:
+    """Whether it has at least one pixel, but for rounding."""
+    return min(box[2] - box[0], box[3] - box[1]) > 1 - 1e-6
 
 
 def _nearest(labels: dict[int, list[int]], batch: int, boxes: int, categories: int) -> list[int]:

@@ -1,9 +1,9 @@
-"""Two well-known feature losses in plain PyTorch, as context rows of the benchmark: what else a step could pay for.
+"""Two well-known feature losses in plain PyTorch, as context for the times of ours.
 
 Both take the maps of one branch, `student[m][l]` and `teacher[m][l]` of [B, C, H_l, W_l], and give a scalar. They are
 written for this benchmark after the papers, with the papers' coefficients for one-stage detectors, and are faster than
 the published code: the foreground masks of FGD are built for all boxes at once, where its authors' loop over boxes
-synchronises with the device for every one.
+synchronizes with the device for every one.
 """
 
 import torch
@@ -24,8 +24,8 @@ def cwd_loss(student, teacher, temperature=1.0):
 class FGDLoss(torch.nn.Module):
     """Focal and global distillation (arXiv 2111.11837).
 
-    Focal: squared differences weighted by the teacher's attention over positions and over channels, apart for the
-    foreground (each pixel by 1 / area of the smallest box that covers it) and the background. Global: squared
+    Focal: squared differences weighted by the teacher's attention over positions and over channels, separately for
+    the foreground (each pixel by 1 / area of the smallest box that covers it) and the background. Global: squared
     difference of the maps after a context block (GCNet's), one for the student and one for the teacher.
     """
 

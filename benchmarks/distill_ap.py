@@ -2,8 +2,8 @@
 
     python benchmarks/distill_ap.py [--preset cpu] [--out DIR] [--budget SECONDS]
 
-A teacher is trained once; then the same student with every set of distillation losses, from the same initialisation on
-the same batches, for several seeds. Every finished run is a JSON file in --out: a second call goes on where the first
+A teacher is trained once; then the same student with every set of distillation losses, from the same initialization on
+the same batches, for several seeds. Every finished run is a JSON file in --out: a second call continues where the first
 one ended. Prints a table; writes it, a JSON file and a picture. README.md beside this file says what each row is.
 """
 
@@ -12,23 +12,19 @@ import dataclasses
 import json
 import math
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import fcos
-import matplotlib
-import measure
+import report
 import shapes
 import torch
-from bench_losses import table
+from plot import plt
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import sea_kernels as sk
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 SEA = ("anchor", "distance", "localization")
 TERMS = ("pixel", "pixel_box", *SEA)
@@ -38,14 +34,14 @@ ROWS = {
     "L2 on the box branch": ("pixel_box",),
     "anchor": ("anchor",),
     "distance": ("distance",),
-    "localisation": ("localization",),
+    "localization": ("localization",),
     "anchor + distance": ("anchor", "distance"),
-    "anchor + localisation": ("anchor", "localization"),
-    "distance + localisation": ("distance", "localization"),
+    "anchor + localization": ("anchor", "localization"),
+    "distance + localization": ("distance", "localization"),
     "all three": SEA,
 }
 TEACHER = "teacher"
-FIRST = ("student alone", "all three", "pixel matching")  # of every seed, so that a part of the runs says something
+FIRST = ("student alone", "all three", "pixel matching")  # of every seed: the first runs already say something
 
 
 @dataclass(frozen=True)
@@ -56,14 +52,14 @@ class Preset:
     val: int
     strides: tuple[int, ...]
     channels: int  # of FPN and head, the same for student and teacher: no adapters
-    convolutions: int  # a tower
+    convolutions: int  # of each tower
     student: fcos.Net
     teacher: fcos.Net
     batch: int
-    student_images: int  # that one student sees; the train set is passed as often as that takes
+    student_images: int  # that one student sees, in as many passes over the train set as that takes
     teacher_images: int
     rate: float  # the highest learning rate (AdamW, one cycle)
-    share: float  # a distillation loss's part of the detection loss, when training starts
+    share: float  # each distillation loss over the detection loss, when training starts
     cache: bool  # keep the teacher's maps of the train set in memory (float16) instead of running the teacher
     seeds: int = 3
 
@@ -80,7 +76,7 @@ _start = time.monotonic()
 
 
 def tell(text: str) -> None:
-    print(f"[{time.monotonic() - _start:7.1f} s] {text}", file=sys.stderr, flush=True)
+    report.say(f"[{time.monotonic() - _start:7.1f} s] {text}")
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -106,9 +102,8 @@ class TeacherMaps:
     def __init__(self, teacher: fcos.FCOS, images: torch.Tensor, cache: bool):
         self.teacher, self.images, self.cached = teacher.eval(), images, None
         if cache:
-            parts = []
-            for i in range(0, len(images), 128):
-                parts.append([x.half() for x in self._run(images[i : i + 128])])
+            tell("the teacher's maps of all train images")
+            parts = [[x.half() for x in self._run(part)] for part in tqdm(images.split(128), disable=None, leave=False)]
             self.cached = [torch.cat(x) for x in zip(*parts)]
 
     @torch.no_grad()
@@ -155,7 +150,7 @@ def _pixel_loss(student, teacher):
 def train(preset: Preset, net: fcos.Net, images: int, seed: int, scenes, name: str, teacher=None, weights=None):
     """Returns the model and the mean of every loss over the first and the last tenth of the steps.
 
-    weights: coefficient of each distillation loss that takes part.
+    weights: of each distillation loss that takes part.
     """
     weights = weights or {}
     model = make_net(preset, net, seed, scenes.images.device).train()
@@ -166,7 +161,7 @@ def train(preset: Preset, net: fcos.Net, images: int, seed: int, scenes, name: s
     optimizer = torch.optim.AdamW(groups, lr=preset.rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, preset.rate, len(order), pct_start=0.2)
     log = []
-    for step, index in enumerate(order):
+    for step, index in enumerate(tqdm(order, desc=name, disable=None, leave=False)):
         index = index.to(scenes.images.device)
         boxes, labels = scenes.boxes[index], scenes.labels[index]
         out = model(scenes.images[index])
@@ -189,7 +184,7 @@ def train(preset: Preset, net: fcos.Net, images: int, seed: int, scenes, name: s
 
 
 def calibrate(preset: Preset, scenes, teacher) -> dict[str, float]:
-    """Coefficients: each loss is `share` of the detection loss, over 8 train batches of a fresh student; two digits."""
+    """Weights that make each loss `share` of the detection loss, over 8 batches of an untrained student; two digits."""
     model, sums = make_net(preset, preset.student, 0, scenes.images.device).train(), dict.fromkeys(TERMS, 0.0)
     detection = 0.0
     with torch.no_grad():
@@ -244,8 +239,8 @@ def work(args: argparse.Namespace, preset: Preset) -> None:
     if not todo or args.budget <= 0:
         return
     tell(f"{preset.train} train and {preset.val} validation images of {preset.size}x{preset.size}")
-    train_set = shapes.generate(preset.train, preset.size, 1, preset.largest, device, tell=tell)
-    val_set = shapes.generate(preset.val, preset.size, 2, preset.largest, device, tell=tell)
+    train_set = shapes.generate(preset.train, preset.size, 1, preset.largest, device)
+    val_set = shapes.generate(preset.val, preset.size, 2, preset.largest, device)
 
     checkpoint = out / "teacher.pt"
     teacher = make_net(preset, preset.teacher, 0, device)
@@ -312,33 +307,33 @@ def with_deviation(mean: float, deviation: float | None, form: str = "{:.2f}") -
     return form.format(mean) + (f" ± {deviation:.2f}" if deviation is not None else "")
 
 
-def markdown(report: dict) -> str:
+def markdown(result: dict) -> str:
     header = ["", *fcos.METRICS, "AP over student alone", "seeds"]
     lines = []
-    for row in report["rows"]:
+    for row in result["rows"]:
         gain = row.get("gain")
         cells = [with_deviation(row["mean"][k], row["deviation"][k]) for k in fcos.METRICS]
         cells.append(with_deviation(gain["mean"], gain["deviation"], "{:+.2f}") if gain else "-")
         lines.append([row["name"], *cells, str(len(row["seeds"]))])
-    p, m = report["settings"], report["machine"]
-    weights = ", ".join(f"{k} {v:g}" for k, v in report["weights"].items())
+    p, m = result["settings"], result["machine"]
+    weights = ", ".join(f"{k} {v:g}" for k, v in result["weights"].items())
     wanted = sum(1 for _ in runs(Preset(**p)))
-    done = sum(len(row["seeds"]) for row in report["rows"] if row["name"] != TEACHER)
+    done = sum(len(row["seeds"]) for row in result["rows"] if row["name"] != TEACHER)
     return (
-        f"{m['device']}, {m['threads']} threads, torch {report['versions']['torch']}; preset {report['preset']}; "
+        f"{m['device']}, {m['threads']} threads, torch {result['versions']['torch']}; preset {result['preset']}; "
         f"{done} of {wanted} student runs are done\n"
         f"{p['size']}x{p['size']}, objects of 8 to {p['largest']:g} pixels; {p['train']} train and {p['val']} "
         f"validation images; batch {p['batch']}; a student sees {p['student_images']} images, "
         f"the teacher {p['teacher_images']}\n"
         f"Weights: {weights} (each loss is {p['share']:g} of the detection loss over the first 8 batches of an "
         "untrained student; no weight was tuned on the validation images)\n"
-        "Mean and sample deviation over the seeds; every row of one seed has the same initialisation and batches; "
-        "one teacher\n\n" + table(header, lines)
+        "Mean and sample deviation over the seeds; every row of one seed has the same initialization and batches; "
+        "one teacher\n\n" + report.table(header, lines)
     )
 
 
-def draw(report: dict, path: Path) -> None:
-    rows = report["rows"]
+def draw(result: dict, path: Path) -> None:
+    rows = result["rows"]
     figure, axis = plt.subplots(figsize=(8.5, 0.42 * len(rows) + 1.4), layout="constrained")
     for y, row in enumerate(rows):
         color = "#bbbbbb" if row["name"] in (FIRST[0], TEACHER) else "#4477aa" if _is_sea(row) else "#cc6677"
@@ -350,8 +345,8 @@ def draw(report: dict, path: Path) -> None:
     spread = max(values) - min(values)
     axis.set_xlim(max(0, min(values) - 0.4 * spread - 0.1), max(values) + 0.1 * spread + 0.1)
     axis.set_xlabel("AP (bar: mean, whisker: sample deviation, dots: seeds); the axis does not begin at 0")
-    p = report["settings"]
-    axis.set_title(f"{report['machine']['device']}, {p['size']}x{p['size']}, {p['val']} validation images", fontsize=10)
+    p = result["settings"]
+    axis.set_title(f"{result['machine']['device']}, {p['size']}x{p['size']}, {p['val']} validation images", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -368,15 +363,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=PRESETS, default="gpu")
-    parser.add_argument("--share", type=float, help="a distillation loss's part of the detection loss (default: 0.5)")
+    parser.add_argument(
+        "--share",
+        type=float,
+        help="each distillation loss over the detection loss, when training starts (default: 0.5)",
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="only these rows")
-    parser.add_argument("--tiny", action="store_true", help="minutes, one seed: checks the program, teaches nothing")
+    parser.add_argument("--tiny", action="store_true", help="seconds, one seed: checks the program, no more")
     parser.add_argument(
         "--budget",
         type=float,
         metavar="SECONDS",
         default=math.inf,
-        help="no run begins that would end after it; 0: only the table of what is done",
+        help="starts no run that would end later; 0: only the table of finished runs",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path(__file__).parent / "out" / "distill_ap")
     return parser.parse_args(argv)
@@ -405,19 +404,19 @@ def main(argv: list[str] | None = None) -> None:
     rows = collect(args.out, preset)
     if not rows:
         raise SystemExit(f"no run in {args.out} is finished")
-    report = {
-        **measure.provenance("distill_ap.py", sys.argv[1:] if argv is None else argv, torch.device(args.device)),
+    result = {
+        **report.provenance("distill_ap.py", argv, torch.device(args.device)),
         "preset": "tiny" if args.tiny else args.preset,
         "settings": of_this_call,
         "categories": shapes.CATEGORIES,
         "weights": read(args.out / "weights.json") if (args.out / "weights.json").exists() else {},
         "rows": rows,
     }
-    text = markdown(report)
+    text = markdown(result)
     print("\n" + text)
     (args.out / "distill_ap.md").write_text(text + "\n")
-    write(args.out / "distill_ap.json", report)
-    draw(report, args.out / "distill_ap.png")
+    write(args.out / "distill_ap.json", result)
+    draw(result, args.out / "distill_ap.png")
     tell(f"written: {args.out / 'distill_ap'}.md, .json, .png")
 
 

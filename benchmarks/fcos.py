@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _SPAN = 3  # a level of stride s answers for boxes whose farthest side is at most 3 s away (the last one: all above)
-_RADIUS = 1.5  # positives lie at most so many strides from the centre of their box
+_RADIUS = 1.5  # positives lie at most so many strides from the center of their box
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Net:
 class Output(NamedTuple):
     cls: list[Tensor]  # logits [B, classes, H, W] of each level
     box: list[Tensor]  # distances to the four sides in strides
-    centre: list[Tensor]  # logits
+    center: list[Tensor]  # logits
     cls_maps: list[list[Tensor]]  # [m][l]: after every convolution of a tower
     box_maps: list[list[Tensor]]
 
@@ -74,7 +74,7 @@ class FCOS(nn.Module):
 
         self.cls_tower, self.box_tower = tower(), tower()
         self.to_cls = nn.Conv2d(channels, classes, 3, 1, 1)
-        self.to_box = nn.Conv2d(channels, 5, 3, 1, 1)  # four sides and the centreness
+        self.to_box = nn.Conv2d(channels, 5, 3, 1, 1)  # four sides and the centerness
         nn.init.normal_(self.to_cls.weight, std=0.01)
         nn.init.constant_(self.to_cls.bias, -math.log(99))
         nn.init.normal_(self.to_box.weight, std=0.01)
@@ -109,7 +109,7 @@ class FCOS(nn.Module):
 
 
 def locations(shapes: list[tuple[int, int]], strides: tuple[int, ...], device) -> tuple[Tensor, Tensor]:
-    """Centres [P, 2] and strides [P] of the pixels of all levels."""
+    """Centers [P, 2] and strides [P] of the pixels of all levels."""
     points = []
     for (h, w), s in zip(shapes, strides):
         y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
@@ -119,7 +119,7 @@ def locations(shapes: list[tuple[int, int]], strides: tuple[int, ...], device) -
 
 
 def targets(points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What every pixel should answer: label [B, P] (-1: nothing), sides in strides [B, P, 4], centreness [B, P].
+    """What every pixel should answer: label [B, P] (-1: nothing), sides in strides [B, P, 4], centerness [B, P].
 
     Among the boxes that claim a pixel the smallest gets it.
     """
@@ -147,10 +147,10 @@ def _flat(maps):
 
 
 def detection_loss(out: Output, strides: tuple[int, ...], boxes: Tensor, labels: Tensor) -> Tensor:
-    """Focal loss + GIoU loss weighted by centreness + centreness."""
+    """Focal loss + GIoU loss weighted by centerness + centerness."""
     points, sizes = locations([tuple(x.shape[-2:]) for x in out.cls], strides, boxes.device)
-    label, sides, centreness = targets(points, sizes, boxes, labels)
-    logits, predicted, centre = _flat(out.cls), _flat(out.box), _flat(out.centre)[..., 0]
+    label, sides, centerness = targets(points, sizes, boxes, labels)
+    logits, predicted, center = _flat(out.cls), _flat(out.box), _flat(out.center)[..., 0]
     positive = label >= 0
     count = positive.sum().clamp(min=1)
     wanted = (label[..., None] == torch.arange(logits.shape[-1], device=label.device)).to(logits.dtype)
@@ -158,9 +158,9 @@ def detection_loss(out: Output, strides: tuple[int, ...], boxes: Tensor, labels:
     p = logits.sigmoid()
     hit = p * wanted + (1 - p) * (1 - wanted)
     focal = ((0.25 * wanted + 0.75 * (1 - wanted)) * (1 - hit).square() * cross).sum() / count
-    weight = centreness * positive
+    weight = centerness * positive
     giou = (weight * (1 - _giou(predicted, sides))).sum() / weight.sum().clamp(min=1e-6)
-    cross = F.binary_cross_entropy_with_logits(centre, centreness, reduction="none")
+    cross = F.binary_cross_entropy_with_logits(center, centerness, reduction="none")
     return focal + giou + (cross * positive).sum() / count
 
 
@@ -182,7 +182,7 @@ def decode(out: Output, strides, size: int, most: int = 100, threshold: float = 
     """Boxes [B, most, 4], scores (0: none) and labels [B, most] after non-maximum suppression within a category."""
     points, sizes = locations([tuple(x.shape[-2:]) for x in out.cls], strides, out.cls[0].device)
     logits, sides = _flat(out.cls).float(), _flat(out.box).float() * sizes[:, None]
-    scores = (logits.sigmoid() * _flat(out.centre).float().sigmoid()).sqrt()
+    scores = (logits.sigmoid() * _flat(out.center).float().sigmoid()).sqrt()
     scores = torch.where(logits.sigmoid() > threshold, scores, 0)
     best, index = scores.flatten(1).topk(min(2 * most, scores[0].numel()))
     pixel, labels = index // logits.shape[-1], index % logits.shape[-1]

@@ -2,12 +2,13 @@
 # Everything that needs a GPU, in one call of less than ten minutes and offline: what the machine is, the installed
 # wheel, the tests, compute-sanitizer, the benchmark, a profile. Before, where it is built (git ignores carry/):
 #   TORCH_CUDA_ARCH_LIST=9.0 NVCC_APPEND_FLAGS=-lineinfo pip wheel -w carry --no-deps . && git rev-parse @ >carry/commit
-#   cp FOLDER/instances_val2014_100.json carry && pip download -d carry --no-deps --python-version 3.12 pycocotools
+#   cp FOLDER/instances_val2014_100.json carry
+#   pip download -d carry --no-deps --python-version 3.12 pycocotools tabulate tqdm
 # Then, with carry/, on the GPU machine (it needs torch, pytest, hypothesis, numpy, matplotlib, ncu, compute-sanitizer):
 #   benchmarks/gpu_check.sh --out DIR
 # Options: --wheel FILE (default: the newest in carry/ or dist/, else one is built), --seconds N for all of it, --only
-# REGEX of the steps' names, --rehearse (no GPU: what runs without one, and the names of the rest). PYTHON: which one.
-# Every step has its own time limit; one that fails is recorded and the next one runs. DIR gets at most eight files;
+# REGEX of the steps' names, --rehearse (without a GPU: runs what needs none and names the rest). PYTHON: which one.
+# Every step has its own time limit; a failure is recorded and the next step runs. DIR gets at most eight files;
 # gpu_check.tar.gz among them holds everything. Exit status 1 if any step failed.
 set -uo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,7 +20,7 @@ while [ $# -gt 0 ]; do
     --seconds) seconds=$2; shift 2 ;;
     --only) only=$2; shift 2 ;;
     --rehearse) rehearse=1; shift ;;
-    *) sed -n '2,11s/^# \?//p' "$0"; exit 2 ;;
+    *) sed -n '2,12s/^# \?//p' "$0"; exit 2 ;;
   esac
 done
 SECONDS=0
@@ -54,7 +55,7 @@ step() { # name, seconds that it may take, command: what it prints goes to logs/
 }
 
 gpu() { # a step that needs a GPU
-  if [ "$rehearse" ]; then say "left out $1: needs a GPU"; else step "$@"; fi
+  if [ "$rehearse" ]; then say "skipped $1: needs a GPU"; else step "$@"; fi
 }
 
 pack() { # everything in one file, and beside it what one looks at first
@@ -75,7 +76,7 @@ machine() {
     for tool in nvcc ncu compute-sanitizer; do $tool --version; done
   fi
   uname -a; lscpu | grep -E "^(Model name|CPU\(s\))"; free -g | head -2
-  local packages="torch|triton|numpy|pytest|hypothesis|matplotlib|pycocotools|setuptools|ninja"
+  local packages="torch|triton|numpy|pytest|hypothesis|matplotlib|pycocotools|tabulate|tqdm|setuptools|ninja"
   "$python" -m pip list 2>/dev/null | grep -iE "^($packages) "
   "$python" -VV && echo "commit $SEA_KERNELS_COMMIT"
   return $missing
@@ -84,7 +85,9 @@ machine() {
 install() { # into a folder of its own; carried wheels of other packages where they are missing
   local pip=("$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --target "$site")
   "${pip[@]}" "$1" || return 1
-  "$python" -c "import pycocotools" || "${pip[@]}" "$repo"/carry/pycocotools-*.whl || echo "there is no pycocotools"
+  for package in pycocotools tabulate tqdm; do
+    "$python" -c "import $package" || "${pip[@]}" "$repo"/carry/$package-*.whl || echo "$package is missing"
+  done
   "$python" -c "import sea_kernels; print(sea_kernels.__file__)"
 }
 
@@ -110,7 +113,7 @@ tests() { # name, pytest's arguments; a file without such a test is not an error
 sanitize() { # tool, a port of its own; a warning of racecheck counts as well
   set -o pipefail
   local options=()
-  # torch asks the driver for what it does not always get: no error. Memory that it keeps would count as initialised.
+  # torch asks the driver for what it does not always get: no error. Memory that it keeps would count as initialized.
   [ "$1" != memcheck ] || options=(--report-api-errors no)
   [ "$1" != initcheck ] || export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   compute-sanitizer --tool "$1" --port "$2" --error-exitcode 9 --launch-timeout 120 --print-limit 20 "${options[@]}" \
@@ -138,10 +141,10 @@ export -f machine install kernels tests sanitize profile
 run() { step "$1" "$2" bash -c '"$@"' - "${@:3}"; } # a step that is one of the functions above
 run_gpu() { gpu "$1" "$2" bash -c '"$@"' - "${@:3}"; }
 test_files() { # name, seconds, threads, which: each file in the background, so that one broken context breaks one file
-  for file in "$repo"/tests/test_*.py; do
+  local file
+  for file in "$repo"/tests/{spec,kernels,integration,tools}/test_*.py; do # not the emulator's, which compile for CPUs
     local name=$1${file##*/test}
-    [[ $file == *_emulator.py ]] || # compiles a CPU's kernels
-      OMP_NUM_THREADS=$3 run "${name%.py}" "$2" tests "${name%.py}" -k "$4" "$file" &
+    OMP_NUM_THREADS=$3 run "${name%.py}" "$2" tests "${name%.py}" -k "$4" "$file" &
   done
 }
 bench=("$python" "$repo/benchmarks/bench_losses.py")
@@ -159,11 +162,11 @@ run kernels 90 kernels $rehearse
 
 # At once, since none is timed: tests, sanitizers, and filling torch.compile's cache for the benchmark.
 if [ "$rehearse" ]; then
-  run tests 150 tests tests "$repo/tests/test_smoke.py" "$repo/tests/test_cuda.py"
+  run tests 150 tests tests "$repo"/tests/kernels/test_{everything_once,on_a_gpu}.py
   step sanitize 60 "$python" "$repo/benchmarks/sanitize.py" --device cpu
-  say "left out gpu_*, cpu_*, bench_coco: the rest of the tests and the benchmark on real boxes need a GPU"
+  say "skipped gpu_*, cpu_*, bench_coco: the rest of the tests and the benchmark on real boxes need a GPU"
 else
-  test_files gpu 230 2 cuda
+  test_files gpu 230 2 "cuda or gpu"
 fi
 port=50000
 for tool in memcheck racecheck initcheck synccheck; do
@@ -197,7 +200,7 @@ pack
 
 # Where time is left: what needs no GPU, and the slowest way to compile.
 if [ ! "$rehearse" ] && [ $((seconds - SECONDS)) -ge 60 ]; then
-  test_files cpu 200 4 "not cuda"
+  test_files cpu 200 4 "not cuda and not gpu"
   wait
 fi
 TORCHINDUCTOR_COMPILE_THREADS=16 gpu autotune 200 "${bench[@]}" --device cuda --workload W1 --autotune \

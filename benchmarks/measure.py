@@ -1,18 +1,12 @@
-"""Clocks and meters: time, memory, kernel launches and synchronisations of one training step, and the machine's rates.
+"""Clocks and meters: time, memory, kernel launches and synchronizations of one training step, and the machine's rates.
 
 A *step* is `step(inputs, mark) -> (losses, gradients)`; it calls `mark()` once, between its forward and its backward.
 """
 
-import datetime
 import gc
-import json
 import math
 import os
-import platform
 import re
-import shlex
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +16,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports eac
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
-
-import sea_kernels as sk
 
 
 @dataclass
@@ -40,13 +32,13 @@ def interleave(steps, inputs, device, repeats, progress=lambda k: None, deadline
     Past the `deadline` (of time.monotonic) no repeat begins, from the fourth on.
 
     Every run takes the next of `inputs`, so that no step finds its input in the cache. On a GPU a sample is the mean of
-    as many runs as 20 ms hold, with no synchronisation in between: that is how a training loop queues them.
+    as many runs as 20 ms hold, with no synchronization in between: that is how a training loop queues them.
     """
     times = {name: Times() for name in steps}
     runs = dict.fromkeys(steps, 1)
     if device.type == "cuda":
         for name, step in steps.items():
-            _, once = _sample_cuda(step, inputs, len(inputs))
+            _, once = sample_cuda(step, inputs, len(inputs))
             runs[name] = max(len(inputs), min(200, round(20 / once)))
     for k in range(repeats):
         if k >= 3 and time.monotonic() > deadline:
@@ -54,16 +46,16 @@ def interleave(steps, inputs, device, repeats, progress=lambda k: None, deadline
         progress(k)
         for j, (name, step) in enumerate(steps.items()):
             if device.type == "cuda":
-                forward, whole = _sample_cuda(step, inputs, runs[name])
+                forward, whole = sample_cuda(step, inputs, runs[name])
             else:
-                forward, whole = _sample_cpu(step, inputs[(j + k) % len(inputs)])
+                forward, whole = sample_cpu(step, inputs[(j + k) % len(inputs)])
             times[name].step.append(whole)
             if forward is not None:
                 times[name].forward.append(forward)
     return times
 
 
-def _sample_cpu(step, inputs):
+def sample_cpu(step, inputs):
     middle = []
     start = time.perf_counter()
     step(inputs, lambda: middle.append(time.perf_counter()))
@@ -71,7 +63,7 @@ def _sample_cpu(step, inputs):
     return ((middle[0] - start) * 1e3 if middle else None), (end - start) * 1e3
 
 
-def _sample_cuda(step, inputs, runs):
+def sample_cuda(step, inputs, runs):
     """With CUDA events: mean milliseconds of forward (None if the step does not mark it) and of the whole."""
     forwards = []
 
@@ -93,9 +85,9 @@ def _sample_cuda(step, inputs, runs):
 
 
 def memory(step, inputs, device):
-    """(peak, kept) bytes of one run of the step.
+    """(peak, saved) bytes of one run of the step.
 
-    kept: what forward allocated and what is still alive when backward begins.
+    saved: what forward allocated and what is still alive when backward begins.
     peak: the most that was alive at one time, the returned gradients themselves left out from their allocation on.
     What was there before (the input maps of both sides) counts in neither.
 
@@ -133,15 +125,15 @@ def _mark():
 
 
 def _account(events, results):
-    """(peak, kept) of a log in order of time.
+    """(peak, saved) of a log in order of time.
 
     events: (time, pointer, bytes: negative when freed), or (time, None, 0) for the mark; results: those to leave out.
     """
     live: dict[int, int] = {}
-    total = left_out = peak = kept = 0
+    total = left_out = peak = saved = 0
     for i, (_, ptr, size) in enumerate(events):
         if ptr is None:
-            kept = total
+            saved = total
         elif size > 0:
             live[ptr] = size
             total += size
@@ -149,11 +141,11 @@ def _account(events, results):
         else:
             total -= live.pop(ptr, 0)  # 0: it was allocated before the log began
         peak = max(peak, total - left_out)
-    return peak, kept
+    return peak, saved
 
 
 def cuda_calls(step, inputs):
-    """(launches, host synchronisations) of one run of the step, see `count_calls`."""
+    """(launches, host synchronizations) of one run of the step, see `count_calls`."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as log:
         step(inputs, lambda: None)  # not counted: the profiler may miss the first records
@@ -167,9 +159,9 @@ def cuda_calls(step, inputs):
 
 
 def count_calls(names):
-    """(launches, host synchronisations) among calls of CUDA's runtime and driver.
+    """(launches, host synchronizations) among calls of CUDA's runtime and driver.
 
-    Launches are kernels, copies and fills; a replayed CUDA graph is one. A plain cudaMemcpy is a synchronisation too.
+    Launches are kernels, copies and fills; a replayed CUDA graph is one. A plain cudaMemcpy is a synchronization too.
     """
     launches = sum(bool(re.match(r"cu(da)?(Launch\w*Kernel|GraphLaunch|Memcpy|Memset)", n)) for n in names)
     return launches, sum(bool(re.match(r"cu(da)?\w*Synchronize|cudaMemcpy$", n)) for n in names)
@@ -224,62 +216,3 @@ def _median_seconds(call, device, repeats=7):
 
 def median(values):
     return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
-
-
-def machine(device):
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
-    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return {
-        "name": platform.node(),
-        "device": gpu.name if gpu else cpu,
-        "capability": f"{gpu.major}.{gpu.minor}" if gpu else None,
-        "multiprocessors": gpu.multi_processor_count if gpu else None,
-        "memory_gib": gpu.total_memory / 2**30 if gpu else None,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cache_mib": cache_bytes(device) / 2**20,
-        "system": platform.platform(),
-    }
-
-
-def provenance(program, argv, device):
-    """What a report says of its origin: command, date, commit, machine, versions, build."""
-    return {
-        "command": f"python benchmarks/{program} {shlex.join(argv)}",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(device),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "sea_kernels": sk.__version__,
-        },
-        "build": sk.build_info(),
-    }
-
-
-def commit():
-    """Of the source tree; SEA_KERNELS_COMMIT says it where that is no repository."""
-
-    def git(*arguments):
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + " with changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SEA_KERNELS_COMMIT")
-
-
-def save(report, path, draw):
-    """The report as PATH.json, and what draw(report, file) makes of it as PATH.png."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, path.with_suffix(".png"))
-    print(f"\nWritten after {report['seconds']:.0f} s: {path}.json, {path}.png")

@@ -6,7 +6,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-FORWARD, BACKWARD, BOTH, PEAK, KEPT = "#4477aa", "#99bbdd", "#6699cc", "#cc6677", "#eeaaaa"
+FORWARD, BACKWARD, BOTH, PEAK, SAVED = "#4477aa", "#99bbdd", "#6699cc", "#cc6677", "#eeaaaa"
 LINES = {
     "sea_kernels": {"color": "#4477aa", "marker": "o"},
     "eager reference": {"color": "#cc6677", "marker": "s"},
@@ -22,7 +22,7 @@ def draw(report, path):
     figure.suptitle(
         f"{report['machine']['device']}{'' if on_gpu else threads}, torch {report['versions']['torch']}\n"
         f"batch {w['batch']}, {w['height']}x{w['width']}, {w['channels']} channels, {w['dtype']}, "
-        f"{w['maps']} map{'s' * (w['maps'] > 1)} a branch, {w['boxes']} boxes of {w['categories']} categories"
+        f"{w['maps']} map{'s' * (w['maps'] > 1)} per branch, {w['boxes']} boxes of {w['categories']} categories"
         + ", channels_last"
         * w["channels_last"],
         fontsize=11,
@@ -70,7 +70,7 @@ def _times(axis, rows):
 
 def _memory(axis, rows):
     for y, row in enumerate(rows):
-        for key, offset, color in (("peak", -0.2, PEAK), ("kept", 0.2, KEPT)):
+        for key, offset, color in (("peak", -0.2, PEAK), ("saved", 0.2, SAVED)):
             value = row[f"{key}_percent"]
             axis.barh(y + offset, value, height=0.38, color=color, label=key if y == 0 else None)
             axis.text(value, y + offset, f" {value:.3g}" if value < 100 else f" {value:.0f}", va="center", fontsize=9)

@@ -15,10 +15,12 @@ import re
 from functools import partial
 from pathlib import Path
 
-import bench_losses
+import report
 import torch
+from steps import sea_losses, training_step
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from workloads import WORKLOADS, make_inputs
 
 TIME, READ, WRITTEN = "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum"
 METRICS = {  # of one launch; those of a kernel are means, weighted by time
@@ -41,8 +43,8 @@ STALL = r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio"  # of
 
 def run_step(workload, device, before, after):
     """One step between `before()` and `after()`, on other maps than those of the warm-up."""
-    inputs = bench_losses.make_inputs(workload, bench_losses.sample_boxes(workload), device, 2)
-    step = bench_losses.training_step(partial(bench_losses.sea_losses, workload))
+    inputs = make_inputs(workload, workload.choose_boxes(), device, 2)
+    step = training_step(partial(sea_losses, workload))
     for _ in range(2):
         step(inputs[0], lambda: None)
     torch.cuda.synchronize()
@@ -116,39 +118,39 @@ def summarize(rows, rates, least_bytes):
     return {"step": whole, "kernels": kernels}
 
 
+COLUMNS = {
+    "": lambda row: row["name"][:60],
+    "launches": "{launches}",
+    "us": "{us:.1f}",
+    "MiB read": "{read_mib:.4g}",
+    "MiB written": "{written_mib:.4g}",
+    "of copy rate": "{copy_share:.1%}",
+    "SM": "{sm_percent:.0f}%",
+    "occupancy": "{occupancy_percent:.0f}%",
+    "L2 hits": "{l2_hit_percent:.0f}%",
+    "registers": "{registers:.0f}",
+}
+
+
 def show(summary):
-    header = [
-        "",
-        "launches",
-        "us",
-        "MiB read",
-        "MiB written",
-        "of copy rate",
-        "SM",
-        "occupancy",
-        "L2 hits",
-        "registers",
-    ]
     rows = []
     for k in [*summary["kernels"], {"name": "the step", **summary["step"]}]:
-        amounts = [f"{1e3 * k['ms']:.1f}", *(f"{k[b] / 2**20:.4g}" for b in ("bytes_read", "bytes_written"))]
-        rows.append([k["name"][:60], str(k["launches"]), *amounts, f"{k['copy_share']:.1%}"])
-        for key in ("sm_percent", "occupancy_percent", "l2_hit_percent", "registers"):
-            rows[-1].append("-" if k.get(key) is None else f"{k[key]:.0f}" + "%" * key.endswith("percent"))
-    print(bench_losses.table(header, rows))
+        known = {key: value for key, value in k.items() if value is not None}
+        rows.append(known | {"us": 1e3 * k["ms"], "read_bytes": k["bytes_read"], "written_bytes": k["bytes_written"]})
+    print(report.row_table(rows, COLUMNS))
     print(f"bytes moved: {summary['step']['of_least_bytes']:.2f} times the least")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workload", choices=bench_losses.WORKLOADS, default="W1")
+    parser.add_argument("--workload", choices=WORKLOADS, default="W1")
     parser.add_argument("--operations", type=Path, metavar="FILE", help="write what torch.profiler sees of the step")
     parser.add_argument("--metrics", action="store_true", help="print the names of ncu's metrics, and no more")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="of ncu; needs --results of bench_losses.py and --out")
     parser.add_argument("--results", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    workload, device = bench_losses.WORKLOADS[args.workload], torch.device("cuda")
+    workload, device = WORKLOADS[args.workload], torch.device("cuda")
     if args.metrics:
         print(",".join([TIME, READ, WRITTEN, *METRICS.values()]))
     elif args.csv:

@@ -1,22 +1,22 @@
-"""An endless, seeded set of detection images: textured shapes on clutter, with exact boxes.
+"""An endless, seeded set of drawn detection images: textured shapes on clutter, with exact boxes.
 
-A category is a form (ellipse, rectangle, triangle, cross) with a texture (plain, stripes, checks); colours are random
+A category is a form (ellipse, rectangle, triangle, cross) with a texture (plain, stripes, checks); colors are random
 and say nothing. Categories are as unbalanced as 1 / sqrt(rank). Every chunk of CHUNK images has a generator of its own,
 so that an image depends on the seed and its number alone.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 FORMS, TEXTURES = ("ellipse", "rectangle", "triangle", "cross"), ("plain", "striped", "checked")
 CATEGORIES = [f"{texture} {form}" for form in FORMS for texture in TEXTURES]
 CHUNK = 64
-MOST = 8  # objects an image
+MOST = 8  # objects per image
 _DISTRACTORS, _OCCLUDERS = 5, 2  # soft blobs behind the objects, thin bars over them
 
 
@@ -31,15 +31,11 @@ class Scenes:
         return len(self.images)
 
 
-def generate(
-    count: int, size: int, seed: int, largest: float | None = None, device="cpu", owners=False, tell: Callable = print
-) -> Scenes:
+def generate(count: int, size: int, seed: int, largest: float | None = None, device="cpu", owners=False) -> Scenes:
     """`count` images; mean sides of objects are log-uniform from 8 to `largest` pixels (default: 200/256 of `size`)."""
     largest = largest or size * 200 / 256
     parts = []
-    for chunk in range(math.ceil(count / CHUNK)):
-        if chunk % 32 == 31:
-            tell(f"{chunk * CHUNK} of {count} images")
+    for chunk in tqdm(range(math.ceil(count / CHUNK)), desc="images", disable=None, leave=False):
         parts.append(_chunk(size, largest, torch.Generator().manual_seed(seed * 1_000_003 + chunk), device, owners))
     fields = [[getattr(p, name) for p in parts] for name in ("images", "boxes", "labels")]
     owner = torch.cat([p.owners for p in parts])[:count] if owners else None
@@ -55,8 +51,8 @@ def _chunk(size, largest, generator, device, owners):
     side = (draw(n) * math.log(largest / 8)).exp() * 8
     aspect = (draw(n, low=-1) * 0.6).exp()
     half = torch.stack([side * aspect.sqrt(), side / aspect.sqrt()], -1).clamp(max=size) / 2
-    centre = half + draw(n, 2) * (size - 2 * half)
-    rough = torch.cat([centre - half, centre + half], -1)
+    center = half + draw(n, 2) * (size - 2 * half)
+    rough = torch.cat([center - half, center + half], -1)
     stays = torch.zeros(CHUNK, n, dtype=torch.bool)
     wanted = (draw() ** 1.5 * MOST).long() + 1
     overlap = iou(rough, rough)
@@ -71,12 +67,12 @@ def _chunk(size, largest, generator, device, owners):
     def pick(x):
         return x.gather(1, order.view(CHUNK, MOST, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])).to(device)
 
-    labels, stays, half, centre = (pick(x) for x in (labels, stays, half, centre))
+    labels, stays, half, center = (pick(x) for x in (labels, stays, half, center))
     labels = torch.where(stays, labels, -1)
     angle, phase, contrast = (x.to(device) for x in (draw(MOST, low=-0.4, high=0.4), draw(MOST), draw(MOST)))
-    colours = draw(MOST, 2, 3).to(device)
-    # A second colour that can be told from the first: pushed away from it in every channel.
-    colours[:, :, 1] = (colours[:, :, 0] + 0.3 + 0.4 * contrast[..., None]) % 1
+    colors = draw(MOST, 2, 3).to(device)
+    # A second color that can be told from the first: pushed away from it in every channel.
+    colors[:, :, 1] = (colors[:, :, 0] + 0.3 + 0.4 * contrast[..., None]) % 1
 
     ys, xs = torch.meshgrid(*[torch.arange(size, device=device) + 0.5] * 2, indexing="ij")
     image = F.interpolate(draw(3, 6, 6, low=0.2, high=0.8).to(device), (size, size), mode="bicubic")
@@ -92,14 +88,14 @@ def _chunk(size, largest, generator, device, owners):
     owner = torch.full((CHUNK, size, size), -1, dtype=torch.int8, device=device)
     for k in range(MOST):
         here = (labels[:, k] >= 0).nonzero()[:, 0]
-        label, colour, (w, h) = labels[here, k], colours[here, k, :, :, None, None], half[here, k].unbind(1)
-        u, v = _turned(xs, ys, centre[here, k], angle[here, k])
+        label, color, (w, h) = labels[here, k], colors[here, k, :, :, None, None], half[here, k].unbind(1)
+        u, v = _turned(xs, ys, center[here, k], angle[here, k])
         mask = _form(u / w[:, None, None], v / h[:, None, None], label)
         boxes[here, k] = _extent(mask)
         period = (torch.minimum(w, h) / 1.5).clamp(min=3)[:, None, None]
         second = _texture(u / period + phase[here, k, None, None], v / period, label)
-        colour = torch.where(second[:, None], colour[:, 1], colour[:, 0])
-        image[here] = torch.where(mask[:, None], colour, image[here])
+        color = torch.where(second[:, None], color[:, 1], color[:, 0])
+        image[here] = torch.where(mask[:, None], color, image[here])
         owner[here] = torch.where(mask, k, owner[here])
     for k in range(_OCCLUDERS):
         u, v = _turned(xs, ys, bars[:, k, :2] * size, bars[:, k, 2] * math.pi)
@@ -118,9 +114,9 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     return inner / ((a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - inner).clamp(min=1e-6)
 
 
-def _turned(xs, ys, centre, angle):
-    """Pixel coordinates around `centre` [B, 2], turned by `angle` [B]: two [B, H, W]."""
-    x, y = xs - centre[:, 0, None, None], ys - centre[:, 1, None, None]
+def _turned(xs, ys, center, angle):
+    """Pixel coordinates around `center` [B, 2], turned by `angle` [B]: two [B, H, W]."""
+    x, y = xs - center[:, 0, None, None], ys - center[:, 1, None, None]
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     return x * cos + y * sin, y * cos - x * sin
 
@@ -139,7 +135,7 @@ def _form(u, v, labels):
 
 
 def _texture(u, v, labels):
-    """Where the second colour is."""
+    """Where the second color is."""
     texture = (labels % len(TEXTURES))[:, None, None]
     stripe = (u % 1) < 0.5
     return ((texture == 1) & stripe) | ((texture == 2) & (stripe ^ ((v % 1) < 0.5)))

@@ -8,7 +8,6 @@ import programs
 import pytest
 import torch
 from detectors import require
-from torch import nn
 
 ROOT = Path(__file__).parents[2]
 PARTS = ["student forward", "student backward", "optimizer step", "teacher forward"]
@@ -46,7 +45,7 @@ def test_a_tiny_run_writes_tables_json_and_picture(smoke):
     for name in (*PARTS, "no distillation", "sea_kernels", "eager reference"):
         assert f"| {name} " in out
     keys = {"command", "date", "commit", "machine", "versions", "build", "models", "amp", "workload", "boxes", "rates"}
-    assert keys | {"rows", "parts", "sea", "predicted", "seconds"} <= set(report)
+    assert keys | {"rows", "parts", "sea", "seconds"} <= set(report)
     assert report["versions"]["torchvision"] and "sampler" in report["boxes"]["source"]
     assert report["models"] == {"student": "resnet18", "teacher": "resnet18"}
     wanted = {"batch": 2, "height": 64, "width": 64, "channels": 256, "maps": 4, "dtype": "float32"}
@@ -77,43 +76,6 @@ def test_the_parts_of_a_run_add_up(smoke):
         assert row["parts_ms"] == pytest.approx(student + optimizer + teacher + sea)
         assert row["whole_ms"] == pytest.approx(median("whole step with " + row["name"]))
         assert row["peak_bytes"] > 0 and row["whole_peak_bytes"] > 0
-
-
-def test_the_prediction_says_that_it_is_one(smoke):
-    out, report, _ = smoke
-    assert "PREDICTION for an H200; nothing in this paragraph was measured on a GPU." in out
-    p = report["predicted"]
-    assert p["measured_on_a_gpu"] is False
-    # 22,400 pixels an image: classification maps 6 times and their gradient, box maps 4 times and theirs.
-    assert p["sea_least_bytes"] == 12 * 2 * 22_400 * 256 * 4 * 2
-    # Two towers of four convolutions, and 80 + 4 + 1 outputs: forward, and backward to weights and to inputs.
-    head = 3 * 2 * 9 * 256 * (8 * 256 + 85) * 2 * 22_400
-    assert head < p["student_operations"] < 2 * head
-    assert p["added_to_student"] == pytest.approx(p["sea_ms"] / p["student_ms"])
-
-
-class _Model(nn.Module):
-    """One convolution as backbone, one as each tower, on one level."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 1)
-        self.head = nn.Module()
-        for name in ("classification_head", "regression_head"):
-            self.head.add_module(name, nn.Module())
-            getattr(self.head, name).conv = nn.Conv2d(4, 4, 1)
-        self.head.forward = lambda levels: {"a": self.head.classification_head.conv(levels[0])}
-
-    def backbone(self, x):
-        return {"0": self.first(x)}
-
-
-def test_operations_are_counted_forward_and_backward(bench):
-    with torch.device("meta"):
-        model = _Model()
-    first, tower = (2 * 5 * 6 * 7 * n for n in (3 * 4, 4 * 4))  # batch 5, 6 x 7 pixels
-    assert bench.operations(model, 5, 6, 7, training=False) == first + 2 * tower
-    assert bench.operations(model, 5, 6, 7, training=True) == 2 * first + 3 * tower  # the images get no gradient
 
 
 def _rows(**changes):
@@ -154,12 +116,12 @@ def test_a_row_that_is_left_out_says_why_and_a_part_must_run(bench):
 
 def test_map_by_map_is_what_is_computed_at_once(bench, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    losses = bench.bench
-    workload = losses.Workload(height=64, width=96, channels=16, maps=3, strides=(8, 16, 32))
-    (x,) = losses.make_inputs(workload, losses.sample_boxes(workload), torch.device("cpu"), 1)
+    steps = importlib.import_module("steps")
+    workload = bench.Workload(height=64, width=96, channels=16, maps=3, strides=(8, 16, 32))
+    (x,) = bench.make_inputs(workload, workload.choose_boxes(), torch.device("cpu"), 1)
     results = bench.compiled_step(workload)(x, lambda: None)
-    expected = losses.training_step(lambda x: losses.sea_losses(workload, x), "reference")(x, lambda: None)
-    assert losses.deviation(results, expected) < 1e-5
+    expected = steps.training_step(lambda x: steps.sea_losses(workload, x), "reference")(x, lambda: None)
+    assert steps.deviation(results, expected) < 1e-5
 
 
 def test_a_batch_has_the_boxes_of_its_images_and_is_padded_as_torchvision_does(bench):
@@ -180,7 +142,7 @@ def test_a_batch_has_the_boxes_of_its_images_and_is_padded_as_torchvision_does(b
     assert batch.truth["image_sizes"] == [(60, 50), (40, 97)]
     transform = bench.fcos("resnet18", 80).train().transform
     images, targets = transform(batch.images, batch.targets)
-    assert list(images.tensors.shape[2:]) == batch.padded_size == [64, 128]
+    assert list(images.tensors.shape[2:]) == bench.box_sources.padded_size(boxes.image_sizes) == [64, 128]
     assert torch.equal(targets[0]["boxes"], batch.targets[0]["boxes"])  # nothing is resized
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from cases import CUDA, NO_CUDA
 
+import sea_kernels as sk
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -39,7 +41,9 @@ def test_a_tiny_run_writes_table_json_and_picture(benchmark_module, box_source, 
     assert "| sea_kernels " in out and "| eager reference " in out and "| CWD-style " in out
     assert " of " in err  # progress
 
-    report = json.loads((tmp_path / "bench_losses.json").read_text())
+    text = (tmp_path / "bench_losses.json").read_text()
+    assert not any(folder in text for folder in (str(tmp_path), str(BENCHMARKS.parent), str(Path.home()) + "/"))
+    report = json.loads(text)
     assert {"command", "date", "commit", "machine", "versions", "workload", "boxes", "rates", "floor"} <= set(report)
     assert ("COCO annotations" if box_source else "sampler") in report["boxes"]["source"]
     assert report["rates"]["copy"] > 0 and report["rates"]["gemm_float32"] > 0
@@ -50,9 +54,9 @@ def test_a_tiny_run_writes_table_json_and_picture(benchmark_module, box_source, 
         assert len(row["step_samples_ms"]) == 2 and row["step_ms"] > 0
         if name not in graph:
             assert 0 < row["forward_ms"] <= row["step_ms"] and len(row["forward_samples_ms"]) == 2
-            assert row["peak_bytes"] >= row["kept_bytes"] > 0
+            assert row["peak_bytes"] >= row["saved_bytes"] > 0
         if where == "cuda":
-            assert row["synchronisations"] == 0 or "style" in name
+            assert row["synchronizations"] == 0 or "style" in name
             assert row["launches"] == 1 if name in graph else row["launches"] > 1
     assert rows["sea_kernels"]["deviation"] < 1e-4
     assert rows["eager reference"]["eager_ratio"] == 1
@@ -65,17 +69,48 @@ def test_a_tiny_run_writes_table_json_and_picture(benchmark_module, box_source, 
 
 
 def test_the_table_is_refused_where_the_results_differ(benchmark_module, tmp_path, monkeypatch, capsys):
-    bench = benchmark_module("bench_losses")
-    native = bench.sk.sea_loss
+    bench, native = benchmark_module("bench_losses"), sk.sea_loss
 
     def wrong(*args):
         losses = native(*args)
-        return losses._replace(anchor=losses.anchor * 1.01) if bench.sk.ops.current_backend() == "native" else losses
+        return losses._replace(anchor=losses.anchor * 1.01) if sk.ops.current_backend() == "native" else losses
 
-    monkeypatch.setattr(bench.sk, "sea_loss", wrong)
+    monkeypatch.setattr(sk, "sea_loss", wrong)
     with pytest.raises(SystemExit, match="deviates"):
         bench.main(["--smoke", "--device", "cpu", "--out", str(tmp_path)])
     assert "| sea_kernels " not in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_a_report_names_files_without_their_folders(benchmark_module):
+    arguments = ["--smoke", "--out=/home/someone/out", "--annotations", "/data/instances.json"]
+    origin = benchmark_module("report").provenance("bench.py", arguments, torch.device("cpu"))
+    assert origin["command"] == "python benchmarks/bench.py --smoke --out=out --annotations instances.json"
+    assert {"device", "cpu", "cores", "threads", "instruction_set", "cache_mib"} < set(origin["machine"])
+
+
+def test_progress_outside_a_terminal_is_a_line_for_each_kind_of_work(benchmark_module, capsys):
+    tell = benchmark_module("report").Progress(5)
+    for text in (
+        "sea_kernels: warm-up",
+        "time: repeat 1 of 3",
+        "time: repeat 2 of 3",
+        "time: repeat 3 of 3",
+        "sweep: batch 1",
+    ):
+        tell(text)
+    lines = [line.split("] ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["1 of 5: sea_kernels: warm-up", "2 of 5: time: repeat 1 of 3", "5 of 5: sweep: batch 1"]
+
+
+def test_a_cell_without_a_value_is_a_dash(benchmark_module):
+    report = benchmark_module("report")
+    columns = {"": report.label, "ms": "{step_ms:.4g}", "MiB": "{peak_mib:.4g} ({peak_percent:.1f}%)"}
+    rows = [
+        {"name": "a", "step_ms": 1.5, "peak_bytes": 2**20, "peak_percent": 50.0},
+        {"name": "b", "left_out": "out of memory"},
+    ]
+    lines = [[x.strip() for x in line.split("|")[1:-1]] for line in report.row_table(rows, columns).splitlines()]
+    assert lines[0] == ["", "ms", "MiB"] and lines[2:] == [["a", "1.5", "1 (50.0%)"], ["b: out of memory", "-", "-"]]
 
 
 # ------------------------------------------------------------------------------------------- rows that are left out
@@ -83,15 +118,14 @@ def test_the_table_is_refused_where_the_results_differ(benchmark_module, tmp_pat
 
 def test_a_plain_row_without_enough_memory_is_left_out(benchmark_module, tmp_path, monkeypatch, capsys):
     """The others are measured, and the picture and the table have its place."""
-    bench = benchmark_module("bench_losses")
-    native = bench.sk.sea_loss
+    bench, native = benchmark_module("bench_losses"), sk.sea_loss
 
     def too_large(*args):
-        if bench.sk.ops.current_backend() == "reference":
+        if sk.ops.current_backend() == "reference":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return native(*args)
 
-    monkeypatch.setattr(bench.sk, "sea_loss", too_large)
+    monkeypatch.setattr(sk, "sea_loss", too_large)
     bench.main(["--smoke", "--device", "cpu", "--out", str(tmp_path)])
     assert "| eager reference: out of memory |" in capsys.readouterr().out
     path = tmp_path / "bench_losses.json"
@@ -108,18 +142,18 @@ def test_the_native_kernels_are_never_left_out(benchmark_module, tmp_path, monke
     def too_large(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(bench, "sea_losses", too_large)
+    monkeypatch.setattr(benchmark_module("steps"), "sea_losses", too_large)
     with pytest.raises(torch.OutOfMemoryError):
         bench.main(["--smoke", "--device", "cpu", "--out", str(tmp_path)])
 
 
 def test_what_does_not_compile_in_half_of_the_budget_is_left_out(benchmark_module, monkeypatch, capsys):
-    bench, measure = benchmark_module("bench_losses"), benchmark_module("measure")
-    monkeypatch.setattr(bench, "compiled_step", lambda *_: lambda x, mark: time.sleep(60))
-    device, began = torch.device("cpu"), time.monotonic()
-    inputs = bench.make_inputs(bench.SMOKE, bench.sample_boxes(bench.SMOKE), device, 1)
-    makers = bench.make_steps(bench.SMOKE, inputs, compiled=True, context=False)
-    rows = bench.measure_rows(bench.SMOKE, inputs, makers, device, 2, 1e9, lambda text: None, budget=4.0)
+    steps, workloads, measure = map(benchmark_module, ("steps", "workloads", "measure"))
+    monkeypatch.setattr(steps, "compiled_step", lambda *_: lambda x, mark: time.sleep(60))
+    w, device, began = workloads.SMOKE, torch.device("cpu"), time.monotonic()
+    inputs = workloads.make_inputs(w, w.choose_boxes(), device, 1)
+    makers = steps.make_steps(w, inputs, compiled=True, context=False)
+    rows = steps.measure_rows(w, inputs, makers, device, 2, 1e9, lambda text: None, budget=2.0)
     assert time.monotonic() - began < 30
     rows = {row["name"]: row for row in rows}
     assert "not ready in time" in rows["torch.compile reference"]["left_out"]
@@ -129,7 +163,7 @@ def test_what_does_not_compile_in_half_of_the_budget_is_left_out(benchmark_modul
 
 
 def test_workloads_for_the_gpu_are_what_they_are_said_to_be(benchmark_module):
-    bench = benchmark_module("bench_losses")
+    workloads = benchmark_module("workloads")
     common = {"height": 800, "width": 1344, "channels": 256, "maps": 4, "strides": (8, 16, 32, 64, 128)}
     w2 = {"batch": 16, "boxes": 130, "categories": 31, "dtype": "bfloat16", "num_classes": 80}
     wanted = {
@@ -140,9 +174,9 @@ def test_workloads_for_the_gpu_are_what_they_are_said_to_be(benchmark_module):
         "W5": w2 | {"channels_last": True},
     }
     for name, fields in wanted.items():
-        assert bench.WORKLOADS[name] == bench.Workload(**common, **fields)
+        assert workloads.WORKLOADS[name] == workloads.Workload(**common, **fields)
     # 22,400 pixels an image: classification maps 6 times and their gradient, box maps 4 times and theirs.
-    assert bench.WORKLOADS["W1"].least_bytes == 12 * 2 * 22_400 * 256 * 4 * 2
+    assert workloads.WORKLOADS["W1"].least_bytes == 12 * 2 * 22_400 * 256 * 4 * 2
 
 
 def test_compile_only_runs_one_step_and_writes_nothing(benchmark_module, tmp_path, monkeypatch):
@@ -167,7 +201,7 @@ def test_calls_of_cuda_are_counted(benchmark_module):
 
 
 @needs_cuda
-def test_launches_and_synchronisations_on_a_gpu(benchmark_module):
+def test_launches_and_synchronizations_on_a_gpu(benchmark_module):
     """Known ones: two kernels, a fill and a copy; then a replayed graph; then what waits."""
     measure, x = benchmark_module("measure"), torch.ones(1000, device="cuda")
     cpu, y = torch.zeros(1000).pin_memory(), torch.empty_like(x)
@@ -187,19 +221,19 @@ def test_launches_and_synchronisations_on_a_gpu(benchmark_module):
 
 @needs_cuda
 def test_memory_meter_agrees_with_the_counters_of_the_gpu(benchmark_module):
-    bench, measure = benchmark_module("bench_losses"), benchmark_module("measure")
-    device, w = torch.device("cuda"), bench.Workload(height=400, width=672, channels=64)
-    (x,) = bench.make_inputs(w, bench.sample_boxes(w), device, 1)
+    steps, workloads, measure = map(benchmark_module, ("steps", "workloads", "measure"))
+    device, w = torch.device("cuda"), workloads.Workload(height=400, width=672, channels=64)
+    (x,) = workloads.make_inputs(w, w.choose_boxes(), device, 1)
     for backend in ("native", "reference"):
-        step = bench.training_step(lambda x: bench.sea_losses(w, x), backend)
+        step = steps.training_step(lambda x: steps.sea_losses(w, x), backend)
         step(x, lambda: None)
-        peak, kept = measure.memory(step, x, device)
+        peak, saved = measure.memory(step, x, device)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before, at_mark = torch.cuda.memory_allocated(), []
         _, gradients = step(x, lambda: at_mark.append(torch.cuda.memory_allocated() - before))  # noqa: B023
         most = torch.cuda.max_memory_allocated() - before
-        assert abs(kept - at_mark[0]) <= 0.02 * at_mark[0] + 64 * 512  # each is rounded up to 512 bytes
+        assert abs(saved - at_mark[0]) <= 0.02 * at_mark[0] + 64 * 512  # each is rounded up to 512 bytes
         returned = sum(g.numel() * g.element_size() for g in gradients)
         assert most - returned - 64 * 512 <= 1.02 * peak and peak <= 1.02 * most + 64 * 512
 
@@ -244,13 +278,13 @@ def test_a_profile_of_ncu_becomes_one_entry_a_kernel(benchmark_module, tmp_path,
 
 def test_padding_changes_the_number_of_boxes_alone(benchmark_module):
     """What a captured graph is given: the regions are those of the boxes without it."""
-    bench = benchmark_module("bench_losses")
-    boxes = bench.sample_boxes(bench.SMOKE)
+    w, make_regions = benchmark_module("workloads").SMOKE, benchmark_module("steps").make_regions
+    boxes = w.choose_boxes()
     padded = boxes.padded(64)
     assert [len(x) for x in (padded.boxes, padded.labels, padded.batch_index)] == [64] * 3
     assert padded.labels[14:].tolist() == [-1] * 50 and padded.categories == boxes.categories == 13
     assert torch.equal(boxes.padded(5).boxes, boxes.boxes)
-    plain, wide = (bench.make_regions(bench.SMOKE, b) for b in (boxes, padded))
+    plain, wide = (make_regions(w, b) for b in (boxes, padded))
     assert torch.equal(plain.area, wide.area[:, : plain.area.shape[1]]) and torch.equal(plain.counted, wide.counted)
 
 
@@ -291,13 +325,12 @@ def test_impossible_numbers_are_refused(benchmark_module):
 
 
 def test_annotated_images_are_scaled_as_detectors_do(benchmark_module, tmp_path):
-    pytest.importorskip("pycocotools")
     annotation = {"area": 1.0, "iscrowd": 0, "segmentation": []}
     coco = {
         "images": [
-            {"id": 7, "width": 640, "height": 480},
-            {"id": 8, "width": 1000, "height": 400},
-            {"id": 9, "width": 480, "height": 640},  # portrait: left out
+            {"id": 7, "file_name": "7.jpg", "width": 640, "height": 480},
+            {"id": 8, "file_name": "8.jpg", "width": 1000, "height": 400},
+            {"id": 9, "file_name": "9.jpg", "width": 480, "height": 640},  # portrait: skipped
         ],
         "categories": [{"id": 3, "name": "a"}, {"id": 90, "name": "b"}],
         "annotations": [
@@ -324,13 +357,13 @@ MIB = 2**20
 
 
 class _Allocates(torch.autograd.Function):
-    """Allocates so many MiB: kept until backward, for the time of forward, for the time of backward."""
+    """Allocates so many MiB: saved until backward, for the time of forward, for the time of backward."""
 
     @staticmethod
-    def forward(ctx, x, kept, in_forward, in_backward):
+    def forward(ctx, x, saved, in_forward, in_backward):
         ctx.in_backward = in_backward
         torch.empty(in_forward * MIB, dtype=torch.uint8)
-        ctx.save_for_backward(x, torch.empty(kept * MIB, dtype=torch.uint8))
+        ctx.save_for_backward(x, torch.empty(saved * MIB, dtype=torch.uint8))
         return x.new_zeros(())
 
     @staticmethod
@@ -342,35 +375,35 @@ class _Allocates(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("kept", "in_forward", "in_backward", "peak"),
+    ("saved", "in_forward", "in_backward", "peak"),
     [(3, 5, 2, 5), (3, 1, 2, 5), (0, 4, 7, 7), (6, 0, 0, 6)],
 )
-def test_memory_meter_counts_known_allocations(benchmark_module, kept, in_forward, in_backward, peak):
+def test_memory_meter_counts_known_allocations(benchmark_module, saved, in_forward, in_backward, peak):
     """Inputs count in neither figure and gradients not in the peak."""
-    bench, measure = benchmark_module("bench_losses"), benchmark_module("measure")
+    steps, workloads, measure = map(benchmark_module, ("steps", "workloads", "measure"))
     x = torch.zeros(9 * MIB // 4, requires_grad=True)
-    maps = bench.Inputs([[x]], [], [], [], None)
-    step = bench.training_step(lambda _: (_Allocates.apply(x, kept, in_forward, in_backward),))
+    maps = workloads.Inputs([[x]], [], [], [], None)
+    step = steps.training_step(lambda _: (_Allocates.apply(x, saved, in_forward, in_backward),))
     step(maps, lambda: None)
-    measured_peak, measured_kept = measure.memory(step, maps, torch.device("cpu"))
+    measured_peak, measured_saved = measure.memory(step, maps, torch.device("cpu"))
     small = 4096  # the losses themselves
-    assert kept * MIB <= measured_kept <= kept * MIB + small
+    assert saved * MIB <= measured_saved <= saved * MIB + small
     assert peak * MIB <= measured_peak <= peak * MIB + small
 
 
 def test_memory_meter_sees_inside_operators(benchmark_module):
-    """exp and log_softmax each keep their result; the gradients in between come and go inside backward."""
-    bench, measure = benchmark_module("bench_losses"), benchmark_module("measure")
+    """exp and log_softmax each save their result; the gradients in between come and go inside backward."""
+    steps, workloads, measure = map(benchmark_module, ("steps", "workloads", "measure"))
     x = torch.zeros(256, 4096, requires_grad=True)  # 4 MiB
-    maps = bench.Inputs([[x]], [], [], [], None)
-    step = bench.training_step(lambda _: (x.exp().log_softmax(1).sum(),))
-    peak, kept = measure.memory(step, maps, torch.device("cpu"))
-    assert 8 * MIB <= kept <= 8 * MIB + 4096
-    assert kept <= peak <= 16 * MIB + 4096
+    maps = workloads.Inputs([[x]], [], [], [], None)
+    step = steps.training_step(lambda _: (x.exp().log_softmax(1).sum(),))
+    peak, saved = measure.memory(step, maps, torch.device("cpu"))
+    assert 8 * MIB <= saved <= 8 * MIB + 4096
+    assert saved <= peak <= 16 * MIB + 4096
 
 
 def test_memory_meter_ignores_what_was_there_before(benchmark_module):
     measure = benchmark_module("measure")
-    # Freed but never allocated in the log; allocated, freed; a result, which counts in kept only.
+    # Freed but never allocated in the log; allocated, freed; a result, which counts as saved only.
     events = [(0, 1, -100), (1, 2, 8), (2, 3, 4), (3, 2, -8), (4, 4, 50), (5, None, 0), (6, 5, 2), (7, 5, -2)]
     assert measure._account(events, results={4}) == (12, 54)

@@ -1,4 +1,4 @@
-"""The detector trained with and without distillation: data, targets, evaluation, rows, going on after a stop."""
+"""The detector trained with and without distillation: data, targets, evaluation, rows, continuing after a stop."""
 
 import dataclasses
 import importlib
@@ -65,7 +65,7 @@ def test_boxes_enclose_the_painted_pixels(shapes, monkeypatch):
 
 
 def test_an_image_shows_its_objects(shapes, monkeypatch):
-    """Take a plain object: its pixels have one colour but for the noise, and that of its surroundings differs."""
+    """Take a plain object: its pixels have one color but for the noise, and that of its surroundings differs."""
     monkeypatch.setattr(shapes, "_OCCLUDERS", 0)
     scenes = shapes.generate(64, 96, 1, owners=True)
     plain = [(i, k) for i, k in (scenes.labels >= 0).nonzero().tolist() if scenes.labels[i, k] % 3 == 0]
@@ -81,14 +81,14 @@ def perfect(fcos, boxes, labels, classes, size):
     """An output that says what `targets` asks for."""
     levels = [(size // s, size // s) for s in STRIDES]
     points, sizes = fcos.locations(levels, STRIDES, "cpu")
-    label, sides, centreness = fcos.targets(points, sizes, boxes, labels)
+    label, sides, centerness = fcos.targets(points, sizes, boxes, labels)
     scores = torch.where(label[..., None] == torch.arange(classes), 8.0, -8.0)
     split = [h * w for h, w in levels]
 
     def maps(x):
         return [y.transpose(1, 2).unflatten(2, hw) for y, hw in zip(x.split(split, 1), levels)]
 
-    return fcos.Output(maps(scores), maps(sides), maps(torch.logit(centreness[..., None], 1e-4)), [], [])
+    return fcos.Output(maps(scores), maps(sides), maps(torch.logit(centerness[..., None], 1e-4)), [], [])
 
 
 def scattered(size):
@@ -102,15 +102,15 @@ def scattered(size):
     return boxes, labels
 
 
-def test_pixels_answer_for_their_centres(fcos):
+def test_pixels_answer_for_their_centers(fcos):
     points, sizes = fcos.locations([(2, 3), (1, 1)], (8, 16), "cpu")
     assert points.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8]]
     assert sizes.tolist() == [8] * 6 + [16]
     boxes, labels = torch.tensor([[[2.0, 0, 10, 8], [0, 0, 24, 16], [0, 0, 24, 16]]]), torch.tensor([[7, 1, -1]])
-    label, sides, centreness = fcos.targets(points, sizes, boxes, labels)
+    label, sides, centerness = fcos.targets(points, sizes, boxes, labels)
     assert label.tolist() == [[7, 1, 1, 1, 1, 1, -1]]  # the smallest of those that claim it; no box for the last level
     assert sides[0, 0].tolist() == [2 / 8, 4 / 8, 6 / 8, 4 / 8]
-    assert centreness[0, 0].item() == pytest.approx((2 / 6) ** 0.5) and centreness[0, 2].item() < centreness[0, 1]
+    assert centerness[0, 0].item() == pytest.approx((2 / 6) ** 0.5) and centerness[0, 2].item() < centerness[0, 1]
 
 
 def test_perfect_answers_have_ap_100(fcos, shapes):
@@ -132,7 +132,7 @@ def test_perfect_answers_have_the_least_detection_loss(fcos):
     best = fcos.detection_loss(out, STRIDES, boxes, labels)
     farther = out._replace(box=[x * 1.3 for x in out.box])
     silent = out._replace(cls=[torch.full_like(x, -8.0) for x in out.cls])
-    assert best < 0.75  # what remains is the entropy of the centreness
+    assert best < 0.75  # what remains is the entropy of the centerness
     assert fcos.detection_loss(farther, STRIDES, boxes, labels) > best + 0.1
     assert fcos.detection_loss(silent, STRIDES, boxes, labels) > best + 0.5
 
@@ -197,7 +197,7 @@ def test_rows_of_a_seed_differ_by_their_losses_alone(distill, shapes, little):
     assert all(torch.equal(alone[k], again[k]) for k in alone)
     distilled, distilled_log = train({"anchor": 0.3, "localization": 0.7})
     assert set(log) == {"detection"} and set(distilled_log) == {"detection", "anchor", "localization"}
-    assert distilled_log["detection"] == log["detection"]  # the same images, the same initialisation
+    assert distilled_log["detection"] == log["detection"]  # the same images, the same initialization
     assert any(not torch.equal(alone[k], distilled[k]) for k in alone)
     assert train({}, seed=1)[1]["detection"] != log["detection"]
     _, doubled = train({"anchor": 0.6, "localization": 0.7})
