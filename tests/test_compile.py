@@ -350,23 +350,30 @@ def check_operators(inputs, regions):
     cosines = torch.ops.sea_kernels.anchor_cosine(features, anchors, tensors)
     check("anchor_cosine_backward", cosines, features, anchors, tensors)
     student, teacher = features + inputs.box[0], inputs.cls_teacher[0] + inputs.box_teacher[0]
-    pooled = (student, teacher, [3, 5], tensors, 2.0)
-    check("sea_loss_pool", *pooled)
-    check("sea_loss_pool", student, teacher, [3, 4], tensors, 2.0)
-    apart = torch.ops.sea_kernels.sea_loss_pool(*pooled)
+    masks, losses = tensors[1].shape[1], [3, 5]
+
+    def sizes(losses, detach=False, share=ops.SAVED_SHARE):
+        return ops.saved_elements(student, teacher, losses, masks, detach, share)
+
+    for flags, softmax in ((losses, sizes(losses)[2]), ([3, 4], sizes([3, 4])[2]), (losses, 0)):
+        elements = ops.anchor_elements(student, flags, masks)
+        check("sea_loss_pool", student, teacher, flags, tensors, 2.0, elements, softmax)
+    elements = ops.anchor_elements(student, losses, masks), sizes(losses)[2]
+    apart = torch.ops.sea_kernels.sea_loss_pool(student, teacher, losses, tensors, 2.0, *elements)
+    check("sea_loss", student, teacher, losses, tensors, 0.1, 1.0, 0, 0, 0)
+    check("sea_loss_compare", student, teacher, losses, tensors, apart[0], 0.1, 0, 0)
     for detach in (False, True):
-        for save, rows in ((True, 0), (True, 1000), (False, 0)):
-            options = (student, teacher, [3, 5], tensors, 0.1, 1.0, detach, save, rows)
-            check("sea_loss", *options, values=not save)
-            if save:
-                saved = torch.ops.sea_kernels.sea_loss(*options)[3]
-                for grads in ((one, one, one), (None, one, None)):
-                    check("sea_loss_backward", *grads, student, teacher, [3, 5], tensors, saved, 0.1, 1.0, detach)
-            compared = (student, teacher, [3, 5], tensors, apart[0], 0.1, detach, save, rows)
-            check("sea_loss_compare", *compared, values=not save)
-            if save:
-                saved = [*torch.ops.sea_kernels.sea_loss_compare(*compared)[2:], apart[2], apart[0]]
-                check("sea_loss_backward", one, one, one, student, teacher, [3, 5], tensors, saved, 0.1, 2.0, detach)
+        for share in ((0, 1), (1000, 1)):
+            elements = sizes(losses, detach, share)
+            options = (student, teacher, losses, tensors, 0.1, 1.0, *elements)
+            check("sea_loss", *options, values=False)
+            saved = torch.ops.sea_kernels.sea_loss(*options)[3]
+            for grads in ((one, one, one), (None, one, None)):
+                check("sea_loss_backward", *grads, student, teacher, losses, tensors, saved, 0.1, 1.0)
+            compared = (student, teacher, losses, tensors, apart[0], 0.1, *elements[:2])
+            check("sea_loss_compare", *compared, values=False)
+            saved = [*torch.ops.sea_kernels.sea_loss_compare(*compared)[2:], apart[2], apart[0]]
+            check("sea_loss_backward", one, one, one, student, teacher, losses, tensors, saved, 0.1, 2.0)
 
 
 @compiles
@@ -374,10 +381,12 @@ def test_opcheck_localization_without_regions(device):
     """And of one set alone."""
     student, teacher = make_maps(SHAPES, 2, 8, 1, BF16, device), make_maps(SHAPES, 2, 8, 2, F32, device)
     one = torch.ones((), device=device)
-    for save in (True, False):
-        check("sea_loss", student, teacher, [ops.LOCALIZATION], [], 0.1, 2.0, False, save, 0)
-    saved = torch.ops.sea_kernels.sea_loss(student, teacher, [ops.LOCALIZATION], [], 0.1, 2.0, False, True, 0)[3]
-    check("sea_loss_backward", None, None, one, student, teacher, [ops.LOCALIZATION], [], saved, 0.1, 2.0, False)
+    maps = (student, teacher, [ops.LOCALIZATION], [])
+    sizes = ops.saved_elements(*maps[:3], 0, False)
+    for saved in (sizes, (0, 0, 0)):
+        check("sea_loss", *maps, 0.1, 2.0, *saved)
+    saved = torch.ops.sea_kernels.sea_loss(*maps, 0.1, 2.0, *sizes)[3]
+    check("sea_loss_backward", None, None, one, *maps, saved, 0.1, 2.0)
 
 
 def test_every_operator_has_a_kernel_and_a_fake(device):

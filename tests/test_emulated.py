@@ -135,7 +135,7 @@ def test_sizes_of_what_is_saved(dtypes, detach, kernels):
     loss = operators.Operators(kernels)._loss(*maps, [], parts, regions.tensors(), (0.1, 1.0, detach), True)
     with torch._subclasses.FakeTensorMode():
         fakes = [[torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in side] for side in maps]
-        sizes = ops.saved_elements(*fakes, parts, regions.area.shape[1], detach, 0)
+        sizes = ops.saved_elements(*fakes, parts, regions.area.shape[1], detach)
     assert list(sizes) == loss.lay_out([0, 0, 0])
 
 

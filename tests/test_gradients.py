@@ -6,6 +6,7 @@ from cases import BF16, CALLS, F32, F64, VARIANTS, make_inputs, make_maps, make_
 from torch.autograd import gradcheck
 
 import sea_kernels as sk
+from sea_kernels import ops
 
 SMALL = {"shapes": [(2, 3), (2, 2)], "strides": [80, (80, 112)]}
 
@@ -102,21 +103,23 @@ def test_detach_anchors_cuts_the_path_through_the_anchors(small, device):
 
 
 @pytest.mark.cpu_kernels
-def test_kept_and_recomputed_give_the_same():
-    """What is not kept is computed again: the operator's own gradients agree to the last bits."""
+def test_saved_and_recomputed_give_the_same():
+    """What is not saved is computed again: the operator's own gradients agree to the last bits."""
     regions = make_regions(number=6)
     inputs = make_inputs(regions, 40, 24)
     student, teacher = (
         list(s[0] + b[0]) for s, b in ((inputs.cls, inputs.box), (inputs.cls_teacher, inputs.box_teacher))
     )
-    tensors, parts, one = regions.tensors(), [3, 7], torch.ones(())
+    tensors, losses, one, temperatures = regions.tensors(), [3, 7], torch.ones(()), (0.1, 1.0)
     gradients = []
-    for rows in (0, 1 << 20):
-        options = (0.1, 1.0, False)
-        *_, saved = torch.ops.sea_kernels.sea_loss(student, teacher, parts, tensors, *options, True, rows)
-        assert (saved[0].numel() > 0) == (rows > 0)
+    for share in ((0, 1), (1000, 1)):
+        sizes = ops.saved_elements(student, teacher, losses, regions.area.shape[1], False, share)
+        *_, saved = torch.ops.sea_kernels.sea_loss(student, teacher, losses, tensors, *temperatures, *sizes)
+        assert (saved[0].numel() > 0) == (share[0] > 0)
         gradients.append(
-            torch.ops.sea_kernels.sea_loss_backward(one, one, one, student, teacher, parts, tensors, saved, *options)
+            torch.ops.sea_kernels.sea_loss_backward(
+                one, one, one, student, teacher, losses, tensors, saved, *temperatures
+            )
         )
     for x, y in zip(*gradients):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6 * x.abs().max().item())

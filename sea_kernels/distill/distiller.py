@@ -1,28 +1,26 @@
-"""SEADistiller: captures the maps of a student and a teacher, builds the regions, and gives the weighted losses."""
+"""SEADistiller: records the maps of a student and a teacher, builds the regions, and gives the weighted losses."""
 
 import copy
 import logging
 import math
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import distributed
-from . import taps as ready_taps
-from .functional import sea_loss
-from .reference import SEALoss
-from .regions import Regions
-from .taps import Taps, names, unwrap
+from .. import group as ranks
+from .. import taps as ready_taps
+from ..losses import SEALoss, sea_loss
+from ..regions import Regions
+from ..taps import Taps, unwrap
+from .recorder import Recorder, output_channels
+from .schedule import Schedule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _log = logging.getLogger("sea_kernels")
-_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 class Capture(NamedTuple):
@@ -36,7 +34,7 @@ class Capture(NamedTuple):
 
 
 class _Models(NamedTuple):
-    """A tuple, so that nn.Module takes neither for its submodule. A copy, as an EMA makes it, shares the teacher."""
+    """A tuple, so that neither becomes a submodule of the distiller. A copy, as an EMA makes it, shares the teacher."""
 
     student: nn.Module
     teacher: nn.Module
@@ -49,38 +47,58 @@ class _Models(NamedTuple):
 class SEADistiller(nn.Module):
     """SEA distillation (arXiv 2203.00862) of a teacher into a student, for any detector and training loop.
 
-    Hooks on the student note its maps and the input of its backbone while it computes its own loss; `losses` then runs
-    the teacher on that input and compares the two. The teacher is frozen (evaluation mode, no gradient) and is no
-    submodule: `parameters()` are those of the adapters, which go to the optimiser.
+    Hooks on the student record its maps and the input of its backbone while it computes its own loss. `losses` then
+    runs the teacher on that input and compares the maps of the two. The teacher is frozen (evaluation mode, no
+    gradient) and is not a submodule: `parameters()` are those of the adapters, and go to the optimizer.
 
     Args:
         student, teacher: detectors, bare or wrapped by DDP or torch.compile. Make the distiller before the student's
-            first compiled call: torch.compile does not see hooks that come later.
-        taps: where the student's maps are; default: those of :func:`sea_kernels.taps.find`.
-        teacher_taps: the same for the teacher; default: `taps`, or what `find` says of the teacher.
-        weights: of the anchor, the distance and the localisation loss, each a sum over maps and levels. The defaults
-            are ours: for FCOS, four maps a branch on five levels, they should make each about a tenth of the detection
-            loss when training starts, judged by the small detector of benchmarks/distill_ap.py. Choose by `unweighted`.
-        schedule: a factor for the weights as a function of the step (see :class:`Schedule`); a step is one call of
-            `losses`. Where it is 0 the teacher does not run.
-        num_classes: number of categories; default: the student's own, where the taps know it.
-        channels: ((student's, teacher's) channels of the classification maps, the same of the box maps). Default: read
-            off the tapped modules.
+            first compiled call: torch.compile does not see hooks that are added later.
+        taps: where the student's maps are. Default: those of :func:`sea_kernels.taps.find`.
+        teacher_taps: the same for the teacher. Default: `taps`, or what `find` gives for the teacher.
+        weights: of the anchor, the distance and the localization loss, each a sum over maps and levels. The defaults
+            are ours. For FCOS with four maps per branch on five levels, they should make each loss about a tenth of the
+            detection loss when training starts, judged by the small detector of benchmarks/distill_ap.py. Choose yours
+            by `unweighted`.
+        schedule: a factor for the weights as a function of the step (see :class:`Schedule`). A step is one call of
+            `losses`. Where the factor is 0 the teacher does not run.
+        num_classes: number of categories. Default: the student's own, if the taps know it.
+        channels: ((student's, teacher's channels of the classification maps), (the same of the box maps)). Default:
+            read from the tapped modules.
         center_ratio: see :meth:`sea_kernels.Regions.from_boxes`.
         distance_temperature, localization_temperature, detach_anchors, distance_on_box: see
             :func:`sea_kernels.sea_loss`.
-        use_masks: regions from the instances' masks (:meth:`sea_kernels.Regions.from_masks`) instead of their boxes.
-        group: a `torch.distributed.ProcessGroup`: the batch whose anchors are compared is that of all its ranks, all of
-            which must call `losses` at every step, with the same options. Default: each process for itself.
+        use_masks: build the regions from the instances' masks (:meth:`sea_kernels.Regions.from_masks`) instead of their
+            boxes.
+        group: a `torch.distributed.ProcessGroup`. The batch whose anchors are compared is then that of all its ranks,
+            all of which must call `losses` at every step, with the same options. Default: each process is alone.
 
     Attributes:
-        adapters: a 1x1 convolution for each set of maps of which student and teacher differ in channels; it brings the
-            student's to the teacher's number. `to(device)` moves adapters and teacher.
-        unweighted: the losses of the last step before their weights, detached; None before the first.
-        step: number of calls of `losses`; part of the state_dict.
+        adapters: a 1x1 convolution for each set of maps in which student and teacher differ in channels. It maps the
+            student's channels to the teacher's. `to(device)` moves adapters and teacher.
+        unweighted: the losses of the last step before their weights, detached; None before the first step.
+        step: number of calls of `losses`. It is part of the state_dict.
 
     Raises:
-        TypeError, ValueError: an unknown detector, a module that is not there, taps that do not pair up.
+        TypeError, ValueError: the detector is unknown, a module does not exist, or the taps do not pair up.
+
+    Example:
+        >>> import sea_kernels as sk, torch
+        >>> class Detector(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.backbone = torch.nn.Conv2d(3, 8, 3, stride=8, padding=1)
+        ...         self.cls, self.box = torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1)
+        ...     def forward(self, images):
+        ...         features = self.backbone(images)
+        ...         return {"loss": self.cls(features).square().mean() + self.box(features).square().mean()}
+        >>> student, teacher = Detector(), Detector()
+        >>> distiller = sk.SEADistiller(student, teacher, sk.taps.Taps(("cls",), ("box",), strides=(8,)), num_classes=80)
+        >>> losses = student(torch.randn(1, 3, 64, 64))
+        >>> losses |= distiller.losses([torch.tensor([[8.0, 8.0, 40.0, 56.0]])], [torch.tensor([7])])
+        >>> list(losses)
+        ['loss', 'loss_sea_anchor', 'loss_sea_distance', 'loss_sea_localization']
+        >>> sum(losses.values()).backward()
     """
 
     def __init__(
@@ -130,7 +148,7 @@ class SEADistiller(nn.Module):
         self._taps = taps, teacher_taps
         self._group = group
         if group is not None:
-            self._group = distributed.join(group)._replace(compares_strides=taps.strides is not None)
+            self._group = ranks.join(group)._replace(compares_strides=taps.strides is not None)
         self.num_classes = taps.num_classes if num_classes is None else num_classes
         if self.num_classes is None:
             raise ValueError("num_classes is None; expected the number of categories, which these taps do not know")
@@ -146,12 +164,12 @@ class SEADistiller(nn.Module):
         self.step, self.unweighted, self._said = 0, None, set()
 
         teacher.requires_grad_(False).eval()
-        self._recorders = _Recorder("student", student, taps), _Recorder("teacher", teacher, teacher_taps)
+        self._recorders = Recorder("student", student, taps), Recorder("teacher", teacher, teacher_taps)
         self.adapters = nn.ModuleDict()
         like = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0))
         for branch, fixed in zip(("cls", "box"), channels or (None, None), strict=True):
             for m, entries in enumerate(zip(getattr(taps, branch), getattr(teacher_taps, branch))):
-                own, target = fixed or (_channels(r.side, r.model, n) for r, n in zip(self._recorders, entries))
+                own, target = fixed or (output_channels(r.side, r.model, n) for r, n in zip(self._recorders, entries))
                 if own != target:
                     self.adapters[f"{branch}_{m}"] = nn.Conv2d(own, target, 1, device=like.device, dtype=like.dtype)
         self._recorders[0].listen()
@@ -164,7 +182,7 @@ class SEADistiller(nn.Module):
     def teacher(self) -> nn.Module:
         return self._models.teacher
 
-    @torch.compiler.disable  # it counts its steps, which would compile anew each time
+    @torch.compiler.disable  # it counts its steps, which would recompile each time
     def losses(
         self,
         boxes: Sequence[Tensor] | None = None,
@@ -174,19 +192,19 @@ class SEADistiller(nn.Module):
         masks: Sequence[Any] | None = None,
         teacher_input: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The weighted losses of the student's last forward; add them to its own.
+        """The weighted losses of the student's last forward. Add them to its own.
 
-        Nothing here synchronises with the device (MMDetection's masks alone, which lie on the host, are copied to it).
-        torch.compile leaves it out of its graphs.
+        Nothing here synchronizes with the device, except that MMDetection's masks, which lie on the host, are copied to
+        it. torch.compile leaves this function out of its graphs.
 
         Args:
             boxes: B tensors `[G_b, 4]`: x1 y1 x2 y2 in pixels of the backbone's input. Default: what the taps saw.
-            labels: B integer tensors `[G_b]`, categories from 0; needed beside boxes or masks. Default: as boxes.
-            image_sizes: (height, width) of every image before padding, in the same pixels. Default: what the taps saw;
+            labels: B integer tensors `[G_b]`, categories from 0. Needed beside boxes or masks. Default: as for boxes.
+            image_sizes: (height, width) of each image before padding, in the same pixels. Default: what the taps saw;
                 without it every image fills its maps.
-            ignore_boxes: B tensors `[I_b, 4]`: crowds. Default: none beside boxes or masks, else what the taps saw.
-            masks: instances' masks as :meth:`sea_kernels.Regions.from_masks` takes them, instead of boxes.
-            teacher_input: the batch `[B, 3, H, W]` for the teacher, where it wants another normalisation. Default: the
+            ignore_boxes: B tensors `[I_b, 4]` of crowds. Default: none beside boxes or masks, else what the taps saw.
+            masks: the instances' masks, as :meth:`sea_kernels.Regions.from_masks` takes them, instead of boxes.
+            teacher_input: the batch `[B, 3, H, W]` for the teacher, if it needs another normalization. Default: the
                 input of the student's backbone.
 
         Returns:
@@ -195,7 +213,7 @@ class SEADistiller(nn.Module):
 
         Raises:
             RuntimeError: the student has not run; a map has no graph, or was overwritten.
-            ValueError: no boxes or labels; maps that do not pair up (the module and both counts are named).
+            ValueError: there are no boxes or labels; maps do not pair up (the message names the module and the counts).
         """
         factor = float(self.schedule(self.step))
         if factor == 0:
@@ -223,7 +241,10 @@ class SEADistiller(nn.Module):
         masks: Sequence[Any] | None = None,
         teacher_input: Tensor | None = None,
     ) -> Capture:
-        """What `losses` compares, with the same arguments: maps after the adapters, and the regions. Takes the maps."""
+        """What `losses` would compare, with the same arguments: the maps after the adapters, and the regions.
+
+        It uses up the recorded maps, as `losses` does.
+        """
         student, teacher = self._recorders
         images, targets, ours = student.take()
         regions = self._regions(ours["cls"][0], images, targets, boxes, labels, image_sizes, ignore_boxes, masks)
@@ -237,7 +258,7 @@ class SEADistiller(nn.Module):
         return Capture(ours["cls"], theirs["cls"], ours["box"], theirs["box"], regions)
 
     def _pair(self, name: str, student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
-        """The teacher's maps in the student's sizes."""
+        """The teacher's maps, resampled to the student's sizes."""
         out = []
         for level, (s, t) in enumerate(zip(student, teacher)):
             if s.shape[:2] != t.shape[:2]:
@@ -288,7 +309,7 @@ class SEADistiller(nn.Module):
         return self.student.state_dict()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "SEADistiller":
-        self.teacher._apply(fn)  # no submodule, but it goes along to another device
+        self.teacher._apply(fn)  # not a submodule, but it moves along to another device
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -300,7 +321,7 @@ class SEADistiller(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def close(self) -> None:
-        """Removes the hooks. The distiller cannot be used afterwards."""
+        """Removes the hooks. After that the distiller cannot be used."""
         for recorder in self._recorders:
             recorder.close()
 

@@ -20,12 +20,12 @@ def _submodule(side: str, model: nn.Module, name: str) -> nn.Module:
 
 
 def _may_be_overwritten(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether a module is a layer with an activation in place beside it, which is likely to work on its output."""
+    """Whether a module is a layer with an in-place activation beside it, which is likely to overwrite its output."""
     parent = model.get_submodule(name.rpartition(".")[0])
     return isinstance(module, _LAYERS) and any(getattr(x, "inplace", False) for x in parent.children())
 
 
-def _channels(side: str, model: nn.Module, entry: str | tuple[str, ...]) -> int:
+def output_channels(side: str, model: nn.Module, entry: str | tuple[str, ...]) -> int:
     """Channels of a module's output: what it says, or its last layer, or what precedes it in a Sequential."""
     name = names(entry)[0]
     module = _submodule(side, model, name)
@@ -42,8 +42,8 @@ def _channels(side: str, model: nn.Module, entry: str | tuple[str, ...]) -> int:
     )
 
 
-class _Recorder:
-    """What the hooks on one model have seen of its last forward."""
+class Recorder:
+    """What the hooks on one model have recorded of its last forward."""
 
     def __init__(self, side: str, model: nn.Module, taps: Taps) -> None:
         self.side, self.model, self.taps = side, model, taps
@@ -56,7 +56,7 @@ class _Recorder:
         self.closed = False
 
     def listen(self) -> None:
-        """Hooks that tell where a forward of the student begins and ends, and its ground truth."""
+        """Adds hooks that see where a forward of the student begins and ends, and its ground truth."""
         begins = _submodule(self.side, self.model, self.taps.input)
         self.handles.append(begins.register_forward_pre_hook(_Hook(_begin, self), prepend=True, with_kwargs=True))
         self.handles.append(self.model.register_forward_hook(_Hook(_end, self)))
@@ -160,12 +160,12 @@ def _call(model: nn.Module, images: Tensor) -> None:
 
 
 class _Hook:
-    """A hook that holds its recorder weakly. A copy of it, as in a copied or pickled student, does nothing.
+    """A hook with a weak reference to its recorder. A copy of it, as in a copied or pickled student, does nothing.
 
-    So neither an EMA copy nor a checkpoint takes the teacher along, and what the copy computes is not recorded.
+    So an EMA copy or a checkpoint does not contain the teacher, and what the copy computes is not recorded.
     """
 
-    def __init__(self, call: Callable, recorder: _Recorder, name: str = "") -> None:
+    def __init__(self, call: Callable, recorder: Recorder, name: str = "") -> None:
         self.call, self.recorder, self.name = call, weakref.ref(recorder), name
 
     def __call__(self, module: nn.Module, *arguments: Any) -> None:
@@ -182,18 +182,18 @@ class _Nothing:
         pass
 
 
-def _begin(recorder: _Recorder, _name: str, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _begin(recorder: Recorder, _name: str, _module: nn.Module, args: tuple, kwargs: dict) -> None:
     targets, recorder.next_targets = recorder.next_targets, None
     recorder.forget()
-    # Without a graph this is an evaluation, of which nothing is kept.
+    # Without gradients this is an evaluation, of which nothing is recorded.
     if torch.is_grad_enabled():
         recorder.open, recorder.targets = True, targets
         recorder.images = args[0] if args else next(iter(kwargs.values()))
         _note_versions(recorder, f"input of {recorder.taps.input!r}", recorder.images)
 
 
-def _record(recorder: _Recorder, name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
-    if not recorder.open:  # a checkpoint computes again in backward; a teacher runs for somebody else
+def _record(recorder: Recorder, name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
+    if not recorder.open:  # recomputed in backward by a checkpoint, or a teacher that runs for others
         return
     if name in recorder.cloned:
         output = output.clone()
@@ -201,14 +201,14 @@ def _record(recorder: _Recorder, name: str, _module: nn.Module, _args: tuple, ou
     _note_versions(recorder, f"map of {name!r}", output)
 
 
-def _note_versions(recorder: _Recorder, what: str, output: Any) -> None:
+def _note_versions(recorder: Recorder, what: str, output: Any) -> None:
     if recorder.side == "student" and not torch.compiler.is_compiling():  # compiled code overwrites nothing
         recorder.versions += [(what, x, x._version) for x in _values(output) if isinstance(x, Tensor)]
 
 
-def _end(recorder: _Recorder, _name: str, _module: nn.Module, _args: tuple, _output: Any) -> None:
+def _end(recorder: Recorder, _name: str, _module: nn.Module, _args: tuple, _output: Any) -> None:
     recorder.open = False
 
 
-def _see_targets(recorder: _Recorder, _name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
+def _see_targets(recorder: Recorder, _name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
     recorder.next_targets = output

@@ -62,8 +62,15 @@ struct Layout {
 template <class T>
 struct Options {
   T distance_temperature, localization_temperature;
-  bool detach_anchors;
 };
+
+// Memory of the number of elements that Python computed, which must be what is needed, or 0 where nothing is saved.
+template <class T>
+Tensor make_saved(const char* name, int64_t elements, int64_t needed) {
+  STD_TORCH_CHECK(elements == needed || elements == 0, "sea_kernels: ", name, " is ", elements, "; expected ", needed,
+                  ", or 0 where it is not saved");
+  return make({elements}, kScalarType<T>);
+}
 
 // Pools one set and, where softmax is given, does its localisation in the same pass.
 template <class T>
@@ -229,17 +236,24 @@ Tensor scalar(double value) {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
+// Sizes of what is saved, as the operators are handed them.
+struct SavedElements {
+  int64_t saved, gradients, softmax;
+};
+
 // pooled: as in Layout; null: pooled here, and the localisation done in the same pass.
 template <class T>
 Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions_, const Options<T>& options,
-                const T* pooled, bool save, int64_t kept_rows) {
+                const T* pooled, const SavedElements& elements) {
   const Regions regions(regions_, sets[0].student);
   const int64_t masks = regions.masks();
   const Layout layout(sets, masks);
-  const bool keep = save && masks + 1 <= kept_rows, save_gradient = save && !options.detach_anchors;
-  Tensor kept = make({keep ? layout.kept : 0}, kScalarType<T>);
-  Tensor gradients = make({save_gradient ? layout.gradients : 0}, kScalarType<T>);
-  Tensor softmax = make({pooled ? 0 : layout.sums}, kScalarType<T>);
+  Tensor saved = make_saved<T>("saved_elements", elements.saved, layout.kept);
+  Tensor gradients = make_saved<T>("gradient_elements", elements.gradients, layout.gradients);
+  Tensor softmax = make_saved<T>("softmax_elements", elements.softmax, pooled ? 0 : layout.sums);
+  const Buffer<T> own_softmax(pooled || elements.softmax > 0 ? 0 : layout.sums);
+  T* const sums = elements.softmax > 0 ? data<T>(softmax) : own_softmax.get();
+  const bool keep = elements.saved > 0;
   Losses losses;
   for (size_t s = 0; s < sets.size(); ++s) {
     const Set& set = sets[s];
@@ -250,34 +264,40 @@ Outputs forward(const std::vector<Set>& sets, const std::vector<Tensor>& regions
       anchors = pooled + layout.pooled[s];
       if (set.has(kDistance)) teacher_anchors = anchors + table;
     } else {
-      T* const here = keep ? data<T>(kept) + layout.anchors[s] : own.get();
-      pool_set(set, regions, options, here, data<T>(softmax) + layout.softmax[s], losses);
+      T* const here = keep ? data<T>(saved) + layout.anchors[s] : own.get();
+      pool_set(set, regions, options, here, sums + layout.softmax[s], losses);
       anchors = here;
       teacher_anchors = here + table;
     }
     compare_set(set, regions, options, anchors, teacher_anchors,
-                keep ? data<T>(kept) + layout.coefficients[s] : nullptr,
-                save_gradient ? data<T>(gradients) + layout.gradient[s] : nullptr, losses);
+                keep ? data<T>(saved) + layout.coefficients[s] : nullptr,
+                elements.gradients > 0 ? data<T>(gradients) + layout.gradient[s] : nullptr, losses);
   }
   return {scalar<T>(losses.anchor),
           scalar<T>(losses.distance),
           scalar<T>(losses.localization),
-          {kept, gradients, save ? softmax : make({0}, kScalarType<T>)}};
+          {saved, gradients, softmax}};
 }
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward_pool(const std::vector<Set>& sets, const std::vector<Tensor>& regions_,
-                                                const Options<T>& options) {
+                                                const Options<T>& options, int64_t anchor_elements,
+                                                int64_t softmax_elements) {
   const Regions regions(regions_, sets[0].student);
   const Layout layout(sets, regions.masks());
-  Tensor anchors = make({layout.pooled.back()}, kScalarType<T>), softmax = make({layout.sums}, kScalarType<T>);
+  STD_TORCH_CHECK(anchor_elements == layout.pooled.back(), "sea_kernels: anchor_elements is ", anchor_elements,
+                  "; expected ", layout.pooled.back());
+  Tensor anchors = make({anchor_elements}, kScalarType<T>);
+  Tensor softmax = make_saved<T>("softmax_elements", softmax_elements, layout.sums);
+  const Buffer<T> own_softmax(softmax_elements > 0 ? 0 : layout.sums);
+  T* const sums = softmax_elements > 0 ? data<T>(softmax) : own_softmax.get();
   Losses losses;
   for (size_t s = 0; s < sets.size(); ++s) {
     T* const out = data<T>(anchors) + layout.pooled[s];
     const int64_t size = layout.pooled[s + 1] - layout.pooled[s];
     const bool difference = sets[s].pools() && !sets[s].has(kDistance);
     Buffer<T> both(difference ? 2 * size : 0);
-    pool_set(sets[s], regions, options, difference ? both.get() : out, data<T>(softmax) + layout.softmax[s], losses);
+    pool_set(sets[s], regions, options, difference ? both.get() : out, sums + layout.softmax[s], losses);
     for (int64_t i = 0; difference && i < size; ++i) out[i] = both.get()[i] - both.get()[size + i];
   }
   return {anchors, scalar<T>(losses.localization), softmax};
@@ -319,7 +339,7 @@ void backward(const std::vector<Set>& sets, const std::vector<std::vector<Map>>&
     // What every pixel of a mask receives: the anchor's gradient over the area.
     Buffer<T> spread(table);
     const T* through_anchors =
-        set.has(kDistance) && !options.detach_anchors ? data<T>(saved[1]) + layout.gradient[s] : nullptr;
+        set.has(kDistance) && saved[1].numel() > 0 ? data<T>(saved[1]) + layout.gradient[s] : nullptr;
     if (set.pools())
       parallel(levels, [&](int64_t l) {
         const double count = static_cast<double>(regions.present(l).size() * channels);
@@ -387,47 +407,48 @@ auto with_computed_type(const std::vector<Tensor>& student, const std::vector<Te
   return any_double(student) || any_double(teacher) ? f(0.) : f(0.f);
 }
 
-Outputs sea_loss(std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<int64_t> parts,
+Outputs sea_loss(std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<int64_t> losses,
                  std::vector<Tensor> regions, double distance_temperature, double localization_temperature,
-                 bool detach_anchors, bool save, int64_t kept_rows) {
+                 int64_t saved_elements, int64_t gradient_elements, int64_t softmax_elements) {
   return with_computed_type(student, teacher, [&](auto zero) {
     using T = decltype(zero);
-    const Options<T> options{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature),
-                             detach_anchors};
-    return forward<T>(make_sets(student, teacher, parts), regions, options, nullptr, save, kept_rows);
+    const Options<T> options{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature)};
+    return forward<T>(make_sets(student, teacher, losses), regions, options, nullptr,
+                      {saved_elements, gradient_elements, softmax_elements});
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> sea_loss_pool(std::vector<Tensor> student, std::vector<Tensor> teacher,
-                                                 std::vector<int64_t> parts, std::vector<Tensor> regions,
-                                                 double localization_temperature) {
+                                                 std::vector<int64_t> losses, std::vector<Tensor> regions,
+                                                 double localization_temperature, int64_t anchor_elements,
+                                                 int64_t softmax_elements) {
   return with_computed_type(student, teacher, [&](auto zero) {
     using T = decltype(zero);
-    const Options<T> options{1, static_cast<T>(localization_temperature), false};
-    return forward_pool<T>(make_sets(student, teacher, parts), regions, options);
+    const Options<T> options{1, static_cast<T>(localization_temperature)};
+    return forward_pool<T>(make_sets(student, teacher, losses), regions, options, anchor_elements, softmax_elements);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sea_loss_compare(std::vector<Tensor> student, std::vector<Tensor> teacher,
-                                                            std::vector<int64_t> parts, std::vector<Tensor> regions,
+                                                            std::vector<int64_t> losses, std::vector<Tensor> regions,
                                                             Tensor anchors, double distance_temperature,
-                                                            bool detach_anchors, bool save, int64_t kept_rows) {
+                                                            int64_t saved_elements, int64_t gradient_elements) {
   return with_computed_type(student, teacher, [&](auto zero) {
     using T = decltype(zero);
-    const Options<T> options{static_cast<T>(distance_temperature), 1, detach_anchors};
+    const Options<T> options{static_cast<T>(distance_temperature), 1};
     const auto [anchor, distance, localization, saved] =
-        forward<T>(make_sets(student, teacher, parts), regions, options, data<T>(anchors), save, kept_rows);
+        forward<T>(make_sets(student, teacher, losses), regions, options, data<T>(anchors),
+                   {saved_elements, gradient_elements, 0});
     return std::make_tuple(anchor, distance, saved[0], saved[1]);
   });
 }
 
 std::vector<Tensor> sea_loss_backward(std::optional<Tensor> anchor, std::optional<Tensor> distance,
                                       std::optional<Tensor> localization, std::vector<Tensor> student,
-                                      std::vector<Tensor> teacher, std::vector<int64_t> parts,
+                                      std::vector<Tensor> teacher, std::vector<int64_t> losses,
                                       std::vector<Tensor> regions, std::vector<Tensor> saved,
-                                      double distance_temperature, double localization_temperature,
-                                      bool detach_anchors) {
-  const std::vector<Set> sets = make_sets(student, teacher, parts);
+                                      double distance_temperature, double localization_temperature) {
+  const std::vector<Set> sets = make_sets(student, teacher, losses);
   std::vector<Tensor> gradients;
   for (const Tensor& map : student) gradients.push_back(make_gradient(map));
   std::vector<std::vector<Map>> maps(sets.size());
@@ -435,8 +456,7 @@ std::vector<Tensor> sea_loss_backward(std::optional<Tensor> anchor, std::optiona
     maps[i * sets.size() / gradients.size()].push_back(make_map(gradients[i]));
   with_computed_type(student, teacher, [&](auto zero) {
     using T = decltype(zero);
-    const Options<T> options{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature),
-                             detach_anchors};
+    const Options<T> options{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature)};
     backward<T>(sets, maps, {anchor, distance, localization}, regions, saved, options);
   });
   return gradients;
