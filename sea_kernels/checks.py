@@ -87,7 +87,7 @@ def strides(strides: object, levels: int) -> list[float]:
     return out
 
 
-# ------------------------------------------------------------------------------------------- boxes, labels, masks, sizes
+# ------------------------------------------------------------------------------------------ boxes, labels, masks, sizes
 
 
 def integers(name: str, x: object, shape: tuple[int, ...], device: torch.device | None, like: str = "boxes") -> None:
@@ -123,9 +123,7 @@ def instance_masks(name: str, x: object) -> None:
             raise ValueError(f"{name} has shape {shape_of(x)}; expected [G, H, W]")
 
 
-def image_sizes(
-    sizes: object, batch_size: int, device: torch.device, like: str
-) -> tuple[Tensor | None, Sequence[int]]:
+def image_sizes(sizes: object, batch_size: int, device: torch.device, like: str) -> tuple[Tensor | None, Sequence[int]]:
     """The image sizes as a tensor [B, 2] if they are one, and else as h0 w0 h1 w1 ..."""
     if sizes is None:
         return None, []

@@ -277,7 +277,7 @@ def sea_loss(
 
 
 def _losses(
-    backend: Backend, student: list[list[Tensor]], teacher: list[list[Tensor]], regions: Regions | None, options: Options
+    backend: Backend, student: list[list], teacher: list[list], regions: Regions | None, options: Options
 ) -> SEALoss:
     if regions is None or regions.group is None:
         return SEALoss(*backend.losses(student, teacher, regions, options))

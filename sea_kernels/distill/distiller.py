@@ -93,7 +93,8 @@ class SEADistiller(nn.Module):
         ...         features = self.backbone(images)
         ...         return {"loss": self.cls(features).square().mean() + self.box(features).square().mean()}
         >>> student, teacher = Detector(), Detector()
-        >>> distiller = sk.SEADistiller(student, teacher, sk.taps.Taps(("cls",), ("box",), strides=(8,)), num_classes=80)
+        >>> taps = sk.taps.Taps(("cls",), ("box",), strides=(8,))
+        >>> distiller = sk.SEADistiller(student, teacher, taps, num_classes=80)
         >>> losses = student(torch.randn(1, 3, 64, 64))
         >>> losses |= distiller.losses([torch.tensor([[8.0, 8.0, 40.0, 56.0]])], [torch.tensor([7])])
         >>> list(losses)

@@ -75,7 +75,7 @@ def _run(
         # workload 1 to 2% of its forward, and more memory at 400 categories.
         return operators.sea_loss(student, teacher, flags, regions, *temperatures, *elements)
     distance_temperature, localization_temperature = temperatures
-    count = saved.anchors(student, flags, regions[1].shape[1])
+    count = saved.anchor_elements(student, flags, regions[1].shape[1])
     anchors, localization, softmax = operators.sea_loss_pool(
         student, teacher, flags, regions, localization_temperature, count, elements.softmax
     )
@@ -95,7 +95,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flags, regions, teacher, temperatures, detach_anchors, group, *student):
         masks = regions[1].shape[1] if regions else 0
-        elements = saved.saved(student, teacher, flags, masks, detach_anchors)
+        elements = saved.elements(student, teacher, flags, masks, detach_anchors)
         *losses, tensors = _run(student, teacher, flags, regions, temperatures, group, elements)
         ctx.flags, ctx.temperatures, ctx.group = flags, temperatures, group
         ctx.count = len(student), len(regions)

@@ -26,7 +26,7 @@ class Elements(NamedTuple):
     softmax: int = 0  # sums of the localization loss's softmax
 
 
-def saved(
+def elements(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     losses: Sequence[int],
@@ -47,7 +47,7 @@ def saved(
     return Elements(own, gradients, softmax)
 
 
-def anchors(student: Sequence[Tensor], losses: Sequence[int], masks: int) -> int:
+def anchor_elements(student: Sequence[Tensor], losses: Sequence[int], masks: int) -> int:
     """For the anchors that sea_loss_pool returns: those of both sides for a set with distances, else the difference."""
     levels = len(student) // len(losses)
     sides = [2 if flags & DISTANCE else 1 if flags & ANCHOR else 0 for flags in losses]

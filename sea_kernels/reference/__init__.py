@@ -1,6 +1,6 @@
 """Every public function in plain PyTorch: the specification in code.
 
-The functions have the signatures and checks of those of :mod:`sea_kernels`, and run here whatever the current backend is.
+The functions have the signatures and checks of those of :mod:`sea_kernels`, whatever the current backend is.
 """
 
 from .. import backends

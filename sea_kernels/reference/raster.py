@@ -128,7 +128,7 @@ def _assemble(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """What `rasterize` returns, from the pixels that each instance covers on every level, bool [G, H_l, W_l].
 
-    usable: bool [G], image: int64 [G], of each instance. The boxes give the centers. `also` is `present` of `rasterize`.
+    For each instance, usable: bool [G], and image: int64 [G]. Its box gives its center. also: `present` of `rasterize`.
     """
     boxes, batch_size, num_classes = given.boxes, given.batch_size, given.num_classes
     device = boxes.device
