@@ -1,8 +1,10 @@
 """Fused kernels for the losses of SEA distillation (arXiv 2203.00862)."""
 
-from . import plot, reference, taps
-from .distiller import Schedule, SEADistiller
-from .functional import (
+from . import native, plot, reference, taps  # noqa: F401  native registers itself
+from .backends import backend
+from .distill import Schedule, SEADistiller
+from .losses import (
+    SEALoss,
     anchor_cosine,
     anchor_loss,
     anchor_pool,
@@ -10,8 +12,7 @@ from .functional import (
     sea_loss,
     topological_distance_loss,
 )
-from .ops import backend, build_info
-from .reference import SEALoss
+from .native.library import build_info
 from .regions import Regions
 
 __version__ = "0.1.0"

@@ -1,7 +1,6 @@
-"""`python -m sea_kernels`: what was built, what runs where, and why not where not; `... show` draws regions."""
+"""`python -m sea_kernels`: what was built, what runs where, and why not if not. `... show` draws regions."""
 
 import argparse
-import json
 import math
 import platform
 import re
@@ -11,32 +10,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import ops, plot
+from . import coco, plot
+from .backends import current_backend
+from .native import library
+from .native.schemas import KERNELS
 from .regions import Regions
 
 
 def report() -> str:
-    error = ops.LIBRARY_ERROR
-    info = {"cpu": [], "cpu_available": [], "cuda": None, "why_no_cuda": "unknown"} if error else ops.build_info()
+    error = library.LIBRARY_ERROR
+    info = {"cpu": [], "cpu_available": [], "cuda": None, "why_no_cuda": "unknown"} if error else library.build_info()
     missing = "the library did not load"
     why_not = {"CPU": missing if error else "not compiled", "CUDA": missing if error else info["why_no_cuda"]}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    unfit = [f"{gpu}: {why}" for i, gpu in enumerate(gpus) if (why := ops.lacks_code(i))]
+    unfit = [f"{gpu}: {why}" for i, gpu in enumerate(gpus) if (why := library.lacks_code(i))]
     lines = {
         "python": platform.python_version(),
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, GPU {', '.join(gpus) or 'none'}",
-        "library": f"{ops.library_path() or 'none'}: {'not loaded: ' + error if error else 'loaded'}",
+        "library": f"{library.library_path() or 'none'}: {'not loaded: ' + error if error else 'loaded'}",
         "CPU compiled": " ".join(info["cpu"]) or missing,
         "CPU available": " ".join(info["cpu_available"]) or missing,
         "CPU in use": info.get("cpu_in_use", missing),
         "CUDA compiled": f"{info['cuda']} for {' '.join(info['architectures'])}" if info["cuda"] else why_not["CUDA"],
         **({"cannot run on": "; ".join(unfit)} if unfit else {}),
-        "backend": ops.current_backend(),
+        "backend": current_backend(),
         "": "",
         "operator": "CPU  CUDA",
     }
-    for name in ops.KERNELS:
-        runs = {device: not error and ops.has_kernel(name, device) for device in why_not}
+    for name in KERNELS:
+        runs = {device: not error and library.has_kernel(name, device) for device in why_not}
         lines[name] = "  ".join("yes" if runs[device] else f"no: {why}" for device, why in why_not.items())
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in lines.items())
@@ -61,38 +63,24 @@ def _read_picture(path: Path) -> Tensor:
     return picture.expand(3, -1, -1) if picture.dtype == torch.uint8 else picture.expand(3, -1, -1).float()
 
 
-def _read_coco(text: str, path: Path, picture: Path, size: tuple[int, int]) -> tuple[list, list, list]:
-    """Rows (x1, y1, x2, y2, label) of one image, its crowds' boxes, and the categories' names by label."""
-    try:
-        data = json.loads(text)
-        (entry, *_) = [i for i in data["images"] if Path(i["file_name"]).name == picture.name] or [None]
-        categories = sorted(data["categories"], key=lambda c: c["id"])
-        label = {c["id"]: n for n, c in enumerate(categories)}
-        rows, crowds = [], []
-        for a in data["annotations"] if entry else []:
-            if a["image_id"] == entry["id"]:
-                x, y, w, h = map(float, a["bbox"])
-                box = (x, y, x + w, y + h)
-                crowds.append(box) if a.get("iscrowd") else rows.append((*box, label[a["category_id"]]))
-        names = [str(c["name"]) for c in categories]
-    except json.JSONDecodeError as error:
-        raise _BadInputError(f"{path} is not JSON: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _BadInputError(
-            f"{path} is not a COCO annotation file (images, annotations, categories): {type(error).__name__} {error}"
-        ) from None
-    if entry is None:
-        raise _BadInputError(f"{path} has no image of file_name {picture.name}")
-    said = entry.get("height", size[0]), entry.get("width", size[1])
+def _read_coco(path: Path, picture: Path, size: tuple[int, int]) -> tuple[list, list, list]:
+    """Rows (x1, y1, x2, y2, label) of one image, the boxes of its crowds, and the categories' names by label."""
+    annotations = coco.Annotations(path)
+    image = annotations.find(picture.name)
+    said = tuple(n if theirs is None else theirs for n, theirs in zip(size, image.size))
     if said != size:
         raise _BadInputError(
             f"{picture} has {size[0]} x {size[1]} pixels (height x width); {path} says {said[0]} x {said[1]}"
         )
-    return rows, crowds, names
+    return [(*box, label) for box, label in zip(image.boxes, image.labels)], image.crowds, annotations.names
 
 
-def _read_rows(text: str, path: Path) -> tuple[list, list, list]:
-    """As `_read_coco`, from lines `x1 y1 x2 y2 label`."""
+def _read_rows(path: Path) -> tuple[list, list, list]:
+    """The same from lines `x1 y1 x2 y2 label`."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _BadInputError(f"{path} cannot be read: {error}") from None
     boxes, crowds = [], []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#") or re.match(r"\s*x1\b", line):
@@ -108,16 +96,12 @@ def _read_rows(text: str, path: Path) -> tuple[list, list, list]:
 
 
 def show(args: argparse.Namespace) -> str:
-    """Draws the regions of one image on every level; returns what there is to say."""
+    """Draws the regions of one image on every level. Returns what to print."""
     plot._figure_type()  # says that matplotlib is missing
     image = _read_picture(args.image)
     h, w = size = image.shape[1], image.shape[2]
-    try:
-        text = args.boxes.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _BadInputError(f"{args.boxes} cannot be read: {error}") from None
     is_json = args.boxes.suffix.lower() == ".json"
-    rows, crowds, names = _read_coco(text, args.boxes, args.image, size) if is_json else _read_rows(text, args.boxes)
+    rows, crowds, names = _read_coco(args.boxes, args.image, size) if is_json else _read_rows(args.boxes)
 
     height, width = args.size or (math.ceil(n / args.pad_to) * args.pad_to for n in size)
     if height < h or width < w:

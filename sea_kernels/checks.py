@@ -1,22 +1,152 @@
-"""Argument checks shared by the native functions and the reference.
+"""Checks of arguments that need to know tensors and numbers only.
 
-They look at types, shapes, dtypes and devices only, never at the values of a tensor, so they trace under torch.compile.
+They look at types, shapes, dtypes and devices, never at the values of a tensor, so they trace under torch.compile.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .regions import Regions
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-
-def _shape(x: Tensor) -> str:
+def shape_of(x: Tensor) -> str:
     return f"[{', '.join(str(n) for n in x.shape)}]"
 
 
 def _type(x: object) -> str:
     return type(x).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------- numbers
+
+
+def is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {_type(value)}; expected an integer")
+    if value < least:
+        raise ValueError(f"{name} is {value}; expected an integer >= {least}")
+
+
+def center_ratio(value: object) -> float:
+    if not is_number(value):
+        raise TypeError(f"center_ratio is a {_type(value)}; expected a number from 0 to 1")
+    if not 0 <= value <= 1:
+        raise ValueError(f"center_ratio is {value}; expected a number from 0 to 1")
+    return float(value)
+
+
+def temperature(name: str, value: object) -> float:
+    """A Python number from 1e-6 to 1e6."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {_type(value)}; expected a number")
+    if not 1e-6 <= value <= 1e6:  # beyond, scaled features leave the range of float32
+        raise ValueError(f"{name} is {value}; expected a number from 1e-6 to 1e6")
+    return float(value)
+
+
+def level_shapes(shapes: object) -> tuple[tuple[int, int], ...]:
+    if not isinstance(shapes, (list, tuple)):
+        raise TypeError(f"level_shapes is a {_type(shapes)}; expected a list of (height, width)")
+    if len(shapes) == 0:
+        raise ValueError("level_shapes is empty; expected (height, width) of every level")
+    for i, shape in enumerate(shapes):
+        if not isinstance(shape, (list, tuple)):
+            raise TypeError(f"level_shapes[{i}] is a {_type(shape)}; expected (height, width)")
+        if len(shape) != 2:
+            raise ValueError(f"level_shapes[{i}] has {len(shape)} entries; expected (height, width)")
+        integer(f"level_shapes[{i}][0]", shape[0], 1)
+        integer(f"level_shapes[{i}][1]", shape[1], 1)
+    return tuple((h, w) for h, w in shapes)
+
+
+def strides(strides: object, levels: int) -> list[float]:
+    """The strides as y0 x0 y1 x1 ..."""
+    if not isinstance(strides, (list, tuple)):
+        raise TypeError(f"strides is a {_type(strides)}; expected a list of numbers or (y, x) pairs")
+    if len(strides) != levels:
+        raise ValueError(f"strides has {len(strides)} entries; expected {levels}, as level_shapes")
+    out = []
+    for i, stride in enumerate(strides):
+        pair = stride if isinstance(stride, (list, tuple)) else (stride, stride)
+        if len(pair) != 2:
+            raise ValueError(f"strides[{i}] has {len(pair)} entries; expected a number or a (y, x) pair")
+        for s in pair:
+            if not is_number(s):
+                raise TypeError(f"strides[{i}] is {stride!r}; expected a number or a (y, x) pair")
+            if not 0 < s < math.inf:
+                raise ValueError(f"strides[{i}] is {stride}; expected finite numbers above 0")
+            out.append(float(s))
+    return out
+
+
+# ------------------------------------------------------------------------------------------ boxes, labels, masks, sizes
+
+
+def integers(name: str, x: object, shape: tuple[int, ...], device: torch.device | None, like: str = "boxes") -> None:
+    """A tensor of whole numbers of that shape, on that device where one is given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {_type(x)}; expected an integer tensor")
+    if x.dtype not in _INTEGERS:
+        raise TypeError(f"{name} has dtype {x.dtype}; expected an integer dtype")
+    if x.dim() != len(shape) or any(x.shape[d] != n for d, n in enumerate(shape)):
+        raise ValueError(f"{name} has shape {shape_of(x)}; expected [{', '.join(str(n) for n in shape)}]")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} is on {x.device}; expected {device}, as {like}")
+
+
+def boxes(name: str, x: object) -> None:
+    """A tensor [G, 4]."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {_type(x)}; expected a tensor [G, 4]")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {x.dtype}; expected float32, float64, float16 or bfloat16")
+    if x.dim() != 2 or x.shape[1] != 4:
+        raise ValueError(f"{name} has shape {shape_of(x)}; expected [G, 4]: x1 y1 x2 y2")
+
+
+def instance_masks(name: str, x: object) -> None:
+    """The masks of one image: a tensor [G, H, W], or a list, of which nothing is looked at."""
+    if not isinstance(x, (Tensor, list, tuple)):
+        raise TypeError(f"{name} is a {_type(x)}; expected a tensor [G, H, W] or a list of COCO segmentations")
+    if isinstance(x, Tensor):
+        if x.dtype not in (torch.bool, torch.uint8):
+            raise TypeError(f"{name} has dtype {x.dtype}; expected bool or uint8")
+        if x.dim() != 3:
+            raise ValueError(f"{name} has shape {shape_of(x)}; expected [G, H, W]")
+
+
+def image_sizes(sizes: object, batch_size: int, device: torch.device, like: str) -> tuple[Tensor | None, Sequence[int]]:
+    """The image sizes as a tensor [B, 2] if they are one, and else as h0 w0 h1 w1 ..."""
+    if sizes is None:
+        return None, []
+    if isinstance(sizes, Tensor):
+        integers("image_sizes", sizes, (batch_size, 2), device, like)
+        return sizes.to(torch.int64), []
+    if not isinstance(sizes, (list, tuple)):
+        raise TypeError(
+            f"image_sizes is a {_type(sizes)}; expected a list of (height, width) or an integer tensor [B, 2]"
+        )
+    if len(sizes) != batch_size:
+        raise ValueError(f"image_sizes has {len(sizes)} entries; expected {batch_size}, one for each image")
+    for b, size in enumerate(sizes):
+        if not isinstance(size, (list, tuple)):
+            raise TypeError(f"image_sizes[{b}] is a {_type(size)}; expected (height, width)")
+        if len(size) != 2:
+            raise ValueError(f"image_sizes[{b}] has {len(size)} entries; expected (height, width)")
+        integer(f"image_sizes[{b}][0]", size[0], 0)
+        integer(f"image_sizes[{b}][1]", size[1], 0)
+    return None, [n for size in sizes for n in size]
+
+
+# ------------------------------------------------------------------------------------------------------------- maps
 
 
 def maps(name: str, maps: object) -> list[Tensor]:
@@ -30,20 +160,20 @@ def maps(name: str, maps: object) -> list[Tensor]:
             raise TypeError(f"{name}[{i}] is a {_type(x)}; expected a tensor [B, C, H, W]")
         if x.layout != torch.strided:
             raise TypeError(f"{name}[{i}] has layout {x.layout}; expected a dense tensor (torch.strided)")
-        if x.dtype not in DTYPES:
+        if x.dtype not in FLOATS:
             raise TypeError(f"{name}[{i}] has dtype {x.dtype}; expected float32, float64, float16 or bfloat16")
         if x.dim() != 4:
-            raise ValueError(f"{name}[{i}] has shape {_shape(x)}; expected 4 dimensions [B, C, H, W]")
+            raise ValueError(f"{name}[{i}] has shape {shape_of(x)}; expected 4 dimensions [B, C, H, W]")
         first = maps[0]
         if x.dtype != first.dtype:
             raise TypeError(f"{name}[{i}] has dtype {x.dtype}; expected {first.dtype}, as {name}[0]")
         if x.device != first.device:
             raise ValueError(f"{name}[{i}] is on {x.device}; expected {first.device}, as {name}[0]")
         if x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
-            raise ValueError(f"{name}[{i}] has shape {_shape(x)}; expected at least one channel, row and column")
+            raise ValueError(f"{name}[{i}] has shape {shape_of(x)}; expected at least one channel, row and column")
         if x.shape[0] != first.shape[0] or x.shape[1] != first.shape[1]:
             raise ValueError(
-                f"{name}[{i}] has shape {_shape(x)}; expected batch size {first.shape[0]} and "
+                f"{name}[{i}] has shape {shape_of(x)}; expected batch size {first.shape[0]} and "
                 f"{first.shape[1]} channels, as {name}[0]"
             )
     return list(maps)
@@ -63,7 +193,7 @@ def pyramid(name: str, sets: object) -> list[list[Tensor]]:
     return out
 
 
-def _at(name: str, sets: list[list[Tensor]], m: int, i: int) -> str:
+def at(name: str, sets: list[list[Tensor]], m: int, i: int) -> str:
     return f"{name}[{i}]" if len(sets) == 1 else f"{name}[{m}][{i}]"
 
 
@@ -82,68 +212,24 @@ def match(student_name: str, student: list[list[Tensor]], teacher_name: str, tea
         for i, (x, y) in enumerate(zip(s, t)):
             if x.device != y.device:
                 raise ValueError(
-                    f"{_at(teacher_name, teacher, m, i)} is on {y.device}; expected {x.device}, "
-                    f"as {_at(student_name, student, m, i)}"
+                    f"{at(teacher_name, teacher, m, i)} is on {y.device}; expected {x.device}, "
+                    f"as {at(student_name, student, m, i)}"
                 )
             # dimension by dimension: a comparison of whole shapes does not trace with dynamic shapes everywhere
             if any(x.shape[d] != y.shape[d] for d in range(4)):
                 raise ValueError(
-                    f"{_at(teacher_name, teacher, m, i)} has shape {_shape(y)}; expected {_shape(x)}, "
-                    f"as {_at(student_name, student, m, i)}"
+                    f"{at(teacher_name, teacher, m, i)} has shape {shape_of(y)}; expected {shape_of(x)}, "
+                    f"as {at(student_name, student, m, i)}"
                 )
 
 
-def regions(name: str, regions: object, maps_name: str, sets: list[list[Tensor]]) -> None:
-    """`regions` is a Regions with the levels, batch size and device of every set of maps."""
-    if not isinstance(regions, Regions):
-        raise TypeError(f"{name} is a {_type(regions)}; expected sea_kernels.Regions")
-    shapes = regions.level_shapes
-    for m, s in enumerate(sets):
-        if len(shapes) != len(s):
-            raise ValueError(f"{name} has {len(shapes)} levels; expected {len(s)}, as {maps_name}")
-        for i, x in enumerate(s):
-            if regions.classes.device != x.device:
-                raise ValueError(
-                    f"{name} is on {regions.classes.device}; expected {x.device}, as {_at(maps_name, sets, m, i)}"
-                )
-            if regions.batch_size != x.shape[0]:
-                raise ValueError(
-                    f"{name} has batch size {regions.batch_size}; expected {x.shape[0]}, "
-                    f"as {_at(maps_name, sets, m, i)}"
-                )
-            if shapes[i][0] != x.shape[2] or shapes[i][1] != x.shape[3]:
-                raise ValueError(
-                    f"{name} has level_shapes[{i}] = ({shapes[i][0]}, {shapes[i][1]}); "
-                    f"expected ({x.shape[2]}, {x.shape[3]}), as {_at(maps_name, sets, m, i)}"
-                )
+def pairs(student_name: str, student: object, teacher_name: str, teacher: object) -> tuple[list, list]:
+    """The sets of maps of student and teacher, which match."""
+    student, teacher = pyramid(student_name, student), pyramid(teacher_name, teacher)
+    match(student_name, student, teacher_name, teacher)
+    return student, teacher
 
 
-def anchors(name: str, anchors: object, regions: Regions, maps: list[Tensor]) -> None:
-    """`anchors` is a tensor [L, P, C] that fits the regions and the maps; any floating dtype of `DTYPES`."""
-    if not isinstance(anchors, Tensor):
-        raise TypeError(f"{name} is a {_type(anchors)}; expected a tensor [L, P, C]")
-    if anchors.layout != torch.strided:
-        raise TypeError(f"{name} has layout {anchors.layout}; expected a dense tensor (torch.strided)")
-    if anchors.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {anchors.dtype}; expected float32, float64, float16 or bfloat16")
-    if anchors.device != maps[0].device:
-        raise ValueError(f"{name} is on {anchors.device}; expected {maps[0].device}, as the maps")
-    expected = (len(maps), regions.area.shape[1], maps[0].shape[1])
-    if anchors.dim() != 3 or any(anchors.shape[d] != expected[d] for d in range(3)):
-        raise ValueError(
-            f"{name} has shape {_shape(anchors)}; expected [L, P, C] = [{expected[0]}, {expected[1]}, {expected[2]}]"
-        )
-
-
-def temperature(name: str, value: object) -> float:
-    """A Python number from 1e-6 to 1e6."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} is a {_type(value)}; expected a number")
-    if not 1e-6 <= value <= 1e6:  # beyond, scaled features leave the range of float32
-        raise ValueError(f"{name} is {value}; expected a number from 1e-6 to 1e6")
-    return float(value)
-
-
-def compute_dtype(*sets: list[Tensor]) -> torch.dtype:
+def compute_dtype(*sets: Sequence[Tensor]) -> torch.dtype:
     """What a call computes in and returns: float64 if any map is float64, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for s in sets for x in s) else torch.float32

@@ -1,4 +1,4 @@
-"""A detector with SEA distillation for MMDetection's configs; README.md beside this file shows one."""
+"""A detector with SEA distillation for MMDetection's configs. README.md in this folder shows one."""
 
 from typing import Any
 
@@ -8,30 +8,30 @@ from mmengine.model import BaseModel
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from .distiller import SEADistiller
+from .distill import SEADistiller
 
 
 @MODELS.register_module()
 class SEADistilled(BaseModel):
-    """Trains `student` with its own losses and those of SEA (arXiv 2203.00862); predicts as `student` alone does.
+    """Trains `student` with its own losses and those of SEA (arXiv 2203.00862). It predicts as `student` alone does.
 
     Args:
-        student, teacher: configs of detectors, or file names of configs whose `model` is meant.
-        teacher_checkpoint: file name of the teacher's weights, all of them; None: as its config initialises it.
-        **options: of :class:`sea_kernels.SEADistiller`.
+        student, teacher: configs of detectors, or file names of configs, whose `model` is used.
+        teacher_checkpoint: file name of the teacher's weights, all of them. None: as its config initializes it.
+        **options: those of :class:`sea_kernels.SEADistiller`.
 
     Raises:
-        ValueError: the two normalise their input in different ways; as SEADistiller.
+        ValueError: the two normalize their input in different ways; an option of SEADistiller is wrong.
         RuntimeError: the checkpoint is not the teacher's.
     """
 
     def __init__(self, student: Any, teacher: Any, teacher_checkpoint: str | None = None, **options: Any) -> None:
         student, teacher = _build(student), _build(teacher)
         super().__init__(data_preprocessor=student.data_preprocessor)
-        theirs, ours = (_normalisation(model) for model in (teacher, student))
+        theirs, ours = (_normalization(model) for model in (teacher, student))
         if theirs != ours:
             raise ValueError(
-                f"teacher normalises its input by {theirs}; expected {ours}, as the student, whose it gets"
+                f"teacher normalizes its input by {theirs}; expected {ours}, as the student, whose input it gets"
             )
         if teacher_checkpoint is None:
             teacher.init_weights()
@@ -45,7 +45,7 @@ class SEADistilled(BaseModel):
         return out | self.distiller.losses() if mode == "loss" else out
 
 
-def _normalisation(model: nn.Module) -> dict[str, Any]:
+def _normalization(model: nn.Module) -> dict[str, Any]:
     own = model.data_preprocessor
     values = {name: getattr(own, name).flatten().tolist() for name in ("mean", "std") if hasattr(own, name)}
     return values | {"channel_conversion": getattr(own, "_channel_conversion", None)}

@@ -1,6 +1,6 @@
 """Pictures of what the losses see: the regions over the image, and the cosines of every pixel with the anchors.
 
-matplotlib is wanted only where a picture is drawn. The figures belong to no pyplot state: nothing has to be closed.
+matplotlib is imported only when a picture is drawn. The figures do not belong to pyplot, so nothing has to be closed.
 """
 
 import math
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .functional import anchor_cosine, anchor_pool
-from .regions import Regions, _strides
+from .losses import anchor_cosine, anchor_pool
+from .regions import Regions, check_fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What a pixel of a map is; two boxes can make it a centre and an edge at once
-KINDS = ("background", "edge", "centre", "centre and edge", "uncounted (crowd)", "padding")
+# What a pixel of a map is. Two boxes can make it a center and an edge at once.
+KINDS = ("background", "edge", "center", "center and edge", "uncounted (crowd)", "padding")
 BACKGROUND, EDGE, CENTER, BOTH, UNCOUNTED, PADDING = range(len(KINDS))
 _COLORS = ("#2b6cb0", "#ffe14d", "#e8262a", "#ff9416", "#b146c9", "#15171a")
 _PAINT = 0.62  # opacity
@@ -30,7 +30,14 @@ Names = Sequence[str] | Mapping[int, str]
 def kinds(regions: Regions, level: int) -> Tensor:
     """What every pixel of one level is: uint8 [B, H, W], an index into `KINDS`.
 
-    Padding lies beyond the image; uncounted is what lies in the image and in no mask: only ignore boxes cover it.
+    Padding lies beyond the image. Uncounted pixels lie inside the image and in no mask: only ignore boxes cover them.
+
+    Example:
+        >>> import sea_kernels as sk, torch
+        >>> boxes, labels = [torch.tensor([[0.0, 0.0, 32.0, 32.0]])], [torch.tensor([7])]
+        >>> regions = sk.Regions.from_boxes(boxes, labels, [(4, 6)], [8])
+        >>> [sk.plot.KINDS[kind] for kind in sk.plot.kinds(regions, 0)[0, 1]]
+        ['edge', 'center', 'center', 'edge', 'background', 'background']
     """
     masks = regions.masks(level)
     background, center, edge = masks[0], masks[1::2].any(0), masks[2::2].any(0)
@@ -53,23 +60,31 @@ def regions(
     boxes: Sequence[Tensor] | None = None,
     ignore_boxes: Sequence[Tensor] | None = None,
 ) -> "Figure":
-    """Draw the images of a batch, and beside each the regions of every level painted over it.
+    """Draw the images of a batch, and next to each image the regions of every level painted over it.
 
     Args:
         images: the batch as the detector gets it, padding included: `[B, 3, H, W]` or `[3, H, W]` (or one channel),
-            uint8 or floating. Values outside 0 to 1 are rescaled from each image's least to its greatest.
+            uint8 or floating. An image with values outside 0 to 1 is rescaled from its least to its greatest value.
         regions: the masks of the batch.
         strides: as for :meth:`Regions.from_boxes`.
-        names: the categories' names, by label; each is written once on every connected piece of its category.
-        boxes, ignore_boxes: B tensors `[G_b, 4]` each, x1 y1 x2 y2 in input pixels, whose outlines are drawn; those of
+        names: the categories' names, by label. A name is written once on every connected piece of its category.
+        boxes, ignore_boxes: B tensors `[G_b, 4]` each, x1 y1 x2 y2 in input pixels. Their outlines are drawn, those of
             `ignore_boxes` dashed.
 
     Returns:
-        A matplotlib `Figure`; `figure.savefig("regions.png")` writes it.
+        A matplotlib `Figure`. `figure.savefig("regions.png")` writes it.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape, dtype or count.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype or count.
         ImportError: matplotlib is missing.
+
+    Example:
+        >>> import sea_kernels as sk, torch
+        >>> boxes, labels = [torch.tensor([[0.0, 0.0, 32.0, 32.0]])], [torch.tensor([0])]
+        >>> regions = sk.Regions.from_boxes(boxes, labels, [(4, 6)], [8])
+        >>> figure = sk.plot.regions(torch.rand(1, 3, 32, 48), regions, [8], names=["cat"], boxes=boxes)
+        >>> [axes.get_title() for axes in figure.axes]
+        ['image', 'level 0: 4 x 6, stride 8']
     """
     figure_type = _figure_type()
     pictures, scales = _checked(images, regions, strides)
@@ -121,17 +136,17 @@ def cosines(
 ) -> "Figure":
     """Draw the cosines of every pixel with the anchors, as each of several networks sees them, side by side.
 
-    One row for each anchor: its mask, then its cosines by each set of maps, all on one scale from -1 to 1, then the
-    absolute difference of each set to the last one, with its mean over the counted pixels of the image.
-    Uncounted pixels and padding are grey, what is not a number is black.
+    There is one row per anchor: its mask, then its cosines in each set of maps, all on one scale from -1 to 1, then the
+    absolute difference between each set and the last one, with its mean over the valid pixels of the image. Pixels that
+    are not valid are gray. What is not a number is black.
 
     Args:
         images: as for :func:`regions`.
-        maps: sets of maps by name, each a list of L maps `[B, C, H_l, W_l]`; the last is what the others are compared
-            with: `{"student": ..., "teacher": ...}`, or `{"before": ..., "after": ..., "teacher": ...}`.
+        maps: sets of maps by name, each a list of L maps `[B, C, H_l, W_l]`. The others are compared with the last:
+            `{"student": ..., "teacher": ...}`, or `{"before": ..., "after": ..., "teacher": ...}`.
         regions: the masks of the batch.
         strides: as for :meth:`Regions.from_boxes`.
-        level, image: what is drawn; the anchors are of the whole batch.
+        level, image: which level of which image to draw. The anchors are those of the whole batch.
         anchors: the rows `0 <= p < P` of the masks to draw. Default: those with a pixel of this level of this image.
         names: the categories' names, by label.
 
@@ -139,7 +154,17 @@ def cosines(
         A matplotlib `Figure`.
 
     Raises:
-        As :func:`regions`.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype or count, or is out of range.
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> import sea_kernels as sk, torch
+        >>> boxes, labels = [torch.tensor([[0.0, 0.0, 32.0, 32.0]])], [torch.tensor([0])]
+        >>> regions = sk.Regions.from_boxes(boxes, labels, [(4, 6)], [8])
+        >>> maps = {"student": [torch.randn(1, 16, 4, 6)], "teacher": [torch.randn(1, 16, 4, 6)]}
+        >>> figure = sk.plot.cosines(torch.rand(1, 3, 32, 48), maps, regions, [8], anchors=[1])
+        >>> [axes.get_title() for axes in figure.axes[:3]]
+        ['category 0: center', 'student', 'teacher']
     """
     figure_type = _figure_type()
     pictures, scales = _checked(images, regions, strides)
@@ -149,7 +174,7 @@ def cosines(
         raise ValueError("maps is empty; expected a dict from names to lists of maps")
     for name, given in maps.items():
         checked = checks.maps(f"maps[{name!r}]", given)
-        checks.regions("regions", regions, f"maps[{name!r}]", [checked])
+        check_fit("regions", regions, f"maps[{name!r}]", [checked])
     _index("level", level, len(scales))
     _index("image", image, len(pictures))
     masks = regions.masks(level)[:, image].cpu()
@@ -165,9 +190,9 @@ def cosines(
             for name, given in maps.items()
         }
     *compared, (last, target) = found.items()
-    counted = masks.any(0)
+    valid = masks.any(0)
     differences = {f"|{name} - {last}|": (cosine - target).abs() for name, cosine in compared}
-    most = max((d[:, counted].nan_to_num(0).max().item() for d in differences.values() if counted.any()), default=0)
+    most = max((d[:, valid].nan_to_num(0).max().item() for d in differences.values() if valid.any()), default=0)
 
     sy, sx = scales[level]
     columns = 1 + len(found) + len(differences)
@@ -186,11 +211,11 @@ def cosines(
             axis.set_title(name, fontsize=9)
         for axis, (name, difference) in zip(rest[len(found) :], differences.items()):
             apart = _map(axis, difference[row], sy, sx, cmap="viridis", vmin=0, vmax=max(most, 1e-6))
-            axis.set_title(f"{name}, mean {difference[row][counted].mean():.3f}", fontsize=9)
+            axis.set_title(f"{name}, mean {difference[row][valid].mean():.3f}", fontsize=9)
         for axis in axes:
             if axis is not first:
                 axis.set_facecolor("black")  # seen where a value is not a number
-                _map(axis, torch.where(counted[..., None], 0, torch.tensor([0.8, 0.8, 0.8, 1])), sy, sx)
+                _map(axis, torch.where(valid[..., None], 0, torch.tensor([0.8, 0.8, 0.8, 1])), sy, sx)
             axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     bar = {"orientation": "horizontal"}
     cosine_bar = figure.add_subplot(grid[-1, 1 : 1 + len(found)])
@@ -225,7 +250,7 @@ def _checked(images: Tensor, regions: Regions, strides: Sequence) -> tuple[list,
     images = images.view(-1, *shape[-3:]) if images.dim() == 4 else images.unsqueeze(0)
     if len(images) != batch:
         raise ValueError(f"images has {len(images)} images; expected {batch}, as regions")
-    flat = _strides(strides, len(regions.level_shapes))
+    flat = checks.strides(strides, len(regions.level_shapes))
     return [_picture(image) for image in images.detach()], list(zip(flat[::2], flat[1::2]))
 
 
@@ -275,7 +300,7 @@ def _anchor_name(regions: Regions, p: int, names: Names | None) -> str:
     if p == 0:
         return "background"
     label = int(regions.classes[(p - 1) // 2])
-    return f"{_name(names, label) if label >= 0 else 'no category'}: {'centre' if p % 2 else 'edge'}"
+    return f"{_name(names, label) if label >= 0 else 'no category'}: {'center' if p % 2 else 'edge'}"
 
 
 def _stride(sy: float, sx: float) -> str:
@@ -283,14 +308,14 @@ def _stride(sy: float, sx: float) -> str:
 
 
 def _reach(pictures: list, shapes: Sequence, scales: Sequence) -> tuple[float, float]:
-    """Width and height, in input pixels, that hold the images and their maps: a map may reach beyond the image."""
+    """Width and height, in input pixels, that hold the images and their maps. A map may reach beyond the image."""
     height = max(len(pictures[0]), *(h * sy for (h, _), (sy, _) in zip(shapes, scales)))
     width = max(len(pictures[0][0]), *(w * sx for (_, w), (_, sx) in zip(shapes, scales)))
     return width, height
 
 
 def _draw_image(axis, picture, gray: bool) -> None:
-    if gray:  # and light, so that no colour of the picture is taken for paint, nor a shadow for padding
+    if gray:  # and light, so that no color of the picture looks like paint, and no shadow like padding
         picture = 0.3 + 0.7 * picture.mean(2, keepdims=True).repeat(3, 2)
     h, w, _ = picture.shape
     axis.imshow(picture, extent=(0, w, h, 0))
@@ -333,7 +358,7 @@ def _write_names(axis, regions: Regions, image: int, scale: tuple[float, float],
 
 
 def _pieces(mask: Tensor) -> list[tuple[int, int]]:
-    """Of every connected piece of a mask [H, W] the pixel (y, x) nearest its middle."""
+    """For each connected piece of a mask [H, W], the pixel (y, x) nearest to its middle."""
     left, found = {(y, x) for y, x in mask.nonzero().tolist()}, []
     while left:
         piece = [left.pop()]

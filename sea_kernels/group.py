@@ -1,4 +1,4 @@
-"""Anchors of a batch that lies on several processes: sums over the ranks of a torch.distributed group.
+"""Batches that are spread over the ranks of a torch.distributed group: sums, and the consistency check of the ranks.
 
 The collectives are torch's functional ones, which torch.compile traces and a CUDA graph can hold. Nothing here waits
 for a GPU, except the one exchange in which the ranks compare what they were called with.
@@ -18,15 +18,15 @@ class Group(NamedTuple):
 
     name: str
     size: int
-    compares_strides: bool = True  # not where they follow from the sizes of a rank's images
+    compares_strides: bool = True  # False where they follow from the sizes of a rank's images
 
 
-# Of every group the calls whose arguments the ranks have compared.
+# The calls of each group whose arguments the ranks have compared.
 _compared: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
 
 
 def join(group: Any) -> Group:
-    """The group, checked; or one that was joined already."""
+    """The group, checked. One that was joined already is returned as it is."""
     if isinstance(group, Group):
         return group
     if group == dist.GroupMember.NON_GROUP_MEMBER:
@@ -49,10 +49,10 @@ def _size(group: Any) -> int:
 def compare(
     group: Group, like: Tensor, call: str, integers: dict[str, int] | None = None, numbers: dict | None = None
 ) -> Tensor:
-    """The first time that a group makes a call: raises on every rank where ranks differ in it or in its arguments.
+    """The consistency check: raises on every rank if the ranks make different calls or pass different arguments.
 
-    Only then, as it is an exchange between the hosts. It gives a zero, float64 [], on the device of `like`: what is
-    sent next has to depend on it, or torch.compile would leave it out.
+    It runs the first time that a group makes a call, as it is an exchange between the hosts. Returns a zero, float64
+    [], on the device of `like`. What is sent next has to depend on it, or torch.compile would remove the check.
     """
     integers, numbers = integers or {}, numbers or {}
     if group.size == 1:  # sends nothing
@@ -61,7 +61,7 @@ def compare(
     return compare_ranks(like, group.name, call, names, list(integers.values()), list(numbers.values()))
 
 
-# An operator, so that compiled code runs it too, whatever of the arguments is symbolic there.
+# An operator, so that compiled code runs it too, even with symbolic arguments.
 @torch.library.custom_op("sea_kernels::compare_ranks", mutates_args=())
 def compare_ranks(
     like: Tensor, group: str, call: str, names: str, integers: Sequence[int], numbers: Sequence[float]
@@ -91,7 +91,7 @@ def _exchange(group: Any, call: str, device: str, arguments: list[tuple[str, flo
                     f"{what} is {other} on rank {rank} of the group and {first} on rank 0; "
                     "expected the same on every rank"
                 )
-    # Behind the exchange: a rank alone with another device would leave the others waiting in it.
+    # After the exchange: one rank that raised before it would leave the others waiting.
     backends = dist.BackendConfig(dist.Backend(dist.get_backend_config(group))).get_device_backend_map()
     if device not in backends:
         has = ", ".join(f"{backend} for {kind}" for kind, backend in backends.items())
@@ -117,23 +117,28 @@ class _Sum(torch.autograd.Function):
 
 
 def differentiable_sum(x: Tensor, group: Group | None) -> Tensor:
-    """The sum over all ranks. Its gradient is the sum of all ranks' gradients: every rank has to run backward."""
+    """The sum over all ranks. Its gradient is the sum of all ranks' gradients, so every rank has to run backward."""
     return x if group is None or group.size == 1 else _Sum.apply(x, group)
+
+
+def gradient_of_all(gradient: Tensor | None, group: Group | None) -> Tensor | None:
+    """The gradient of the sum of all ranks' losses, each of which is the loss of the whole batch."""
+    return gradient if group is None or gradient is None else gradient * group.size
 
 
 def rasterize(
     rasterize_own: Callable[[Tensor | None], tuple], num_classes: int, batch_size: int, group: Group, token: Tensor
 ) -> tuple[tuple, Tensor]:
-    """What `rasterize` returns and the number of images [], of all ranks: one all-reduce.
+    """What a rasterizer returns, and the number of images [], of all ranks. It takes one all-reduce.
 
-    Rows are those of the categories present on any rank, areas and counted pixels the sums over all ranks; extent and
-    masks stay each rank's own. rasterize_own(present) gives what this rank's boxes cover, in rows for all that is
-    `present`, bool [num_classes], or (None) for its own categories. `token`: what `compare` gave.
+    Rows are those of the categories present on any rank. Areas and numbers of valid pixels are sums over all ranks.
+    Extent and masks stay each rank's own. `rasterize_own` is a rasterizer of :class:`sea_kernels.backends.Backend`,
+    `token` what `compare` returned.
     """
     classes, area, counted, _, _ = rasterize_own(None)
     levels, device = area.shape[0], area.device
     wide = {"dtype": torch.float64, "device": device}  # whole numbers, exact up to 2^53
-    # Areas by category; the last two rows, and the last entry of `present`, take what is of none.
+    # Areas by category. The last two rows, and the last entry of `present`, take what has no category.
     table = torch.zeros(levels, 3 + 2 * num_classes, **wide)
     table = table.scatter(1, _rows(classes, num_classes).expand(levels, -1), area.to(torch.float64))
     present = torch.zeros(num_classes + 1, **wide).scatter(0, torch.where(classes < 0, num_classes, classes), 1.0)
@@ -148,6 +153,6 @@ def rasterize(
 
 
 def _rows(classes: Tensor, num_classes: int) -> Tensor:
-    """int64 [P]: the row of every mask where rows go by category; what is -1 has the category num_classes"""
+    """int64 [P]: the row of each mask in a table of all categories; -1 stands in the row of category num_classes"""
     first = 1 + 2 * torch.where(classes < 0, num_classes, classes)
     return torch.cat([first.new_zeros(1), torch.stack([first, first + 1], dim=1).flatten()])

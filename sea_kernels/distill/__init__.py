@@ -1,0 +1,14 @@
+"""Distillation of a whole detector: hooks on student and teacher, and the losses between their maps."""
+
+from ..taps import register
+from . import mmdet, torchvision
+from .distiller import SEADistiller
+from .schedule import Schedule
+
+__all__ = ["SEADistiller", "Schedule"]
+
+register("torchvision", ("FCOS", "RetinaNet"), torchvision.dense)
+register("torchvision", ("FasterRCNN", "MaskRCNN"), torchvision.two_stage)
+register("mmdet", ("FCOS", "RetinaNet", "ATSS", "GFL"), mmdet.dense)
+register("mmdet", ("FasterRCNN", "CascadeRCNN", "MaskRCNN"), mmdet.two_stage)
+register("mmdet", ("SOLOv2",), mmdet.solo)

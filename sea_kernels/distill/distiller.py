@@ -1,0 +1,333 @@
+"""SEADistiller: records the maps of a student and a teacher, builds the regions, and gives the weighted losses."""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import group as ranks
+from .. import taps as ready_taps
+from ..losses import SEALoss, sea_loss
+from ..regions import Regions
+from ..taps import Taps, unwrap
+from .recorder import Recorder, output_channels
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_log = logging.getLogger("sea_kernels")
+
+
+class Capture(NamedTuple):
+    """What the losses of one step compare, in the order in which :func:`sea_kernels.sea_loss` takes it."""
+
+    student_cls: list[list[Tensor]]  # [M][L] of [B, C, H_l, W_l]
+    teacher_cls: list[list[Tensor]]
+    student_box: list[list[Tensor]]
+    teacher_box: list[list[Tensor]]
+    regions: Regions
+
+
+class _Models(NamedTuple):
+    """A tuple, so that neither becomes a submodule of the distiller. A copy, as an EMA makes it, shares the teacher."""
+
+    student: nn.Module
+    teacher: nn.Module
+
+    def __deepcopy__(self, memo: dict) -> "_Models":
+        memo[id(self.teacher)] = self.teacher
+        return _Models(copy.deepcopy(self.student, memo), self.teacher)
+
+
+class SEADistiller(nn.Module):
+    """SEA distillation (arXiv 2203.00862) of a teacher into a student, for any detector and training loop.
+
+    Hooks on the student record its maps and the input of its backbone while it computes its own loss. `losses` then
+    runs the teacher on that input and compares the maps of the two. The teacher is frozen (evaluation mode, no
+    gradient) and is not a submodule: `parameters()` are those of the adapters, and go to the optimizer.
+
+    Args:
+        student, teacher: detectors, bare or wrapped by DDP or torch.compile. Make the distiller before the student's
+            first compiled call: torch.compile does not see hooks that are added later.
+        taps: where the student's maps are. Default: those of :func:`sea_kernels.taps.find`.
+        teacher_taps: the same for the teacher. Default: `taps`, or what `find` gives for the teacher.
+        weights: of the anchor, the distance and the localization loss, each a sum over maps and levels. The defaults
+            are ours. For FCOS with four maps per branch on five levels, they should make each loss about a tenth of the
+            detection loss when training starts, judged by the small detector of benchmarks/distill_ap.py. Choose yours
+            by `unweighted`.
+        schedule: a factor for the weights as a function of the step (see :class:`Schedule`). A step is one call of
+            `losses`. Where the factor is 0 the teacher does not run.
+        num_classes: number of categories. Default: the student's own, if the taps know it.
+        channels: ((student's, teacher's channels of the classification maps), (the same of the box maps)). Default:
+            read from the tapped modules.
+        center_ratio: see :meth:`sea_kernels.Regions.from_boxes`.
+        distance_temperature, localization_temperature, detach_anchors, distance_on_box: see
+            :func:`sea_kernels.sea_loss`.
+        use_masks: build the regions from the instances' masks (:meth:`sea_kernels.Regions.from_masks`) instead of their
+            boxes.
+        group: a `torch.distributed.ProcessGroup`. The batch whose anchors are compared is then that of all its ranks,
+            all of which must call `losses` at every step, with the same options. Default: each process is alone.
+
+    Attributes:
+        adapters: a 1x1 convolution for each set of maps in which student and teacher differ in channels. It maps the
+            student's channels to the teacher's. `to(device)` moves adapters and teacher.
+        unweighted: the losses of the last step before their weights, detached; None before the first step.
+        step: number of calls of `losses`. It is part of the state_dict.
+
+    Raises:
+        TypeError, ValueError: the detector is unknown, a module does not exist, or the taps do not pair up.
+
+    Example:
+        >>> import sea_kernels as sk, torch
+        >>> class Detector(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.backbone = torch.nn.Conv2d(3, 8, 3, stride=8, padding=1)
+        ...         self.cls, self.box = torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1)
+        ...     def forward(self, images):
+        ...         features = self.backbone(images)
+        ...         return {"loss": self.cls(features).square().mean() + self.box(features).square().mean()}
+        >>> student, teacher = Detector(), Detector()
+        >>> taps = sk.taps.Taps(("cls",), ("box",), strides=(8,))
+        >>> distiller = sk.SEADistiller(student, teacher, taps, num_classes=80)
+        >>> losses = student(torch.randn(1, 3, 64, 64))
+        >>> losses |= distiller.losses([torch.tensor([[8.0, 8.0, 40.0, 56.0]])], [torch.tensor([7])])
+        >>> list(losses)
+        ['loss', 'loss_sea_anchor', 'loss_sea_distance', 'loss_sea_localization']
+        >>> sum(losses.values()).backward()
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        taps: Taps | None = None,
+        *,
+        teacher_taps: Taps | None = None,
+        weights: Sequence[float] = (0.02, 0.02, 0.02),
+        schedule: Callable[[int], float] | None = None,
+        num_classes: int | None = None,
+        channels: Sequence[Sequence[int]] | None = None,
+        center_ratio: float = 0.5,
+        distance_temperature: float = 0.1,
+        localization_temperature: float = 1.0,
+        detach_anchors: bool = False,
+        distance_on_box: bool = False,
+        use_masks: bool = False,
+        group: "ProcessGroup | None" = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(weights, Sequence) or len(weights) != 3 or not all(math.isfinite(w) for w in weights):
+            raise ValueError(f"weights is {weights}; expected three numbers: anchor, distance, localization")
+        if channels is not None and [len(pair) for pair in channels] != [2, 2]:
+            raise ValueError(f"channels is {channels}; expected ((student, teacher) of cls, (student, teacher) of box)")
+        for name, model in (("student", student), ("teacher", teacher)):
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"{name} is a {type(model).__name__}; expected a torch.nn.Module")
+        student, teacher = unwrap(student), unwrap(teacher)
+        if student is teacher:
+            raise ValueError("teacher is the student itself; expected another model")
+        own = {id(p) for p in student.parameters()}
+        shared = [name for name, p in teacher.named_parameters() if id(p) in own]
+        if shared:
+            raise ValueError(f"teacher shares {shared[0]!r} with the student, which would be frozen; expected a copy")
+        self._models = _Models(student, teacher)
+        teacher_taps = teacher_taps or taps or ready_taps.find(teacher)
+        taps = taps or ready_taps.find(student)
+        for branch in ("cls", "box"):
+            ours, theirs = getattr(taps, branch), getattr(teacher_taps, branch)
+            if len(ours) != len(theirs) or not ours:
+                raise ValueError(
+                    f"the teacher's taps name {len(theirs)} modules for {branch}, {theirs}; expected {len(ours)}, "
+                    f"as the student's, {ours}"
+                )
+        self._taps = taps, teacher_taps
+        self._group = group
+        if group is not None:
+            self._group = ranks.join(group)._replace(compares_strides=taps.strides is not None)
+        self.num_classes = taps.num_classes if num_classes is None else num_classes
+        if self.num_classes is None:
+            raise ValueError("num_classes is None; expected the number of categories, which these taps do not know")
+        self.weights, self.schedule, self.use_masks = tuple(weights), schedule or Schedule(), use_masks
+        self._region_options = {"num_classes": self.num_classes, "center_ratio": center_ratio}
+        self._loss_options = {
+            "distance_temperature": distance_temperature,
+            "localization_temperature": localization_temperature,
+            "detach_anchors": detach_anchors,
+            "distance_on_box": distance_on_box,
+            "anchor_on_box": taps.anchor_on_box,
+        }
+        self.step, self.unweighted, self._said = 0, None, set()
+
+        teacher.requires_grad_(False).eval()
+        self._recorders = Recorder("student", student, taps), Recorder("teacher", teacher, teacher_taps)
+        self.adapters = nn.ModuleDict()
+        like = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0))
+        for branch, fixed in zip(("cls", "box"), channels or (None, None), strict=True):
+            for m, entries in enumerate(zip(getattr(taps, branch), getattr(teacher_taps, branch))):
+                own, target = fixed or (output_channels(r.side, r.model, n) for r, n in zip(self._recorders, entries))
+                if own != target:
+                    self.adapters[f"{branch}_{m}"] = nn.Conv2d(own, target, 1, device=like.device, dtype=like.dtype)
+        self._recorders[0].listen()
+
+    @property
+    def student(self) -> nn.Module:
+        return self._models.student
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._models.teacher
+
+    @torch.compiler.disable  # it counts its steps, which would recompile each time
+    def losses(
+        self,
+        boxes: Sequence[Tensor] | None = None,
+        labels: Sequence[Tensor] | None = None,
+        image_sizes: Sequence[Sequence[int]] | Tensor | None = None,
+        ignore_boxes: Sequence[Tensor] | None = None,
+        masks: Sequence[Any] | None = None,
+        teacher_input: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The weighted losses of the student's last forward. Add them to its own.
+
+        Nothing here synchronizes with the device, except that MMDetection's masks, which lie on the host, are copied to
+        it. torch.compile leaves this function out of its graphs.
+
+        Args:
+            boxes: B tensors `[G_b, 4]`: x1 y1 x2 y2 in pixels of the backbone's input. Default: what the taps saw.
+            labels: B integer tensors `[G_b]`, categories from 0. Needed beside boxes or masks. Default: as for boxes.
+            image_sizes: (height, width) of each image before padding, in the same pixels. Default: what the taps saw;
+                without it every image fills its maps.
+            ignore_boxes: B tensors `[I_b, 4]` of crowds. Default: none beside boxes or masks, else what the taps saw.
+            masks: the instances' masks, as :meth:`sea_kernels.Regions.from_masks` takes them, instead of boxes.
+            teacher_input: the batch `[B, 3, H, W]` for the teacher, if it needs another normalization. Default: the
+                input of the student's backbone.
+
+        Returns:
+            `loss_sea_anchor`, `loss_sea_distance`, `loss_sea_localization`: scalars. Gradient flows to the student and
+            the adapters.
+
+        Raises:
+            RuntimeError: the student has not run; a map has no graph, or was overwritten.
+            ValueError: there are no boxes or labels; maps do not pair up (the message names the module and the counts).
+        """
+        factor = float(self.schedule(self.step))
+        if factor == 0:
+            self._recorders[0].forget()
+            like = next(self.student.parameters())
+            # DDP waits for a gradient of every parameter
+            zero = sum((p.sum() * 0 for p in self.parameters()), torch.zeros((), device=like.device))
+            losses, weights = SEALoss(zero, zero, zero), (1.0, 1.0, 1.0)
+        else:
+            captured = self.capture(boxes, labels, image_sizes, ignore_boxes, masks, teacher_input)
+            losses = sea_loss(*captured, **self._loss_options)
+            weights = (factor * w for w in self.weights)
+        self.step += 1
+        self.unweighted = SEALoss(*(x.detach() for x in losses))
+        return {f"loss_sea_{name}": w * x for (name, x), w in zip(losses._asdict().items(), weights)}
+
+    forward = losses  # so that DDP can wrap a distiller with adapters
+
+    def capture(
+        self,
+        boxes: Sequence[Tensor] | None = None,
+        labels: Sequence[Tensor] | None = None,
+        image_sizes: Sequence[Sequence[int]] | Tensor | None = None,
+        ignore_boxes: Sequence[Tensor] | None = None,
+        masks: Sequence[Any] | None = None,
+        teacher_input: Tensor | None = None,
+    ) -> Capture:
+        """What `losses` would compare, with the same arguments: the maps after the adapters, and the regions.
+
+        It uses up the recorded maps, as `losses` does.
+        """
+        student, teacher = self._recorders
+        images, targets, ours = student.take()
+        regions = self._regions(ours["cls"][0], images, targets, boxes, labels, image_sizes, ignore_boxes, masks)
+        self.teacher.eval()  # a trainer may have gone over all its modules
+        theirs = teacher.run(images if teacher_input is None else teacher_input, levels=len(ours["cls"][0]))
+        for branch, sets in ours.items():
+            for m, maps in enumerate(sets):
+                if f"{branch}_{m}" in self.adapters:
+                    maps = sets[m] = [self.adapters[f"{branch}_{m}"](x) for x in maps]
+                theirs[branch][m] = self._pair(getattr(self._taps[0], branch)[m], maps, theirs[branch][m])
+        return Capture(ours["cls"], theirs["cls"], ours["box"], theirs["box"], regions)
+
+    def _pair(self, name: str, student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
+        """The teacher's maps, resampled to the student's sizes."""
+        out = []
+        for level, (s, t) in enumerate(zip(student, teacher)):
+            if s.shape[:2] != t.shape[:2]:
+                raise ValueError(
+                    f"the teacher's map of level {level} for {name!r} has batch size and channels "
+                    f"{tuple(t.shape[:2])}; expected {tuple(s.shape[:2])}, as the student's (channels= sets adapters)"
+                )
+            if s.shape[2:] != t.shape[2:]:
+                if name not in self._said:
+                    self._said.add(name)
+                    _log.warning(
+                        "the teacher's maps for %s are resampled to the student's: level %d has %s, the student's %s",
+                        name, level, tuple(t.shape[2:]), tuple(s.shape[2:]),
+                    )  # fmt: skip
+                t = nn.functional.interpolate(t, size=s.shape[2:], mode="bilinear", align_corners=False)
+            out.append(t)
+        return out
+
+    def _regions(
+        self, maps: list[Tensor], images: Tensor, seen: Any, boxes, labels, image_sizes, ignore, masks
+    ) -> Regions:
+        taps = self._taps[0]
+        targets = None if seen is None else taps.read_targets(seen, self.use_masks)
+        if targets is not None:
+            image_sizes = targets.image_sizes if image_sizes is None else image_sizes
+            if boxes is None and masks is None:  # labels and ignore boxes belong to the boxes that they were seen with
+                boxes, masks = (None, targets.masks) if self.use_masks else (targets.boxes, None)
+                labels = targets.labels if labels is None else labels
+                ignore = targets.ignore_boxes if ignore is None else ignore
+        if boxes is None and masks is None:
+            what = "masks and labels" if self.use_masks else "boxes and labels"
+            why = f"{taps.targets!r} showed none" if taps.targets else "the taps name no module to take them from"
+            raise ValueError(f"{what} not given; expected them in losses(...), as {why}")
+        if labels is None:
+            raise ValueError("labels not given; expected one tensor for each image beside boxes or masks")
+        shapes = [tuple(x.shape[2:]) for x in maps]
+        options = {"image_sizes": image_sizes, "ignore_boxes": ignore, "group": self._group}
+        options |= self._region_options
+        strides = taps.strides
+        if strides is None:
+            strides = [tuple(n / m for n, m in zip(images.shape[2:], shape)) for shape in shapes]
+        if masks is not None:
+            return Regions.from_masks(masks, labels, shapes, strides, **options)
+        return Regions.from_boxes(boxes, labels, shapes, strides, **options)
+
+    def student_state_dict(self) -> dict[str, Tensor]:
+        """The state_dict of the student alone, without prefixes of DDP or torch.compile."""
+        return self.student.state_dict()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "SEADistiller":
+        self.teacher._apply(fn)  # not a submodule, but it moves along to another device
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "step"] = torch.tensor(self.step)  # a tensor, as EMAs expect of every entry
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
+        self.step = int(state_dict.pop(prefix + "step", self.step))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def close(self) -> None:
+        """Removes the hooks. After that the distiller cannot be used."""
+        for recorder in self._recorders:
+            recorder.close()
+
+    def __enter__(self) -> "SEADistiller":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
