@@ -26,7 +26,7 @@ import torch.distributed as dist
 from steps import TOLERANCE, deviation, sea_losses, training_step
 from workloads import SMOKE, WORKLOADS, Inputs, Workload, make_inputs
 
-from sea_kernels import distributed
+from sea_kernels import group as groups
 
 LOCAL, SAME, GLOBAL = "local anchors", "same work, no all-reduce", "global batch"
 ROWS = {LOCAL: "#bbbbbb", SAME: "#99bbdd", GLOBAL: "#4477aa"}  # with their colors in the picture
@@ -81,16 +81,16 @@ def sent_bytes(size: float, ranks: int) -> float:
 
 @contextlib.contextmanager
 def all_reduce_is(function):
-    own, distributed.all_reduce = distributed.all_reduce, function
+    own, groups.all_reduce = groups.all_reduce, function
     try:
         yield
     finally:
-        distributed.all_reduce = own
+        groups.all_reduce = own
 
 
 def recorded(step, x: Inputs) -> tuple[tuple, list[torch.Tensor]]:
     """(what one run of the step returns, the sums that its all-reduces return)."""
-    own, sums = distributed.all_reduce, []
+    own, sums = groups.all_reduce, []
 
     def record(message, group):
         sums.append(own(message, group))
@@ -193,8 +193,8 @@ def run_rank(rank: int, ranks: int, args: argparse.Namespace, base, boxes, progr
     of_message, alone = {}, {}
     tell(f"{ranks} ranks, all-reduces alone")
     if ranks > 1:  # a group of one sends nothing
-        group = distributed.join(dist.group.WORLD)
-        call = lambda x, mark: distributed.all_reduce(x, group)  # noqa: E731
+        group = groups.join(dist.group.WORLD)
+        call = lambda x, mark: groups.all_reduce(x, group)  # noqa: E731
         for name, message in zip(messages(workload), sums, strict=True):
             of_message[name] = message.nbytes
             alone[name] = slowest([sample(call, [message], 0)[1] for _ in range(args.repeats)])

@@ -156,8 +156,8 @@ def commit() -> str | None:
 
 def begin() -> None:
     """Ends the program where the kernels cannot run."""
-    if sk.ops.LIBRARY_ERROR:
-        raise SystemExit(f"sea_kernels cannot run: {sk.ops.LIBRARY_ERROR}")
+    if sk.native.library.LIBRARY_ERROR:
+        raise SystemExit(f"sea_kernels cannot run: {sk.native.library.LIBRARY_ERROR}")
     torch.manual_seed(0)
 
 

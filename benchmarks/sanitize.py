@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import cases
 
 import sea_kernels as sk
-from sea_kernels.distributed import Group
+from sea_kernels.group import Group
 
 DTYPES = (cases.F32, cases.BF16, cases.F16, cases.F64)
 LAYOUTS = ("channels_last", "odd offset", "every second", "transposed", "expanded")

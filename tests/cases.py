@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 
 import sea_kernels as sk
-from sea_kernels import ops
+from sea_kernels import backends
+from sea_kernels.native import library
 
-CUDA = torch.cuda.is_available() and ops.has_kernel("sea_loss", "CUDA")
+CUDA = torch.cuda.is_available() and library.has_kernel("sea_loss", "CUDA")
 NO_CUDA = "no CUDA device, or no CUDA kernels in this build"
 
 SHAPES = [
@@ -173,7 +174,7 @@ def run(variant, inputs, regions, backend=None, **options):
     """(outputs, gradients of the leaves, None where there is none), by the backend in use or another"""
     call, defaults = VARIANTS[variant]
     inputs = inputs.map(lambda x: x.detach().requires_grad_())
-    with sk.backend(backend or ops.current_backend()):
+    with sk.backend(backend or backends.current_backend()):
         outputs = call(inputs, regions, **(defaults | options))
         gradients = torch.autograd.grad(outputs, inputs.leaves(), upstream(outputs), allow_unused=True)
     return [x.detach() for x in outputs], gradients

@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from cases import CUDA
 
 import sea_kernels as sk
-from sea_kernels import ops
+from sea_kernels.native import library
 
 try:
     from hypothesis import HealthCheck, settings
@@ -48,7 +48,7 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     emulated = " CUDA kernels are emulated" if config.getoption("--emulate") is not None else ""
-    return f"sea_kernels: {ops.LIBRARY_ERROR or ops.build_info()}{emulated}"
+    return f"sea_kernels: {library.LIBRARY_ERROR or library.build_info()}{emulated}"
 
 
 def pytest_generate_tests(metafunc):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from cases import F64, VARIANTS, Inputs, make_boxes, make_inputs
 
 import sea_kernels as sk
-from sea_kernels import distributed
+from sea_kernels import group as groups
 
 CLASSES = 6
 
@@ -142,13 +142,13 @@ class Threads:
                 errors.append(error)
                 self.barrier.abort()
 
-        group = distributed.Group("threads", self.count)
+        group = groups.Group("threads", self.count)
         stubs = {
             "all_reduce": self.all_reduce,
             "join": lambda _: group,
             "compare": lambda *_: torch.zeros((), dtype=F64),
         }
-        with mock.patch.multiple(distributed, **stubs):
+        with mock.patch.multiple(groups, **stubs):
             threads = [threading.Thread(target=call, args=(rank,)) for rank in range(self.count)]
             for thread in threads:
                 thread.start()

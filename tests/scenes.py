@@ -6,7 +6,7 @@ import torch
 from cases import F32, F64
 
 import sea_kernels as sk
-from sea_kernels import Regions, ops
+from sea_kernels import Regions, backends
 
 CASES = {
     "plain": {
@@ -119,7 +119,7 @@ def expected_regions(case, dtype=np.float32):
 def build(*arguments, **options):
     """Regions.from_boxes by the backend in use; what is native equals the reference bit for bit, in every test."""
     regions = Regions.from_boxes(*arguments, **options)
-    if ops.current_backend() == "native":
+    if backends.current_backend() == "native":
         assert regions.bits is not None and regions.dense is None
         with sk.backend("reference"):
             assert_same_regions(regions, Regions.from_boxes(*arguments, **options))

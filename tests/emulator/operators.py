@@ -2,19 +2,12 @@
 
 from types import SimpleNamespace
 
+from sea_kernels.native import saved
+
 from . import build
 
-try:
-    from sea_kernels.native import saved as _sizes
-
-    _name = "elements"
-except ImportError:
-    from sea_kernels import ops as _sizes
-
-    _name = "saved_elements"
-
 _installed = None
-_elements = getattr(_sizes, _name)
+_elements = saved.elements
 
 
 def _elements_on_cuda(student, teacher, *rest):
@@ -36,7 +29,7 @@ def install(sources=None, **options):
     _installed = build.load("operators", files, plain=["operators.cpp"], **options)
     _installed.install()
     if any(file.stem == "losses" for file in files):
-        setattr(_sizes, _name, _elements_on_cuda)
+        saved.elements = _elements_on_cuda
     return _installed
 
 
@@ -45,5 +38,5 @@ def uninstall():
     global _installed
     if _installed is not None:
         _installed.uninstall()
-        setattr(_sizes, _name, _elements)
+        saved.elements = _elements
         _installed = None

@@ -8,7 +8,7 @@ from cases import BF16, F16, F32, F64, make_boxes, make_inputs, make_regions, ru
 from emulator import build, operators
 
 import sea_kernels as sk
-from sea_kernels import ops
+from sea_kernels.native import saved as sizes_of_saved
 
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing())
 
@@ -138,7 +138,7 @@ def test_sizes_of_what_is_saved(dtypes, detach, kernels):
         [x for c in (40, 24, 7, 8) for x in cases.make_maps(regions.level_shapes, channels=c, dtype=dtype)]
         for dtype in dtypes
     ]
-    sizes = list(ops.saved_elements(*maps, losses, regions.area.shape[1], detach))
+    sizes = list(sizes_of_saved.elements(*maps, losses, regions.area.shape[1], detach))
     assert (sizes[1] == 0) == detach
     given = *maps, losses, regions.tensors(), 0.1, 1.0
     assert [x.numel() for x in torch.ops.sea_kernels.sea_loss(*given, *sizes)[3]] == sizes

@@ -17,7 +17,7 @@ from torch import nn
 from toy_detector import STRIDES, TAPS, Toy, batch
 
 import sea_kernels as sk
-from sea_kernels import distributed
+from sea_kernels import group as groups
 
 
 def _every_call(rank, group, meeting):
@@ -87,7 +87,7 @@ def _train(rank, group, meeting, wrap):
     distiller = sk.SEADistiller(model, teacher, TAPS, group=group)
     if wrap == "ddp":  # FSDP refuses it
         again = copy.deepcopy(distiller)
-        assert again.student is not student and again._group == distributed.join(group)
+        assert again.student is not student and again._group == groups.join(group)
     images, boxes, labels = _batch(rank)
     detection = model(images)["loss"]
     losses = distiller.losses(boxes, labels)
@@ -193,7 +193,7 @@ def _differ(rank, _group, _meeting):
         "levels": lambda group: from_boxes(group, levels=1 + odd),
         "strides": lambda group: from_boxes(group, strides=[8, 16 + 2 * odd]),
         "center_ratio": lambda group: from_boxes(group, center_ratio=0.5 + 0.25 * odd),
-        "device": lambda group: distributed._exchange(group, "a call", "cuda" if odd else "cpu", []),
+        "device": lambda group: groups._exchange(group, "a call", "cuda" if odd else "cpu", []),
         "backend": lambda group: _with_backend(["native", "reference"][rank], lambda: from_boxes(group)),
         "channels of the reference": lambda group: _with_backend(
             "reference", lambda: sk.anchor_pool(narrow if odd else cls, from_boxes(group))
@@ -244,8 +244,15 @@ def test_ranks_that_differ_get_the_same_error(tmp_path):
         "channels of the reference": ("channels[0]", "8", "24"),
         "channels of the compiled reference": ("channels[0]", "8", "24"),
         "channels": ("channels[0]", "8", "24"),
-        "dtype": ("the call", "anchor_pool in torch.float32", "anchor_pool in torch.float64"),
-        "call": ("the call", *(f"sea_loss of the parts [{part}] in torch.float64" for part in (1, 2))),
+        "dtype": (
+            "the call",
+            "anchor_pool of the native backend in torch.float32",
+            "anchor_pool of the native backend in torch.float64",
+        ),
+        "call": (
+            "the call",
+            *(f"sea_loss of the native backend with the loss flags [{part}] in torch.float64" for part in (1, 2)),
+        ),
         "temperature": ("distance_temperature", "1.1", "0.1"),
     }
     for name, (what, one, zero) in expected.items():
@@ -324,14 +331,14 @@ def test_bad_groups_are_refused(alone, monkeypatch):
     ):
         with pytest.raises(error, match=message):
             rank.regions(group)
-    own = distributed.join(alone)
+    own = groups.join(alone)
     assert own.size == 1
     with pytest.raises(ValueError, match=r"group has gloo for cpu; expected a backend for cuda, where the tensors are"):
-        distributed._exchange(alone, "a call", "cuda", [])  # of one rank nothing is sent, and so not asked
+        groups._exchange(alone, "a call", "cuda", [])  # of one rank nothing is sent, and so not asked
     for name in ("is_available", "is_current_stream_capturing"):
         monkeypatch.setattr(torch.cuda, name, lambda: True)
     with pytest.raises(RuntimeError, match="the first call of a group compares its ranks: run it before a CUDA graph"):
-        distributed._exchange(alone, "call", "cpu", [])
+        groups._exchange(alone, "call", "cpu", [])
     monkeypatch.undo()
     with pytest.raises(TypeError, match=r"group is a str"):
         sk.SEADistiller(Toy(), Toy(seed=1), TAPS, group="world")

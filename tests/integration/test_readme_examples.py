@@ -124,5 +124,5 @@ def test_the_example_of_mmdetection(tmp_path, monkeypatch):
         MODELS.build(config.model | {"teacher_checkpoint": "wrong.pth"})
     other = mmdet_config("FCOS", 50)
     other.data_preprocessor.std = [58.4, 57.1, 57.4]
-    with pytest.raises(ValueError, match=r"teacher normalises its input by .*58\.4.*; expected .*1\.0"):
+    with pytest.raises(ValueError, match=r"teacher normalizes its input by .*58\.4.*; expected .*1\.0"):
         MODELS.build(config.model | {"teacher": other})

@@ -5,7 +5,7 @@ import torch
 from cases import CALLS, make_inputs, make_maps, make_regions
 
 import sea_kernels as sk
-from sea_kernels import ops
+from sea_kernels.native import saved as sizes_of_saved
 
 
 @pytest.mark.cpu_kernels
@@ -19,7 +19,7 @@ def test_saved_and_recomputed_gradients_agree():
     tensors, losses, one, temperatures = regions.tensors(), [3, 7], torch.ones(()), (0.1, 1.0)
     gradients = []
     for share in ((0, 1), (1000, 1)):
-        sizes = ops.saved_elements(student, teacher, losses, regions.area.shape[1], False, share)
+        sizes = sizes_of_saved.elements(student, teacher, losses, regions.area.shape[1], False, share)
         *_, saved = torch.ops.sea_kernels.sea_loss(student, teacher, losses, tensors, *temperatures, *sizes)
         assert (saved[0].numel() > 0) == (share[0] > 0)
         gradients.append(

@@ -8,7 +8,7 @@ import tolerance
 import torch
 from cases import BF16, F16, F32, F64
 
-from sea_kernels import ops
+from sea_kernels.native import library
 
 PROGRAM = """
 import sys, torch, cases
@@ -33,7 +33,7 @@ LIMIT = {F32: 2e-5, BF16: 2e-3, F16: 5e-4, F64: 1e-12}  # relative; 16-bit gradi
 def results(tmp_path_factory):
     """What each instruction set of this machine computes, in a process of its own."""
     found = {}
-    for name in ops.build_info()["cpu_available"]:
+    for name in library.build_info()["cpu_available"]:
         file = tmp_path_factory.mktemp(name) / "results"
         done = programs.run("-c", PROGRAM, str(file), env={"SEA_KERNELS_CPU": name}, cwd=Path(__file__).parents[1])
         assert done.returncode == 0, done.stderr
@@ -43,7 +43,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.cpu_kernels
-@pytest.mark.skipif(bool(ops.LIBRARY_ERROR), reason="no library")
+@pytest.mark.skipif(bool(library.LIBRARY_ERROR), reason="no library")
 def test_instruction_sets_agree(results):
     """Each is chosen by SEA_KERNELS_CPU and computes what the first does, to rounding."""
     first, *others = results
@@ -75,20 +75,20 @@ def test_instruction_sets_agree(results):
     ],
 )
 def test_which_gpus_an_architecture_runs_on(built, capability, runs):
-    assert ops._runs_on(built, capability) == runs
+    assert library._runs_on(built, capability) == runs
 
 
 def test_a_gpu_without_code_is_named(monkeypatch):
     """One clear error on an older GPU, before any kernel runs."""
-    monkeypatch.setattr(ops, "LIBRARY_ERROR", None)
-    monkeypatch.setattr(ops, "has_kernel", lambda name, key: True)
-    monkeypatch.setattr(ops, "build_info", lambda: {"architectures": ["8.0+PTX", "9.0"]})
+    monkeypatch.setattr(library, "LIBRARY_ERROR", None)
+    monkeypatch.setattr(library, "has_kernel", lambda name, key: True)
+    monkeypatch.setattr(library, "build_info", lambda: {"architectures": ["8.0+PTX", "9.0"]})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
-    ops._lacks_code.cache_clear()
+    library._lacks_code.cache_clear()
     try:
         with pytest.raises(RuntimeError, match=r"on cuda:0: Tesla T4 has compute capability 7\.5, .* 8\.0\+PTX 9\.0"):
-            ops.require("sea_loss", torch.device("cuda:0"))
+            library.require("sea_loss", torch.device("cuda:0"))
     finally:
-        ops._lacks_code.cache_clear()
+        library._lacks_code.cache_clear()

@@ -4,7 +4,9 @@ import pytest
 import torch
 from cases import BF16, F16, F32, F64, make_boxes, make_inputs, make_maps, make_regions
 
-from sea_kernels import ops
+from sea_kernels import backends
+from sea_kernels.native import library, schemas
+from sea_kernels.native import saved as sizes_of_saved
 
 SHAPES = [(10, 14), (5, 7)]
 
@@ -81,13 +83,13 @@ def check_operators(inputs, regions, options, compiled=True):
     student, teacher = features + inputs.box[0], inputs.cls_teacher[0] + inputs.box_teacher[0]
     masks, losses = tensors[1].shape[1], [3, 5]
 
-    def sizes(losses, detach=False, share=ops.SAVED_SHARE):
-        return ops.saved_elements(student, teacher, losses, masks, detach, share)
+    def sizes(losses, detach=False, share=sizes_of_saved.SHARE):
+        return sizes_of_saved.elements(student, teacher, losses, masks, detach, share)
 
     for flags, softmax in ((losses, sizes(losses)[2]), ([3, 4], sizes([3, 4])[2]), (losses, 0)):
-        elements = ops.anchor_elements(student, flags, masks)
+        elements = sizes_of_saved.anchor_elements(student, flags, masks)
         check("sea_loss_pool", student, teacher, flags, tensors, 2.0, elements, softmax)
-    elements = ops.anchor_elements(student, losses, masks), sizes(losses)[2]
+    elements = sizes_of_saved.anchor_elements(student, losses, masks), sizes(losses)[2]
     apart = torch.ops.sea_kernels.sea_loss_pool(student, teacher, losses, tensors, 2.0, *elements)
     check("sea_loss", student, teacher, losses, tensors, 0.1, 1.0, 0, 0, 0)
     check("sea_loss_compare", student, teacher, losses, tensors, apart[0], 0.1, 0, 0)
@@ -109,8 +111,8 @@ def test_operators_for_localization_without_regions(device):
     """And of one set alone."""
     student, teacher = make_maps(SHAPES, 2, 8, 1, BF16, device), make_maps(SHAPES, 2, 8, 2, F32, device)
     one = torch.ones((), device=device)
-    maps = (student, teacher, [ops.LOCALIZATION], [])
-    sizes = ops.saved_elements(*maps[:3], 0, False)
+    maps = (student, teacher, [backends.LOCALIZATION], [])
+    sizes = sizes_of_saved.elements(*maps[:3], 0, False)
     for saved in (sizes, (0, 0, 0)):
         opcheck("sea_loss", *maps, 0.1, 2.0, *saved)
     saved = torch.ops.sea_kernels.sea_loss(*maps, 0.1, 2.0, *sizes)[3]
@@ -118,8 +120,8 @@ def test_operators_for_localization_without_regions(device):
 
 
 def test_every_operator_has_a_kernel_and_a_fake(device):
-    for name in ops.OPERATORS:
-        assert ops.has_kernel(name, device.upper()), name
+    for name in schemas.OPERATORS:
+        assert library.has_kernel(name, device.upper()), name
         if name != "build_info":
             fake = torch._library.simple_registry.singleton.find(f"sea_kernels::{name}").fake_impl.kernel
             assert fake is not None, name

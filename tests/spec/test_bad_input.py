@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sea_kernels as sk
 from sea_kernels import Regions
-from sea_kernels.regions import check_values
+from sea_kernels.boxes import RasterInput, check_values
 
 nan, inf = math.nan, math.inf
 
@@ -175,10 +175,10 @@ def test_values_of_padding_rows_are_not_checked(backend):
     args = {"batch_index": torch.tensor([7, 0]), "batch_size": 1, "num_classes": 5}
     regions = Regions.from_boxes(box, torch.tensor([-1, 4]), [(2, 2)], [8], **args)
     assert regions.classes.tolist() == [4, -1]
-    index = torch.tensor([7, 0])
-    assert check_values(box, torch.tensor([-1, 4]), index, [], None, None, [], None, 1, 5) is None
+    rest = torch.tensor([7, 0]), [], None, None, [], None, [], 1, [], [], 5, 0.5
+    assert check_values(RasterInput(box, torch.tensor([-1, 4]), *rest)) is None
     with pytest.raises(ValueError, match=r"batch_index\[0\] is 7"):
-        check_values(box[[1, 1]], torch.tensor([3, 4]), index, [], None, None, [], None, 1, 5)
+        check_values(RasterInput(box[[1, 1]], torch.tensor([3, 4]), *rest))
 
 
 # ------------------------------------------------------------------------------------------------------------ masks

@@ -6,26 +6,26 @@ import programs
 import pytest
 
 import sea_kernels as sk
-from sea_kernels import ops
+from sea_kernels import backends
 
 
 def test_backend_is_set_within_its_context_alone():
-    assert ops.current_backend() == "native"
+    assert backends.current_backend() == "native"
     with sk.backend("reference"):
-        assert ops.current_backend() == "reference"
+        assert backends.current_backend() == "reference"
         with sk.backend("native"):
-            assert ops.current_backend() == "native"
-        assert ops.current_backend() == "reference"
+            assert backends.current_backend() == "native"
+        assert backends.current_backend() == "reference"
     with pytest.raises(KeyError), sk.backend("reference"):
         raise KeyError
-    assert ops.current_backend() == "native"
+    assert backends.current_backend() == "native"
 
 
 @pytest.mark.parametrize("name", ["cuda", "", None, 3])
 def test_an_unknown_backend_is_refused(name):
     with pytest.raises(ValueError, match=r"backend is .*; expected one of native, reference"), sk.backend(name):
         pass
-    assert ops.current_backend() == "native"
+    assert backends.current_backend() == "native"
 
 
 USE = """
@@ -43,7 +43,7 @@ def python(code, **variables):
 
 
 def test_the_environment_sets_the_backend():
-    code = USE + "regions, value = use(); print(regions.dense is not None, value, sk.ops.current_backend())"
+    code = USE + "regions, value = use(); print(regions.dense is not None, value, sk.backends.current_backend())"
     assert python(code, SEA_KERNELS_BACKEND="reference").stdout.split() == ["True", "1.0", "reference"]
     done = python("import sea_kernels", SEA_KERNELS_BACKEND="fast")
     assert done.returncode != 0

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scenes import CASES, assert_same_regions, build, expected_regions, regions_of
 
 import sea_kernels as sk
-from sea_kernels import ops, reference
+from sea_kernels import backends, reference
+from sea_kernels.boxes import RasterInput
 
 
 def assert_regions(regions, classes, masks, extent):
@@ -184,12 +185,12 @@ def test_unchecked_bad_rows_are_skipped(row, backend, device):
         tensor = lambda x: None if x is None else torch.tensor(x, device=device)  # noqa: E731
         boxes, ignore = (None if x is None else tensor(x).reshape(-1, 4) for x in (boxes, ignore))
         args = (boxes, tensor(labels), tensor(index), [], ignore, tensor(ignore_index), [])
-        if ops.current_backend() == "native":
+        if backends.current_backend() == "native":
             return torch.ops.sea_kernels.rasterize(*args, None, [], 2, [6, 8], [8.0, 8.0], 5, 0.5, None)
         return by_reference(*args)
 
     def by_reference(*args):
-        return reference.rasterize(*args, None, [], 2, [6, 8], [8.0, 8.0], 5, 0.5)
+        return reference.rasterize(RasterInput(*args, None, [], 2, [6, 8], [8.0, 8.0], 5, 0.5))
 
     def flat(found):
         """The reference's masks of each level among the other tensors."""

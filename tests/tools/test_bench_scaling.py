@@ -10,7 +10,7 @@ import programs
 import pytest
 import torch
 
-from sea_kernels import distributed
+from sea_kernels import group as groups
 
 ROOT = Path(__file__).parents[2]
 ROWS = ["local anchors", "same work, no all-reduce", "global batch"]
@@ -79,8 +79,8 @@ class TestStep:
     @pytest.fixture
     def step(self, bench, monkeypatch):
         """(workload, inputs, step)"""
-        monkeypatch.setattr(distributed, "join", lambda group: distributed.Group("one", 1))
-        monkeypatch.setattr(distributed, "compare", lambda *_: torch.zeros((), dtype=torch.float64))
+        monkeypatch.setattr(groups, "join", lambda group: groups.Group("one", 1))
+        monkeypatch.setattr(groups, "compare", lambda *_: torch.zeros((), dtype=torch.float64))
         workload = dataclasses.replace(bench.SMOKE, maps=2)
         (x,) = bench.make_inputs(workload, workload.choose_boxes(), torch.device("cpu"), 1)
         return workload, x, bench.training_step(partial(bench.sea_losses, workload, group=object()))
@@ -102,7 +102,7 @@ class TestStep:
         def refused(message, group):
             raise AssertionError("an all-reduce")
 
-        monkeypatch.setattr(distributed, "all_reduce", refused)
+        monkeypatch.setattr(groups, "all_reduce", refused)
         again = bench.without_all_reduce(run, sums)
         for _ in range(2):
             losses, gradients = again(x, lambda: None)
@@ -110,7 +110,7 @@ class TestStep:
         # It is the recorded sums that it goes on with: as if another rank had the same images, and other anchors.
         losses, _ = bench.without_all_reduce(run, [sums[0], 2 * sums[1], sums[2]])(x, lambda: None)
         torch.testing.assert_close(losses[0], 4 * expected[0][0])
-        assert distributed.all_reduce is refused  # put back
+        assert groups.all_reduce is refused  # put back
 
 
 def test_a_rank_has_its_own_images_and_pads_them_itself(bench):

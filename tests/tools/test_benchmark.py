@@ -73,7 +73,7 @@ def test_the_table_is_refused_where_the_results_differ(benchmark_module, tmp_pat
 
     def wrong(*args):
         losses = native(*args)
-        return losses._replace(anchor=losses.anchor * 1.01) if sk.ops.current_backend() == "native" else losses
+        return losses._replace(anchor=losses.anchor * 1.01) if sk.backends.current_backend() == "native" else losses
 
     monkeypatch.setattr(sk, "sea_loss", wrong)
     with pytest.raises(SystemExit, match="deviates"):
@@ -121,7 +121,7 @@ def test_a_plain_row_without_enough_memory_is_left_out(benchmark_module, tmp_pat
     bench, native = benchmark_module("bench_losses"), sk.sea_loss
 
     def too_large(*args):
-        if sk.ops.current_backend() == "reference":
+        if sk.backends.current_backend() == "reference":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return native(*args)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import sea_kernels
-from sea_kernels import ops
-from sea_kernels.ops import KERNELS
+from sea_kernels.native import library
+from sea_kernels.native.schemas import KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(sea_kernels.__file__).parent
@@ -207,7 +207,7 @@ def test_old_torch_at_import_is_said():
 def test_missing_library_says_why_and_the_reference_works(without_library):
     code = """
 import torch, sea_kernels as sk
-assert "_C.so" in sk.ops.LIBRARY_ERROR, sk.ops.LIBRARY_ERROR
+assert "_C.so" in sk.native.library.LIBRARY_ERROR, sk.native.library.LIBRARY_ERROR
 boxes, labels = [torch.tensor([[0.0, 0.0, 32.0, 32.0]])], [torch.tensor([1])]
 maps = [torch.randn(1, 4, 8, 8)]
 try:
@@ -232,8 +232,8 @@ def test_report_without_a_library(without_library):
 def test_the_report_names_every_operator():
     done = run("-m", "sea_kernels", path=PACKAGE.parent)
     assert done.returncode == 0, done.stderr
-    for word in (*KERNELS, "torch", "loaded", "CUDA", ops.build_info()["cpu_in_use"]):
+    for word in (*KERNELS, "torch", "loaded", "CUDA", library.build_info()["cpu_in_use"]):
         assert word in done.stdout
     # Everything is there for the CPU.
     for operator in KERNELS:
-        assert ops.has_kernel(operator, "CPU"), operator
+        assert library.has_kernel(operator, "CPU"), operator

@@ -51,7 +51,7 @@ def kinds_by_hand(level):
             row = []
             for x in range(SHAPES[level][1]):
                 background, *pairs = masks[level][:, b, y, x]
-                name = {(True, True): "centre and edge", (True, False): "centre", (False, True): "edge"}.get(
+                name = {(True, True): "center and edge", (True, False): "center", (False, True): "edge"}.get(
                     (any(pairs[::2]), any(pairs[1::2])), "background" if background else "uncounted (crowd)"
                 )
                 rows_inside, columns_inside = extent[level, b]
@@ -174,7 +174,7 @@ def test_cosines_are_those_of_the_maps():
     for row, p in enumerate(rows):
         mask, before, after, teacher, before_apart, after_apart = axes[6 * row : 6 * row + 6]
         label = "abcde"[int(regions.classes[(p - 1) // 2])]
-        assert mask.get_title() == ("background" if p == 0 else f"{label}: {'centre' if p % 2 else 'edge'}")
+        assert mask.get_title() == ("background" if p == 0 else f"{label}: {'center' if p % 2 else 'edge'}")
         assert torch.equal(torch.tensor(mask.images[1].get_array())[..., 3] > 0, masks[p])
         target = expected["teacher"][level][image, p]
         for axis, name in ((before, "before"), (after, "after"), (teacher, "teacher")):
