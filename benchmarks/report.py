@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 import sea_kernels as sk
 
-
 tqdm.monitor_interval = 0  # no thread beside what is timed
 
 
