@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 import sea_kernels as sk
 
+tqdm.monitor_interval = 0  # no thread beside what is timed
+
 
 class Progress:
     """What is being done, on standard error: a bar on a terminal, elsewhere a line for each kind of work.

@@ -35,7 +35,7 @@ def smoke(tmp_path_factory):
     require("torchvision")
     out = tmp_path_factory.mktemp("step")
     command = ["benchmarks/bench_step.py", "--smoke", "--device", "cpu", "--out", str(out)]
-    run = programs.run(*command, cwd=ROOT)
+    run = programs.run(*command, cwd=ROOT, env={"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     return run.stdout, json.loads((out / "bench_step.json").read_text()), (out / "bench_step.png").read_bytes()
 

@@ -14,8 +14,12 @@ pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
 
 
 @pytest.fixture(autouse=True)
-def path(monkeypatch):
+def setting(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on images this small, threads that wait for each other would take most of the time
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
