@@ -102,8 +102,8 @@ def on_current_backend(function: Callable[Concatenate[Backend, _P], _R]) -> Call
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         return function(_registered[_current], *args, **kwargs)
 
-    _, *parameters = inspect.signature(function).parameters.values()
-    call.__signature__ = inspect.signature(function).replace(parameters=parameters)
+    signature = inspect.signature(function)
+    call.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
     return call
 
 
@@ -114,5 +114,4 @@ def on(backend: Backend, public: Callable[_P, _R]) -> Callable[_P, _R]:
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         return public.__wrapped__(backend, *args, **kwargs)
 
-    call.__signature__ = inspect.signature(public)
-    return call
+    return call  # with the signature of `public`, which wraps() copies

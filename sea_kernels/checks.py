@@ -155,6 +155,7 @@ def maps(name: str, maps: object) -> list[Tensor]:
         raise TypeError(f"{name} is a {_type(maps)}; expected a list of maps [B, C, H, W], one for each level")
     if len(maps) == 0:
         raise ValueError(f"{name} is empty; expected a list of maps [B, C, H, W], one for each level")
+    first: Tensor | None = None
     for i, x in enumerate(maps):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}[{i}] is a {_type(x)}; expected a tensor [B, C, H, W]")
@@ -164,17 +165,19 @@ def maps(name: str, maps: object) -> list[Tensor]:
             raise TypeError(f"{name}[{i}] has dtype {x.dtype}; expected float32, float64, float16 or bfloat16")
         if x.dim() != 4:
             raise ValueError(f"{name}[{i}] has shape {shape_of(x)}; expected 4 dimensions [B, C, H, W]")
-        first = maps[0]
-        if x.dtype != first.dtype:
+        batch, channels, height, width = x.shape
+        if first is not None and x.dtype != first.dtype:
             raise TypeError(f"{name}[{i}] has dtype {x.dtype}; expected {first.dtype}, as {name}[0]")
-        if x.device != first.device:
+        if first is not None and x.device != first.device:
             raise ValueError(f"{name}[{i}] is on {x.device}; expected {first.device}, as {name}[0]")
-        if x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
+        if channels < 1 or height < 1 or width < 1:
             raise ValueError(f"{name}[{i}] has shape {shape_of(x)}; expected at least one channel, row and column")
-        if x.shape[0] != first.shape[0] or x.shape[1] != first.shape[1]:
+        if first is None:
+            first, batch_size, number = x, batch, channels
+        elif batch != batch_size or channels != number:
             raise ValueError(
-                f"{name}[{i}] has shape {shape_of(x)}; expected batch size {first.shape[0]} and "
-                f"{first.shape[1]} channels, as {name}[0]"
+                f"{name}[{i}] has shape {shape_of(x)}; expected batch size {batch_size} and "
+                f"{number} channels, as {name}[0]"
             )
     return list(maps)
 
@@ -216,7 +219,8 @@ def match(student_name: str, student: list[list[Tensor]], teacher_name: str, tea
                     f"as {at(student_name, student, m, i)}"
                 )
             # dimension by dimension: a comparison of whole shapes does not trace with dynamic shapes everywhere
-            if any(x.shape[d] != y.shape[d] for d in range(4)):
+            (b, c, h, w), (b2, c2, h2, w2) = x.shape, y.shape
+            if b != b2 or c != c2 or h != h2 or w != w2:
                 raise ValueError(
                     f"{at(teacher_name, teacher, m, i)} has shape {shape_of(y)}; expected {shape_of(x)}, "
                     f"as {at(student_name, student, m, i)}"

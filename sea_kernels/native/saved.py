@@ -38,11 +38,11 @@ def elements(
     levels, cuda = len(student) // len(losses), student[0].is_cuda
     gradients = softmax = 0
     for i, x in enumerate(student):
-        flags, channels = losses[i // levels], x.shape[1]
+        flags, (batch, channels, _, _) = losses[i // levels], x.shape
         if flags & DISTANCE and not detach_anchors:
             gradients = gradients + masks * (_row(channels) if cuda else channels)
         if flags & LOCALIZATION:
-            softmax = softmax + 4 * x.shape[0] * channels
+            softmax = softmax + 4 * batch * channels
     own = _saved_cuda(student, teacher, losses, masks) if cuda else _saved_cpu(student, teacher, losses, masks, share)
     return Elements(own, gradients, softmax)
 
@@ -64,11 +64,11 @@ def _saved_cuda(student: Sequence[Tensor], teacher: Sequence[Tensor], losses: Se
     levels, total, dtype = len(student) // len(losses), 0, student[0].dtype
     half = dtype in (torch.float16, torch.bfloat16) and all(x.dtype == dtype for x in (*student, *teacher))
     for i, x in enumerate(student):
-        flags, row = losses[i // levels], _row(x.shape[1])
+        flags, (batch, channels, height, width) = losses[i // levels], x.shape
         if flags & DISTANCE:
-            total = total + 2 * masks * row + (2 if half else 4) * x.shape[0] * x.shape[2] * x.shape[3]
+            total = total + 2 * masks * _row(channels) + (2 if half else 4) * batch * height * width
         if flags & ANCHOR:
-            total = total + masks * row
+            total = total + masks * _row(channels)
     return total
 
 
@@ -76,15 +76,15 @@ def _saved_cpu(
     student: Sequence[Tensor], teacher: Sequence[Tensor], losses: Sequence[int], masks: int, share: tuple[int, int]
 ) -> int:
     """P + 1 rows, or none beyond the share. A row has a coefficient per pixel, and two sides of channels per level."""
-    levels, row = len(student) // len(losses), 0
+    levels, row, room = len(student) // len(losses), 0, 0
     for i, x in enumerate(student):
-        flags = losses[i // levels]
+        flags, (batch, channels, height, width) = losses[i // levels], x.shape
         if flags & DISTANCE:
-            row = row + (x.shape[0] * x.shape[2] * x.shape[3] + _TILE - 1) // _TILE * _TILE
+            row = row + (batch * height * width + _TILE - 1) // _TILE * _TILE
         if flags & (ANCHOR | DISTANCE):
-            row = row + 2 * x.shape[1]
+            row = row + 2 * channels
+        room = room + batch * channels * height * width * x.element_size()
     size = 8 if any(x.dtype == torch.float64 for x in (*student, *teacher)) else 4
-    room = sum(x.numel() * x.element_size() for x in student) * share[0] // share[1]
-    most = room // (size * torch.sym_max(row, 1))
+    most = room * share[0] // share[1] // (size * torch.sym_max(row, 1))
     # P + 1 rows if that is at most `most`, else none.
     return torch.sym_max(0, torch.sym_min(masks + 1, (masks + 1) * (most - masks))) * row
