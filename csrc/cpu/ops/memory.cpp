@@ -6,6 +6,10 @@
 
 namespace sea {
 
+Tensor make(std::vector<int64_t> sizes, ScalarType type) {
+  return allocate(count_bytes(sizes, type), [&] { return torch::stable::empty(sizes, type); });
+}
+
 Tensor make_gradient(const Tensor& like) {
   const std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
   Tensor out = is_dense(like)

@@ -5,9 +5,7 @@
 namespace sea {
 
 // A contiguous uninitialized tensor.
-inline Tensor make(std::vector<int64_t> sizes, ScalarType type) {
-  return allocate(count_bytes(sizes, type), [&] { return torch::stable::empty(sizes, type); });
-}
+Tensor make(std::vector<int64_t> sizes, ScalarType type);
 
 // A tensor of one value.
 template <class T>
