@@ -93,6 +93,12 @@ inline bool is_dense(const Tensor& tensor) {
 
 // ------------------------------------------------------------------------------------------------------------- memory
 
+[[noreturn]] __attribute__((noinline, cold)) inline void fail_allocation(int64_t bytes, const char* error) {
+  const auto what = torch_exception_get_what_without_backtrace;
+  throw std::runtime_error("sea_kernels: cannot allocate " + std::to_string(bytes) +
+                           " bytes: " + (what ? what() : error));
+}
+
 // Calls a function of torch that allocates a tensor of so many bytes. The stable ABI reports any failure as "API call
 // failed"; this error says what failed, and Python turns it into the one that torch raises (sea_kernels).
 template <class F>
@@ -100,9 +106,7 @@ Tensor allocate(int64_t bytes, F f) {
   try {
     return f();
   } catch (const std::exception& error) {
-    const auto what = torch_exception_get_what_without_backtrace;
-    throw std::runtime_error("sea_kernels: cannot allocate " + std::to_string(bytes) +
-                             " bytes: " + (what ? what() : error.what()));
+    fail_allocation(bytes, error.what());
   }
 }
 
@@ -130,7 +134,8 @@ struct Saved {
 };
 
 // Checks a number of elements that Python computed against what the kernels need.
-inline void check_elements(const char* name, int64_t elements, int64_t needed, bool may_be_zero) {
+__attribute__((noinline)) inline void check_elements(const char* name, int64_t elements, int64_t needed,
+                                                     bool may_be_zero) {
   STD_TORCH_CHECK(elements == needed || (may_be_zero && elements == 0), "sea_kernels: ", name, " is ", elements,
                   "; the kernels need ", needed);
 }
