@@ -1,4 +1,4 @@
-// What every kernel is given: maps as pointers with strides, levels, and the parts of the loss. No torch here.
+// What every kernel is given: maps as pointers with strides, and which losses they take part in. No torch here.
 #pragma once
 #include <cstdint>
 
@@ -18,14 +18,14 @@ struct Map {
 
 inline Map make_map(void* data, Dtype dtype, const int64_t* sizes, const int64_t* strides) {  // [4] each
   Map map{data, dtype, sizes[0], sizes[1], sizes[2], sizes[3], {strides[0], strides[1], strides[2], strides[3]}};
-  // The stride of a dimension of size 1 says nothing; make it one that lets pixels be walked evenly.
+  // The stride of a dimension of size 1 means nothing. Choose one that makes the pixels evenly spaced.
   if (map.height == 1 && map.width == 1) map.stride[2] = map.stride[0];
   if (map.width == 1) map.stride[3] = map.stride[2];
   return map;
 }
 
 // Which losses one set of maps takes part in.
-enum Part : int64_t { kAnchor = 1, kDistance = 2, kLocalization = 4 };
+enum LossFlag : int64_t { kAnchor = 1, kDistance = 2, kLocalization = 4 };
 
 // Rows and columns of a level that lie inside an image.
 struct Extent {

@@ -1,34 +1,31 @@
 // From torch's tensors to what kernels are given, on every kind of device.
 #pragma once
+#include <map.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
-#include <map.h>
+// From torch 2.13 on: why the last call of this thread failed. Null before.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace sea {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// ------------------------------------------------------------------------------------------------------------- dtypes
+
 template <class T>
 constexpr ScalarType kScalarType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-template <class T>
-T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
 
 inline Dtype dtype(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -43,17 +40,44 @@ inline Dtype dtype(const Tensor& tensor) {
   }
 }
 
+inline bool any_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
+inline bool any_double(const std::vector<Tensor>& tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& x) { return any_double(x); });
+}
+inline bool any_double(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher) {
+  return any_double(student) || any_double(teacher);
+}
+
+// Calls f with a zero of the type to compute in: with_compute_type(any_double(maps), [&](auto zero) { ... }).
+template <class F>
+auto with_compute_type(bool any_double, F f) {
+  return any_double ? f(double()) : f(float());
+}
+
+// --------------------------------------------------------------------------------------------------- pointers and maps
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <class T>
+T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
 inline Map make_map(const Tensor& tensor) {
   return make_map(tensor.data_ptr(), dtype(tensor), tensor.sizes().data(), tensor.strides().data());
 }
 
-inline bool any_double(const std::vector<Tensor>& maps) {
-  for (const Tensor& map : maps)
-    if (map.scalar_type() == ScalarType::Double) return true;
-  return false;
+inline std::vector<Map> make_maps(const std::vector<Tensor>& tensors) {
+  std::vector<Map> maps;
+  for (const Tensor& tensor : tensors) maps.push_back(make_map(tensor));
+  return maps;
 }
 
-// Whether the elements fill one stretch of memory, in whatever order of dimensions.
+// Whether the elements fill one stretch of memory, in whatever order of dimensions: such a map's gradient gets its
+// strides, any other a contiguous one.
 inline bool is_dense(const Tensor& tensor) {
   std::vector<int64_t> order;
   for (int64_t i = 0; i < tensor.dim(); ++i)
@@ -65,6 +89,50 @@ inline bool is_dense(const Tensor& tensor) {
     expected *= tensor.size(i);
   }
   return true;
+}
+
+// ------------------------------------------------------------------------------------------------------------- memory
+
+// Calls a function of torch that allocates a tensor of so many bytes. The stable ABI reports any failure as "API call
+// failed"; this error says what failed, and Python turns it into the one that torch raises (sea_kernels).
+template <class F>
+Tensor allocate(int64_t bytes, F f) {
+  try {
+    return f();
+  } catch (const std::exception& error) {
+    const auto what = torch_exception_get_what_without_backtrace;
+    throw std::runtime_error("sea_kernels: cannot allocate " + std::to_string(bytes) +
+                             " bytes: " + (what ? what() : error.what()));
+  }
+}
+
+inline int64_t count_bytes(const std::vector<int64_t>& sizes, ScalarType type) {
+  const bool one = type == ScalarType::Byte || type == ScalarType::Bool;
+  const bool two = type == ScalarType::Half || type == ScalarType::BFloat16;
+  int64_t bytes = one ? 1 : two ? 2 : type == ScalarType::Float || type == ScalarType::Int ? 4 : 8;
+  for (const int64_t size : sizes) bytes *= size;
+  return bytes;
+}
+
+// -------------------------------------------------------------------------------------------------- saved for backward
+
+// The tensors that a loss saves for backward, in the order in which the operators hand them over. Python computes their
+// sizes (sea_kernels), which lie in them set by set; each is empty where nothing is saved.
+struct Saved {
+  Tensor saved;                   // what the distances and anchors of the device's kernels need
+  Tensor gradients;               // [levels, masks, channels] of the student's anchors, from the distances
+  Tensor softmax;                 // [4, batch, channels] of each level with localization
+  std::optional<Tensor> anchors;  // pooled, where they are those of several processes
+
+  explicit Saved(const std::vector<Tensor>& tensors) : saved(tensors[0]), gradients(tensors[1]), softmax(tensors[2]) {
+    if (tensors.size() > 3) anchors = tensors[3];
+  }
+};
+
+// Checks a number of elements that Python computed against what the kernels need.
+inline void check_elements(const char* name, int64_t elements, int64_t needed, bool may_be_zero) {
+  STD_TORCH_CHECK(elements == needed || (may_be_zero && elements == 0), "sea_kernels: ", name, " is ", elements,
+                  "; the kernels need ", needed);
 }
 
 }  // namespace sea

@@ -1,4 +1,5 @@
-// The gradient of the student's maps from all parts of the loss: each map is read once and its gradient written once.
+// The gradient of the student's maps from all three losses at once. Each map is read once and its gradient written
+// once; one kernel per loss would read and write the gradient three times.
 #pragma once
 #include "distance.h"
 #include "pool.h"
@@ -34,10 +35,11 @@ inline void add_localization(const Backward<T>& task, int64_t begin, int64_t end
   });
 }
 
+// The pixels [begin, end), at most a tile.
 template <class T>
 void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
   const int64_t channels = task.student.channels;
-  const bool counts = task.runs && !task.runs->skips(begin, end);
+  const bool valid = task.runs && !task.runs->skips(begin, end);
   const int64_t rows = task.with_distance ? task.distance.student_anchors.rows : 0;
   T* features = scratch;                            // [channels, kTilePixels]
   T* tile = features + channels * kTilePixels;      // [channels, kTilePixels]
@@ -46,11 +48,11 @@ void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
   T* teacher = student + (rows + 1) * kTilePixels;  // [rows, kTilePixels]
   T* other = teacher + rows * kTilePixels;          // [channels, kTilePixels], the last: loads may run over its end
 
-  if (task.with_distance && counts) {
+  if (task.with_distance && valid) {
     const T* coefficients = student;
-    if (task.kept) {
-      coefficients = task.kept + begin * (rows + 1);
-      read_counted(task.student, task.runs, begin, end, features, inverse_norm);
+    if (task.coefficients) {
+      coefficients = task.coefficients + begin * (rows + 1);
+      read_valid(task.student, task.runs, begin, end, features, inverse_norm);
     } else {
       compute_coefficients(task.distance, begin, end, features, inverse_norm, student, teacher);
     }
@@ -58,7 +60,7 @@ void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
   } else {
     for (int64_t i = 0; i < channels * kTilePixels; ++i) tile[i] = 0;
   }
-  if (task.spread && counts) spread_tile(*task.runs, begin, end, task.spread, channels, other, tile);
+  if (task.spread && valid) spread_tile(*task.runs, begin, end, task.spread, channels, other, tile);
   if (task.softmax) add_localization(task, begin, end, features, other, tile);
   write_channels(task.gradient, begin, end, tile, kTilePixels);
 }

@@ -1,5 +1,7 @@
-// All vector loops, for the instruction set that SEA_ISA names.
+// All vectorized kernels, for the instruction set that SEA_ISA names.
+#include "anchors.h"
 #include "backward.h"
+#include "cosine.h"
 #include "distance.h"
 #include "pool.h"
 
@@ -7,11 +9,11 @@ namespace sea {
 namespace SEA_ISA {
 
 template <class T>
-constexpr Loops<T> kLoops = {pool_blocks<T>, pool<T>,    spread<T>,   prepare<T>, directions<T>,
-                             distance<T>,    project<T>, backward<T>, cosine<T>,  cosine_backward<T>};
+constexpr Kernels<T> kKernels = {pool_blocks<T>, pool<T>,     spread<T>,   prepare<T>, directions<T>,
+                                 project<T>,     distance<T>, backward<T>, cosine<T>,  cosine_backward<T>};
 
-extern const Loops<float> loops_float = kLoops<float>;
-extern const Loops<double> loops_double = kLoops<double>;
+extern const Kernels<float> kernels_float = kKernels<float>;
+extern const Kernels<double> kernels_double = kKernels<double>;
 
 }  // namespace SEA_ISA
 }  // namespace sea

@@ -1,7 +1,8 @@
-// Masked means of features, and in the same pass the softmax over positions: one block of channels of one level.
+// Anchors: masked means of features. The same pass over the maps feeds the online softmax of the localization loss, so
+// box maps are read once for both. One task is a block of channels of one level.
 #pragma once
+#include "kernels.h"
 #include "softmax.h"
-#include "loops.h"
 #include "tile.h"
 
 namespace sea {
@@ -18,15 +19,15 @@ int64_t pool_blocks(const Map& map) {
   return (map.channels + pool_channels<T>(map) - 1) / pool_channels<T>(map);
 }
 
-// Adds the pixels [begin, end) of a tile to the sums of their masks: sums of a run first, then one addition a mask. The
-// partial sums stay short, which keeps the rounding small.
+// Adds the pixels [begin, end) of a tile to the sums of their masks: sums of a run first, then one addition per mask.
+// The partial sums stay short, which keeps the rounding small.
 template <class T>
 inline void pool_tile(const Runs& runs, int64_t begin, int64_t end,
                       const T* tile,  // [end - begin, channels]
                       int64_t channels,
                       T* sums) {  // [masks, channels]
   runs.each(begin, end, [&](int64_t run, int64_t from, int64_t to) {
-    if (!runs.counts(run)) return;
+    if (!runs.is_valid(run)) return;
     for (int64_t c = 0; c < channels; c += kLanes<T>) {
       Vec<T> sum{};
       for (int64_t n = from - begin; n < to - begin; ++n) sum += load(tile + n * channels + c);
@@ -39,7 +40,10 @@ inline void pool_tile(const Runs& runs, int64_t begin, int64_t end,
 }
 
 template <class T>
-inline void write_means(const Pool<T>& task, const T* sums, int64_t width, int64_t c0, int64_t channels, T* anchors) {
+inline void write_means(const Pool<T>& task,
+                        const T* sums,  // [masks, width]
+                        int64_t width, int64_t c0, int64_t channels,
+                        T* anchors) {  // [masks, all channels], of which [c0, c0 + channels) is written
   for (int64_t p = 0; p < task.masks; ++p)
     for (int64_t c = 0; c < channels; ++c)
       anchors[p * task.student.channels + c0 + c] =
@@ -54,7 +58,7 @@ void pool(const Pool<T>& task, int64_t block, T* scratch) {
   const int64_t width = pool_channels<T>(map), c0 = block * width, image = map.height * map.width;
   const int64_t rows = map.batch * map.channels;
   const int64_t channels = c0 + width > map.channels ? map.channels - c0 : width;
-  T* tiles[2] = {scratch, scratch + kTilePixels * width};
+  T* tiles[2] = {scratch, scratch + kTilePixels * width};  // [kTilePixels, width] of student and teacher
   T* sums[2] = {tiles[1] + kTilePixels * width, tiles[1] + (kTilePixels + task.masks) * width};
   for (T* p = scratch; p < sums[1] + task.masks * width; ++p) *p = 0;  // the tiles too: the last block is narrower
 
@@ -107,7 +111,7 @@ inline void spread_tile(const Runs& runs, int64_t begin, int64_t end,
                         T* sum,     // [channels]
                         T* tile) {  // [channels, kTilePixels]
   runs.each(begin, end, [&](int64_t run, int64_t from, int64_t to) {
-    if (!runs.counts(run)) return;
+    if (!runs.is_valid(run)) return;
     const T* first = spread + runs.masks[runs.first[run]] * channels;
     for (int64_t c = 0; c < channels; ++c) sum[c] = first[c];
     for (int64_t i = runs.first[run] + 1; i < runs.first[run + 1]; ++i) {
@@ -121,8 +125,10 @@ inline void spread_tile(const Runs& runs, int64_t begin, int64_t end,
 
 // The gradient of the maps where it comes from the anchors alone.
 template <class T>
-void spread(const Map& gradient, const Runs& runs, const T* anchors, int64_t begin, int64_t end, T* scratch) {
-  T* tile = scratch + padded(gradient.channels);
+void spread(const Map& gradient, const Runs& runs,
+            const T* anchors,  // [masks, channels] their gradients over the areas
+            int64_t begin, int64_t end, T* scratch) {
+  T* tile = scratch + padded(gradient.channels);  // [channels, kTilePixels]
   for (int64_t i = 0; i < gradient.channels * kTilePixels; ++i) tile[i] = 0;
   spread_tile(runs, begin, end, anchors, gradient.channels, scratch, tile);
   write_channels(gradient, begin, end, tile, kTilePixels);

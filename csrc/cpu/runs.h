@@ -1,18 +1,19 @@
-// The masks of one level as runs: stretches of pixels that lie in the same masks. A row of pixels is a handful of runs,
-// so what is done once a run is nearly free beside what is done once a pixel.
+// The masks of one level, run-length encoded: a run is a stretch of pixels that lie in the same masks. A row of pixels
+// is a handful of runs, so what is done once per run is nearly free beside what is done once per pixel.
 #pragma once
 #include <cstdint>
 
 namespace sea {
 
-// Read by code of every instruction set, hence no function here may be emitted on its own.
+// Read by code of every instruction set: all functions are always inlined, so that none is emitted for one of them and
+// then linked for all.
 struct Runs {
   int64_t size;
   const int64_t* begin;  // [size + 1] first pixel, counted over batch and rows; the last entry ends the level
   const int64_t* first;  // [size + 1] into masks
-  const int32_t* masks;  // the masks of each run, one run after the other; none: its pixels do not count
+  const int32_t* masks;  // the masks of each run, one run after the other; a run without any has no valid pixels
 
-  __attribute__((always_inline)) bool counts(int64_t run) const { return first[run] < first[run + 1]; }
+  __attribute__((always_inline)) bool is_valid(int64_t run) const { return first[run] < first[run + 1]; }
 
   // The run that holds a pixel.
   __attribute__((always_inline)) int64_t find(int64_t pixel) const {
@@ -24,10 +25,10 @@ struct Runs {
     return low;
   }
 
-  // True where none of the pixels [from, to) counts.
+  // Whether none of the pixels [from, to) is valid. Where it says no there may still be none: it looks at one run.
   __attribute__((always_inline)) bool skips(int64_t from, int64_t to) const {
     const int64_t run = find(from);
-    return !counts(run) && begin[run + 1] >= to;
+    return !is_valid(run) && begin[run + 1] >= to;
   }
 
   // Calls f(run, begin, end) for the runs that meet [from, to), cut to it.

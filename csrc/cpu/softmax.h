@@ -1,12 +1,14 @@
-// Softmax over the positions of each channel, in one pass over student and teacher.
+// The localization loss: online softmax over the positions of each channel, in one pass over student and teacher. It
+// reads the tiles that pooling has at hand (pool.h), so the maps are not read for it.
 #pragma once
 #include "tile.h"
 
 namespace sea {
 namespace SEA_ISA {
 
-// A running softmax of student and teacher: maximum and sum of exponentials, and the teacher's weighted sum of
-// differences. Maxima and differences are those of the maps, before the temperature: subtracted first they are exact.
+// State of the online softmax of student and teacher: maximum and sum of exponentials, and the teacher's weighted sum
+// of differences. Maxima and differences are those of the maps, before the temperature: subtracted first they are
+// exact.
 template <class T>
 struct Softmax {
   Vec<T> student_max = splat(T(-INFINITY)), student_sum{};
@@ -14,7 +16,8 @@ struct Softmax {
   Vec<T> difference{};
 };
 
-// Adds `pixels` rows, at least one, of a tile to the running softmax of one vector of channels.
+// Adds `pixels` rows, at least one, of a tile to the online softmax of one vector of channels: the sums so far are
+// rescaled to the new maximum once for the whole tile.
 template <class T>
 inline void softmax_tile(Softmax<T>& state, int64_t pixels, T inverse_temperature,
                          const T* student,  // [pixels, channels]

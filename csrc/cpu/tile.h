@@ -1,9 +1,10 @@
 // A tile: some pixels of a map, copied to a small dense buffer in the type that is computed in, and back. Layouts,
 // strides and 16-bit types end here: what computes on tiles knows none of them.
 #pragma once
+#include <map.h>
+
 #include <type_traits>
 
-#include <map.h>
 #include "vec.h"
 
 namespace sea {

@@ -1,26 +1,25 @@
 // Which instruction set runs, and the report of what was built. SEA_BUILD_INFO: what setup.py says of CUDA, members in
 // JSON.
+#include <cpu/kernels.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
 #include <string>
 
-#include <cpu/loops.h>
-
 namespace sea {
 
 namespace baseline {
-extern const Loops<float> loops_float;
-extern const Loops<double> loops_double;
+extern const Kernels<float> kernels_float;
+extern const Kernels<double> kernels_double;
 }  // namespace baseline
 #ifdef SEA_X86
 namespace avx2 {
-extern const Loops<float> loops_float;
-extern const Loops<double> loops_double;
+extern const Kernels<float> kernels_float;
+extern const Kernels<double> kernels_double;
 }  // namespace avx2
 namespace avx512 {
-extern const Loops<float> loops_float;
-extern const Loops<double> loops_double;
+extern const Kernels<float> kernels_float;
+extern const Kernels<double> kernels_double;
 }  // namespace avx512
 #endif
 
@@ -29,20 +28,20 @@ namespace {
 struct Isa {
   const char* name;
   bool available;
-  const Loops<float>* loops_float;
-  const Loops<double>* loops_double;
+  const Kernels<float>* kernels_float;
+  const Kernels<double>* kernels_double;
 };
 
 const Isa* list() {
   static const Isa all[] = {
-      {"baseline", true, &baseline::loops_float, &baseline::loops_double},
+      {"baseline", true, &baseline::kernels_float, &baseline::kernels_double},
 #ifdef SEA_X86
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
-       &avx2::loops_float, &avx2::loops_double},
+       &avx2::kernels_float, &avx2::kernels_double},
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl"),
-       &avx512::loops_float, &avx512::loops_double},
+       &avx512::kernels_float, &avx512::kernels_double},
 #endif
       {nullptr, false, nullptr, nullptr},
   };
@@ -77,12 +76,12 @@ std::string build_info() {
 }  // namespace
 
 template <>
-const Loops<float>& loops<float>() {
-  return *in_use().loops_float;
+const Kernels<float>& kernels<float>() {
+  return *in_use().kernels_float;
 }
 template <>
-const Loops<double>& loops<double>() {
-  return *in_use().loops_double;
+const Kernels<double>& kernels<double>() {
+  return *in_use().kernels_double;
 }
 
 }  // namespace sea

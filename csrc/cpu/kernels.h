@@ -1,7 +1,9 @@
-// What the vector loops are given and what they offer: the border between the operators, which know torch, and the
-// loops, which are compiled once for each instruction set. T is the type computed in: float, or double.
+// The vectorized kernels: what each is given, and the table of them. This is the border between the operators, which
+// know torch, and the kernels, which are compiled once for each instruction set. T is the type computed in: float or
+// double.
 #pragma once
 #include <map.h>
+
 #include "runs.h"
 
 namespace sea {
@@ -10,9 +12,8 @@ namespace sea {
 constexpr int64_t kTilePixels = 64;
 // Rows of scratch are rounded up to a multiple of this, so that whole vectors may be read and written.
 constexpr int64_t kPadding = 64;
-
 // The matrix product reads anchors in whole blocks of rows: at most this many.
-constexpr int64_t kMostBlockRows = 12;
+constexpr int64_t kMaxBlockRows = 12;
 
 __attribute__((always_inline)) inline int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
@@ -24,7 +25,7 @@ struct Pool {
   const float* area;     // [masks]
   int64_t masks;
   T* student_anchors;     // [masks, channels]
-  T* teacher_anchors;     // [masks, channels]
+  T* teacher_anchors;     // [masks, channels]; null where there is no teacher
   const Extent* extents;  // [batch]; null: whole maps
   T* softmax;             // [4, batch, channels] student: maximum, 1 / sum; teacher likewise; null: no localization
   double* divergence;     // [channels] KL(teacher || student) of every image is added
@@ -33,14 +34,14 @@ struct Pool {
   int64_t scratch() const { return (2 * kTilePixels + 2 * masks) * kPadding; }
 };
 
-// The non-empty anchors of one level of one map.
+// The non-empty anchors of one level of one map, prepared for products with pixels.
 template <class T>
 struct Anchors {
   int64_t rows, channels;
   const int32_t* masks;  // [rows] which mask each is of
   const T* anchors;      // [masks, channels]
   T* inverse_norm;       // [rows] 0 where the norm is
-  T* panels;  // unit vectors in blocks of rows, as the matrix product reads them: [blocks, channels, block rows]
+  T* blocks;             // [rows / block rows, channels, block rows] unit anchors, as the matrix product reads them
 };
 
 // KL divergence of the distances of student and teacher on one level, and its gradients.
@@ -49,7 +50,7 @@ struct Distance {
   Map student, teacher;
   const Runs* runs;
   Anchors<T> student_anchors, teacher_anchors;
-  T weight;  // 1 / counted pixels
+  T weight;  // 1 / valid pixels
   T inverse_temperature;
 
   int64_t scratch() const {
@@ -58,15 +59,15 @@ struct Distance {
   }
 };
 
-// Gradient of the maps of one level.
+// Gradient of the maps of one level, from all losses.
 template <class T>
 struct Backward {
   Map student, teacher, gradient;
-  const Runs* runs;      // null: no regions
-  const T* spread;       // [masks, channels] what every pixel of a mask receives; null: nothing
-  Distance<T> distance;  // read where with_distance
-  const T* direction;    // [rows, channels] the student's unit anchors times the upstream gradient
-  const T* kept;         // [tiles, rows + 1, kTilePixels] what distance() wrote; null: computed again
+  const Runs* runs;       // null: no regions
+  const T* spread;        // [masks, channels] what every pixel of a mask receives; null: nothing
+  Distance<T> distance;   // read where with_distance
+  const T* direction;     // [rows, channels] the student's unit anchors times the upstream gradient
+  const T* coefficients;  // [tiles, rows + 1, kTilePixels] what distance() saved; null: computed again
   bool with_distance;
   T distance_scale;       // upstream gradient
   const Extent* extents;  // [batch]; null: whole maps
@@ -94,22 +95,29 @@ struct Cosine {
   }
 };
 
+// begin, end: pixels of a level, counted over batch and rows; begin is the first of a tile. The files of the same names
+// say what each kernel computes.
 template <class T>
-struct Loops {
+struct Kernels {
+  // pool.h
   int64_t (*pool_blocks)(const Map&);
   void (*pool)(const Pool<T>&, int64_t block, T* scratch);
   void (*spread)(const Map& gradient, const Runs&, const T* spread, int64_t begin, int64_t end, T* scratch);
+  // anchors.h
   void (*prepare)(const Anchors<T>&);
   void (*directions)(const Anchors<T>&, T scale, T* out);
-  double (*distance)(const Distance<T>&, int64_t begin, int64_t end, T* kept, T* moments, T* scratch);
   void (*project)(const Anchors<T>&, const T* moments, int64_t blocks, int64_t block_stride, T* gradient);
+  // distance.h
+  double (*distance)(const Distance<T>&, int64_t begin, int64_t end, T* coefficients, T* moments, T* scratch);
+  // backward.h
   void (*backward)(const Backward<T>&, int64_t begin, int64_t end, T* scratch);
+  // cosine.h
   void (*cosine)(const Cosine<T>&, int64_t begin, int64_t end, T* scratch);
   void (*cosine_backward)(const Cosine<T>&, int64_t begin, int64_t end, T* moments, T* scratch);
 };
 
-// The loops of the best instruction set that the processor has, or of the one that SEA_KERNELS_CPU names.
+// The kernels of the best instruction set that the processor has, or of the one that SEA_KERNELS_CPU names.
 template <class T>
-const Loops<T>& loops();
+const Kernels<T>& kernels();
 
 }  // namespace sea

@@ -1,0 +1,141 @@
+// The gradient of the student's maps from all losses at once, one set after the other: each map is read once and its
+// gradient written once. What forward did not save is computed again.
+#include "losses.h"
+
+namespace sea {
+namespace {
+
+template <class T>
+struct Scales {
+  T anchor, distance, localization;  // upstream gradients
+
+  explicit Scales(const Upstream& upstream)
+      : anchor(value(upstream.anchor)),
+        distance(value(upstream.distance)),
+        localization(value(upstream.localization)) {}
+
+ private:
+  static T value(const std::optional<Tensor>& scalar) { return scalar ? *data<T>(*scalar) : 0; }
+};
+
+// The anchors of one set: those of a group's ranks, those that were saved, or pooled again.
+template <class T>
+struct SetAnchors {
+  const T *student = nullptr, *teacher = nullptr;  // [L, P, C]; no teacher: the student's are the differences
+
+  SetAnchors(const Set& set, bool has_distance, const Masks& masks, const Saved& saved, const SavedLayout::Offsets& at,
+             T localization_temperature)
+      : buffer_(set.has_anchors() && saved.saved.numel() == 0 && !saved.anchors ? 2 * set.table(masks.count()) : 0) {
+    if (!set.has_anchors()) return;
+    const int64_t table = set.table(masks.count());
+    if (saved.anchors) {
+      student = data<T>(*saved.anchors) + at.pooled;
+    } else if (saved.saved.numel() > 0) {
+      student = data<T>(saved.saved) + at.anchors;
+    } else {
+      pool_set<T>(set, masks, localization_temperature, buffer_.get(), buffer_.get() + table, nullptr, nullptr);
+      student = buffer_.get();
+    }
+    teacher = saved.anchors && !has_distance ? nullptr : student + table;
+  }
+
+ private:
+  Buffer<T> buffer_;
+};
+
+// What every pixel of a mask receives, [L, P, C].
+template <class T>
+void spread_set(const Set& set, const Masks& masks, const SetAnchors<T>& anchors,
+                const T* from_distance,  // [L, P, C]; null: none
+                const Scales<T>& scales,
+                T* spread) {  // [L, P, C]
+  const int64_t channels = set.channels(), table = masks.count() * channels;
+  parallel(set.levels(), [&](int64_t l) {
+    const auto level = [&](const T* p) { return p ? p + l * table : nullptr; };
+    anchor_gradients(masks.present(l), channels, masks.area(l), level(set.has(kAnchor) ? anchors.student : nullptr),
+                     level(anchors.teacher), level(from_distance), scales.anchor, scales.distance, spread + l * table);
+  });
+}
+
+template <class T>
+void backward_set(const Set& set, bool has_distance,
+                  const Map* gradients,  // [L]
+                  const Masks& masks, const Saved& saved, const SavedLayout::Offsets& at, const Scales<T>& scales,
+                  const Temperatures<T>& temperatures) {
+  const int64_t channels = set.channels(), levels = set.levels(), table = masks.count() * channels;
+  const SetAnchors<T> anchors(set, has_distance, masks, saved, at, temperatures.localization);
+  const Buffer<T> spread(set.has_anchors() ? levels * table : 0);
+  if (set.has_anchors()) {
+    const bool passes = set.has(kDistance) && saved.gradients.numel() > 0;
+    spread_set(set, masks, anchors, passes ? data<const T>(saved.gradients) + at.gradients : nullptr, scales,
+               spread.get());
+  }
+
+  std::vector<Distance<T>> distances(levels);
+  std::optional<PreparedAnchors<T>> student, teacher;
+  const Buffer<T> directions(set.has(kDistance) ? levels * table : 0);
+  if (set.has(kDistance)) {
+    student.emplace(anchors.student, set.student, masks);
+    teacher.emplace(anchors.teacher, set.teacher, masks);
+    distances = make_distances(set, masks, *student, *teacher, temperatures.distance);
+    parallel(levels, [&](int64_t l) {
+      kernels<T>().directions(distances[l].student_anchors, scales.distance, directions.get() + l * table);
+    });
+  }
+
+  std::vector<Backward<T>> tasks;
+  int64_t coefficients_at = at.coefficients, softmax_at = at.softmax, scratch_size = 0;
+  for (int64_t l = 0; l < levels; ++l) {
+    const Map& map = set.student[l];
+    Backward<T> task{};
+    task.student = map;
+    task.teacher = set.teacher[l];
+    task.gradient = gradients[l];
+    task.runs = masks.runs(l);
+    task.spread = set.has_anchors() ? spread.get() + l * table : nullptr;
+    task.distance = distances[l];
+    task.with_distance = set.has(kDistance) && masks.valid_pixels(l) > 0;
+    if (task.with_distance) {
+      task.direction = directions.get() + l * table;
+      task.coefficients = saved.saved.numel() > 0 ? data<T>(saved.saved) + coefficients_at : nullptr;
+      task.distance_scale = scales.distance;
+    }
+    task.extents = masks.extents(l);
+    task.softmax = set.has(kLocalization) ? data<T>(saved.softmax) + softmax_at : nullptr;
+    task.localization_scale = scales.localization * temperatures.localization / static_cast<T>(map.batch * channels);
+    task.inverse_temperature = 1 / temperatures.localization;
+    coefficients_at += coefficients(map, masks.count());
+    softmax_at += 4 * map.batch * channels;
+    scratch_size = std::max(scratch_size, task.scratch());
+    tasks.push_back(task);
+  }
+  const std::vector<Block> blocks = make_blocks(set.student, 4);
+  parallel<T>(blocks.size(), scratch_size, [&](int64_t task, T* scratch) {
+    const auto [l, begin, end] = blocks[task];
+    for (int64_t n = begin; n < end; n += kTilePixels)
+      kernels<T>().backward(tasks[l], n, std::min(n + kTilePixels, end), scratch);
+  });
+}
+
+}  // namespace
+
+void losses_backward(std::vector<Set> sets, const std::vector<Map>& gradients, const Upstream& upstream,
+                     const Masks& masks, const Saved& saved, double distance_temperature,
+                     double localization_temperature, bool wide) {
+  const SavedLayout layout(sets, masks.count());
+  const int64_t given = (upstream.anchor ? kAnchor : 0) | (upstream.distance ? kDistance : 0) |
+                        (upstream.localization ? kLocalization : 0);
+  with_compute_type(wide, [&](auto zero) {
+    using T = decltype(zero);
+    const Scales<T> scales(upstream);
+    const Temperatures<T> temperatures{static_cast<T>(distance_temperature), static_cast<T>(localization_temperature)};
+    for (size_t s = 0; s < sets.size(); ++s) {
+      const bool has_distance = sets[s].has(kDistance);
+      sets[s].losses &= given;
+      backward_set(sets[s], has_distance, gradients.data() + s * sets[s].levels(), masks, saved, layout.sets[s], scales,
+                   temperatures);
+    }
+  });
+}
+
+}  // namespace sea
