@@ -1,5 +1,6 @@
 """Compiles kernels for the emulator with g++ and imports them as a Python module."""
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -59,7 +60,7 @@ def load(name, sources, sanitize=False, defines=(), edits=None, races=False, pla
     """The Python module `name` (PYBIND11_MODULE(name, ...)), built from sources: names in tests/emulator, or paths.
 
     edits: [(file in csrc, old, new)], applied to a copy of csrc; each `old` has to occur in its file exactly once.
-    sanitize: with AddressSanitizer; the process needs sanitizer_environment(). Undefined behaviour is always checked.
+    sanitize: with AddressSanitizer; the process needs sanitizer_environment(). Undefined behavior is always checked.
     races: with the detector of races (slower); not together with sanitize.
     plain: more sources, without kernels, which nothing has to watch.
     """
@@ -79,20 +80,16 @@ def load(name, sources, sanitize=False, defines=(), edits=None, races=False, pla
     if not library.exists():
         _require_compiler()
         CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as work:
-            csrc = _edited(Path(work), edits) if edits else CSRC
-            includes += [f"-I{HERE}", f"-I{csrc}"]
-            unchecked = ["-fno-sanitize=undefined,float-cast-overflow"]
-            jobs = [(_in(csrc, source), [*flags, *(THREADS if races else []), *includes]) for source in sources]
-            jobs += [(HERE / source, [*flags, *unchecked, "-O0", *includes]) for source in plain]
-            jobs += [(source, [*flags, *unchecked, "-O3", *includes]) for source in runtime]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(lambda job: _object(*job, csrc, Path(work)), jobs))
-            made = Path(work) / "module.so"
-            link = ["g++", "-shared", *(["-fsanitize=address"] if sanitize else []), *map(str, objects)]
-            link += ["-lboost_context", "-Wl,--as-needed", f"-L{torch}/lib", "-ltorch_cpu"]
-            _run([*link, "-Wl,--no-undefined-version", "-o", str(made)])
-            made.replace(library)
+        unchecked = ["-fno-sanitize=undefined,float-cast-overflow"]
+        jobs = [(source, flags + (THREADS if races else [])) for source in sources]
+        jobs += [(HERE / source, [*flags, *unchecked, "-O0"]) for source in plain]
+        jobs += [(source, [*flags, *unchecked, "-O3"]) for source in runtime]
+        link = ["-fsanitize=address"] if sanitize else []
+        link += ["-lboost_context", "-Wl,--as-needed", f"-L{torch}/lib", "-ltorch_cpu", "-Wl,--no-undefined-version"]
+        with open(CACHE / "lock", "w") as lock:  # of several processes that want the same, one compiles it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                _build(library, jobs, includes, link, edits)
     # pybind11 gives the same module again for the same name.
     spec = importlib.util.spec_from_file_location(f"{library.stem}.{name}", library)
     module = importlib.util.module_from_spec(spec)
@@ -100,9 +97,23 @@ def load(name, sources, sanitize=False, defines=(), edits=None, races=False, pla
     return module
 
 
-def _in(csrc, source):
-    """The source in a copy of csrc, where it is one of csrc's."""
-    return csrc / source.relative_to(CSRC) if CSRC in source.parents else source
+def _build(library, jobs, includes, link, edits):
+    """jobs: (source, its flags)"""
+    with tempfile.TemporaryDirectory(dir=CACHE) as work:
+        csrc = _edited(Path(work), edits) if edits else CSRC
+        includes = [*includes, f"-I{HERE}", f"-I{csrc}"]
+
+        def compile_one(job):
+            source, flags = job
+            if CSRC in source.parents:
+                source = csrc / source.relative_to(CSRC)
+            return _object(source, flags + includes, csrc, Path(work))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, jobs))
+        made = Path(work) / "module.so"
+        _run(["g++", "-shared", *map(str, objects), *link, "-o", str(made)])
+        made.replace(library)
 
 
 def _object(source, flags, csrc, work):

@@ -23,17 +23,20 @@ def _elements_on_cuda(student, teacher, *rest):
     return _elements(*maps, *rest)
 
 
-def install(sources=("cosine", "losses", "pool", "regions"), **options):
+def install(sources=None, **options):
     """Compiles csrc/cuda/ops/*.cu and registers their operators for the CPU; returns the module.
 
-    sources: operators of the files that are not named remain those of the CPU. options: of build.load.
+    sources: the names of some of the files (default: all); other operators remain those of the CPU.
+    options: of build.load
     """
     global _installed
     uninstall()
-    files = [build.CSRC / f"cuda/ops/{source}.cu" for source in sources]
+    files = sorted(build.CSRC.glob("cuda/ops/*.cu"))
+    files = [file for file in files if sources is None or file.stem in sources]
     _installed = build.load("operators", files, plain=["operators.cpp"], **options)
     _installed.install()
-    setattr(_sizes, _name, _elements_on_cuda)
+    if any(file.stem == "losses" for file in files):
+        setattr(_sizes, _name, _elements_on_cuda)
     return _installed
 
 
