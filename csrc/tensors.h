@@ -132,7 +132,7 @@ struct Saved {
 // Checks a number of elements that Python computed against what the kernels need.
 inline void check_elements(const char* name, int64_t elements, int64_t needed, bool may_be_zero) {
   STD_TORCH_CHECK(elements == needed || (may_be_zero && elements == 0), "sea_kernels: ", name, " is ", elements,
-                  "; the kernels need ", needed);
+                  "; expected ", needed);
 }
 
 }  // namespace sea
