@@ -23,18 +23,16 @@ namespace sea {
 // every GPU, since it decides where sums are cut: one block for each multiprocessor of an H100.
 inline int slices() { return 132; }
 
-// A function of torch's C interface that some builds of torch lack, from a library that was loaded without exporting
-// its symbols; null where it is missing.
-template <class Function>
-Function* find_function(const char* library, const char* name) {
-  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
-  return handle ? reinterpret_cast<Function*>(dlsym(handle, name)) : nullptr;
-}
-
+// torch's functions for streams exist only where torch has CUDA, in a library that was loaded without exporting its
+// symbols: this one is looked up there at first use.
 inline void* current_stream(int32_t device) {
-  static const auto get = find_function<decltype(aoti_torch_get_current_cuda_stream)>(
-      "libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
-  if (!get) throw std::runtime_error("sea_kernels: this torch has no CUDA streams (libtorch_cuda.so is not loaded)");
+  static const auto get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    if (!found)
+      throw std::runtime_error("sea_kernels: this torch has no CUDA streams (libtorch_cuda.so is not loaded)");
+    return reinterpret_cast<decltype(&aoti_torch_get_current_cuda_stream)>(found);
+  }();
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
@@ -52,41 +50,30 @@ class OnDevice {
   void* stream_;
 };
 
-// Calls allocate(), which makes a tensor of so many elements. torch's stable interface turns every exception
-// inside of torch into "... API call failed", so that an exhausted memory would not be recognized; this throws with
-// torch's own message (torch 2.13 and later provide it) or one that begins as torch's does. Python makes it
-// torch.OutOfMemoryError.
-template <class Allocate>
-Tensor allocated(int64_t elements, ScalarType type, Allocate allocate) {
+// allocate() of <tensors.h>. Where the allocation failed because an earlier kernel did, it is that error that is
+// thrown.
+template <class F>
+Tensor allocate_on_device(int64_t bytes, F f) {
   try {
-    return allocate();
-  } catch (const std::runtime_error&) {
-    static const auto what =
-        find_function<const char*()>("libtorch_cpu.so", "torch_exception_get_what_without_backtrace");
-    if (what) throw std::runtime_error(what());
-    const int64_t size = static_cast<int64_t>(
-        aoti_torch_dtype_element_size(torch::stable::detail::to<int32_t>(torch::stable::detail::from(type))));
+    return allocate(bytes, f);
+  } catch (const std::exception&) {
     size_t free = 0, total = 0;
-    check(cudaMemGetInfo(&free, &total), "allocating memory");  // reports the error of an earlier kernel as such
-    throw std::runtime_error("CUDA out of memory. sea_kernels tried to allocate " + std::to_string(elements * size) +
-                             " bytes. The GPU has " + std::to_string(total) + " bytes, of which " +
-                             std::to_string(free) + " are free.");
+    check(cudaMemGetInfo(&free, &total), "an earlier kernel failed");
+    throw;
   }
 }
 
 // A contiguous uninitialized tensor on the device of `like`.
 inline Tensor make(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
-  int64_t elements = 1;
-  for (const int64_t size : sizes) elements *= size;
-  return allocated(elements, type, [&] { return torch::stable::new_empty(like, sizes, type); });
+  return allocate_on_device(count_bytes(sizes, type), [&] { return torch::stable::new_empty(like, sizes, type); });
 }
 
 // An uninitialized gradient for a map: with the strides of a dense map, else contiguous.
 static inline Tensor make_gradient(const Tensor& like) {  // static: the CPU's function has the same signature
-  if (is_dense(like))
-    return allocated(like.numel(), like.scalar_type(), [&] { return torch::stable::empty_like(like); });
-  const auto sizes = like.sizes();
-  return make({sizes.begin(), sizes.end()}, like.scalar_type(), like);
+  const auto given = like.sizes();
+  const std::vector<int64_t> sizes(given.begin(), given.end());
+  if (!is_dense(like)) return make(sizes, like.scalar_type(), like);
+  return allocate_on_device(count_bytes(sizes, like.scalar_type()), [&] { return torch::stable::empty_like(like); });
 }
 
 }  // namespace sea

@@ -5,6 +5,7 @@
 #pragma once
 #include <cuda/launch.h>
 #include <map.h>
+#include <raster.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -86,14 +87,9 @@ struct RankParams {
 };
 
 template <class T>
-__device__ bool finite(const T (&box)[4]) {
-  return isfinite(box[0]) && isfinite(box[1]) && isfinite(box[2]) && isfinite(box[3]);
-}
-
-template <class T>
 __device__ bool load_valid(const T* corners, int64_t g, T (&box)[4]) {
   for (int i = 0; i < 4; ++i) box[i] = corners[4 * g + i];
-  return finite(box) && box[2] >= box[0] && box[3] >= box[1];
+  return is_valid(box);
 }
 
 // The label of a box; -1: skip it.
@@ -211,29 +207,6 @@ struct RasterParams {
   } image[kRasterImages + 1];  // with one more, to end the last image's boxes
 };
 
-// The raster rule is exact: every operation is rounded on its own, none contracted.
-__device__ inline float add_rn(float a, float b) { return __fadd_rn(a, b); }
-__device__ inline float sub_rn(float a, float b) { return __fsub_rn(a, b); }
-__device__ inline float mul_rn(float a, float b) { return __fmul_rn(a, b); }
-__device__ inline float div_rn(float a, float b) { return __fdiv_rn(a, b); }
-__device__ inline double add_rn(double a, double b) { return __dadd_rn(a, b); }
-__device__ inline double sub_rn(double a, double b) { return __dsub_rn(a, b); }
-__device__ inline double mul_rn(double a, double b) { return __dmul_rn(a, b); }
-__device__ inline double div_rn(double a, double b) { return __ddiv_rn(a, b); }
-
-struct Interval {
-  int32_t begin, end;
-};
-
-// floor(low / stride) .. max(ceil(high / stride), floor(low / stride) + 1) - 1, clipped to the map. NaN gives nothing.
-template <class T>
-__device__ Interval cover(T low, T high, T stride, int32_t size) {
-  const T first = floor(div_rn(low, stride)), reach = ceil(div_rn(high, stride)), next = add_rn(first, T(1)),
-          last = reach < next ? next : reach, limit = static_cast<T>(size);
-  if (!(first < limit) || !(last > 0)) return {0, 0};
-  return {first > 0 ? static_cast<int32_t>(first) : 0, last < limit ? static_cast<int32_t>(last) : size};
-}
-
 // The interval as bits, of which `origin` is bit 0.
 __device__ inline uint32_t interval_bits(Interval interval, int32_t origin) {
   const auto below = [&](int32_t end) { return end - origin >= 32 ? ~0u : (1u << max(end - origin, 0)) - 1; };
@@ -282,8 +255,7 @@ __global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_con
   if (params.sizes || params.sizes_listed) {
     const T height = params.sizes ? static_cast<T>(static_cast<double>(params.sizes[2 * b])) : image->height;
     const T width = params.sizes ? static_cast<T>(static_cast<double>(params.sizes[2 * b + 1])) : image->width;
-    extent.rows = height > 0 ? cover(T(0), height, level.stride[0], level.height).end : 0;
-    extent.columns = width > 0 ? cover(T(0), width, level.stride[1], level.width).end : 0;
+    extent = {cover_image(height, level.stride[0], level.height), cover_image(width, level.stride[1], level.width)};
   }
   if (tile == 0 && thread == 0) params.extents[l * params.batch + b] = extent;
   const uint32_t columns = interval_bits({0, extent.columns}, x);
@@ -299,11 +271,9 @@ __global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_con
     out.columns = columns & columns_of(box[0], box[2]);
     out.rows = rows & rows_of(box[1], box[3]);
     if (out.columns == 0 || out.rows == 0) return false;
-    const auto half = [](T value) { return mul_rn(value, T(0.5)); };  // rounds as a division by 2 does
-    const T center_x = half(add_rn(box[0], box[2])), w = half(mul_rn(params.center_ratio, sub_rn(box[2], box[0])));
-    const T center_y = half(add_rn(box[1], box[3])), h = half(mul_rn(params.center_ratio, sub_rn(box[3], box[1])));
-    const T center[4] = {sub_rn(center_x, w), sub_rn(center_y, h), add_rn(center_x, w), add_rn(center_y, h)};
-    out.center_columns = finite(center) ? out.columns & columns_of(center[0], center[2]) : 0;
+    T center[4];
+    center_box(box, params.center_ratio, center);
+    out.center_columns = is_finite(center) ? out.columns & columns_of(center[0], center[2]) : 0;
     out.center_rows = out.rows & rows_of(center[1], center[3]);
     return true;
   };

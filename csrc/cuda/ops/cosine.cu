@@ -33,8 +33,8 @@ std::vector<Tensor> anchor_cosine(std::vector<Tensor> features, Tensor anchors, 
   std::vector<Tensor> cosines;
   for (const Tensor& map : features)
     cosines.push_back(make({map.size(0), anchors.size(1), map.size(2), map.size(3)}, anchors.scalar_type(), anchors));
-  (anchors.scalar_type() == ScalarType::Double ? run<double> : run<float>)(features, anchors, regions, cosines, {},
-                                                                           nullptr);
+  with_compute_type(any_double(anchors),
+                    [&](auto zero) { run<decltype(zero)>(features, anchors, regions, cosines, {}, nullptr); });
   return cosines;
 }
 
@@ -44,8 +44,9 @@ std::vector<Tensor> anchor_cosine_backward(std::vector<Tensor> gradients, std::v
   std::vector<Tensor> out = make_gradients(features);
   const Tensor anchor_gradient =
       make({anchors.size(0), anchors.size(1), anchors.size(2)}, anchors.scalar_type(), anchors);
-  (anchors.scalar_type() == ScalarType::Double ? run<double> : run<float>)(features, anchors, regions, gradients, out,
-                                                                           &anchor_gradient);
+  with_compute_type(any_double(anchors), [&](auto zero) {
+    run<decltype(zero)>(features, anchors, regions, gradients, out, &anchor_gradient);
+  });
   out.push_back(anchor_gradient);
   return out;
 }

@@ -6,11 +6,9 @@
 namespace sea {
 namespace {
 
-// A tensor of the number of elements that Python computed, which must be what the kernels need; or an empty one, with
-// 0 elements, where nothing is to be saved.
+// A tensor of the number of elements that Python computed, or an empty one, with 0 elements, where it is not saved.
 Tensor make_saved(const char* name, int64_t elements, int64_t needed, ScalarType type, const Tensor& like) {
-  STD_TORCH_CHECK(elements == needed || elements == 0, "sea_kernels: ", name, " is ", elements, "; expected ", needed,
-                  ", or 0 where it is not saved");
+  check_elements(name, elements, needed, true);
   return make({elements}, type, like);
 }
 
@@ -95,8 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> sea_loss_pool(std::vector<Tensor> student, st
     using X = decltype(zero);
     std::vector<Pair> pairs = call.pairs();
     const int64_t needed = lay_out<X>(pairs, call.levels(), call.masks.masks, false).anchors;
-    STD_TORCH_CHECK(anchor_elements == needed, "sea_kernels: anchor_elements is ", anchor_elements, "; expected ",
-                    needed);
+    check_elements("anchor_elements", anchor_elements, needed, false);
     const OnDevice on(call.like());
     const Tensor anchors = make({anchor_elements}, kScalarType<Compute<X>>, call.like());
     const Outputs out =
@@ -125,18 +122,19 @@ std::vector<Tensor> sea_loss_backward(std::optional<Tensor> anchor, std::optiona
   const OnDevice on(student[0]);
   const Call call{student, teacher, losses, make_masks(regions)};
   const std::vector<Tensor> gradients = make_gradients(student);
-  const bool anchor_gradient = saved[1].numel() > 0;
+  const Saved tensors(saved);
+  const bool anchor_gradient = tensors.gradients.numel() > 0;
   const LossOptions options{distance_temperature, localization_temperature, true, anchor_gradient, slices()};
   with_held_type(student, teacher, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
     std::vector<Pair> pairs = call.pairs(gradients);
-    const LossMemory<T> memory{nullptr, data<T>(saved[0]), anchor_gradient ? data<T>(saved[1]) : nullptr,
-                               data<T>(saved[2])};
+    const LossMemory<T> memory{nullptr, data<T>(tensors.saved), anchor_gradient ? data<T>(tensors.gradients) : nullptr,
+                               data<T>(tensors.softmax)};
     const LossSizes needed = lay_out<X>(pairs, call.levels(), call.masks.masks, true, memory);
-    STD_TORCH_CHECK(saved[0].numel() == needed.saved && saved[2].numel() == needed.softmax,
-                    "sea_kernels: backward needs ", needed.saved, " and ", needed.softmax, " saved elements; got ",
-                    saved[0].numel(), " and ", saved[2].numel());
+    check_elements("saved[0]", tensors.saved.numel(), needed.saved, false);
+    check_elements("saved[1]", tensors.gradients.numel(), needed.gradients, true);
+    check_elements("saved[2]", tensors.softmax.numel(), needed.softmax, false);
     run_loss_backward<X>(pairs, call.masks, options, {data<T>(anchor), data<T>(distance), data<T>(localization)},
                          on.stream());
   });

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
     std::vector<int64_t> level_shapes, std::vector<double> strides, int64_t num_classes, double center_ratio,
     std::optional<Tensor> present) {
   const OnDevice on(boxes);
-  const auto run = [&](auto zero) {
+  return with_compute_type(any_double(boxes), [&](auto zero) {
     using T = decltype(zero);
     const auto list = [](const std::vector<int64_t>& x) { return x.empty() ? nullptr : x.data(); };
     RasterInput<T> in{};
@@ -44,8 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
           scratch, on.stream());
     });
     return std::make_tuple(classes, area, counted, extent, bits);
-  };
-  return boxes.scalar_type() == ScalarType::Double ? run(0.) : run(0.f);
+  });
 }
 
 }  // namespace

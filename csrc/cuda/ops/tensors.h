@@ -9,12 +9,6 @@
 
 namespace sea {
 
-inline std::vector<Map> make_maps(const std::vector<Tensor>& tensors) {
-  std::vector<Map> maps;
-  for (const Tensor& tensor : tensors) maps.push_back(make_map(tensor));
-  return maps;
-}
-
 // tensors: classes [K], area [L, P], counted [L], extent [L, B, 2], bits [words * pixels]; or none
 inline Masks make_masks(const std::vector<Tensor>& tensors) {
   if (tensors.empty()) return {};
@@ -38,7 +32,7 @@ auto with_held_type(const std::vector<Tensor>& student, const std::vector<Tensor
   bool same = true;
   for (const auto* maps : {&student, &teacher})
     for (const Tensor& map : *maps) same = same && map.scalar_type() == type;
-  if (any_double(student) || any_double(teacher)) return f(double());
+  if (any_double(student, teacher)) return f(double());
   if (same && type == ScalarType::Half) return f(__half());
   if (same && type == ScalarType::BFloat16) return f(__nv_bfloat16());
   return f(float());
