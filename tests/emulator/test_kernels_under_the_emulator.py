@@ -173,12 +173,12 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator t
         "const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count;",
         "const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count + 1;",
     ),
-    "operator, stride: the bitmasks have one word less than there are": (
+    "operator, stride: the bitmasks have one word more than there are": (
         "pool",
         "anchor_pool",
         "cuda/ops/tensors.h",
         "divide_up(masks, 32)",
-        "divide_up(masks - 32, 32)",
+        "divide_up(masks + 32, 32)",
     ),
     "operator, size: the areas have one mask less than there are": (
         "regions",
