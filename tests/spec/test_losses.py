@@ -227,3 +227,42 @@ def test_losses_take_regions_of_either_backend(by, backend, device):
     for x, y in zip(all_losses(student, teacher, other), all_losses(student, teacher, own)):
         assert torch.equal(x, y)
     assert torch.equal(sk.anchor_pool(student, other), sk.anchor_pool(student, own))
+
+
+def test_losses_have_the_wider_dtype_and_gradients_that_of_the_student(backend, device):
+    """The teacher gets none, and nobody's maps are written to."""
+    case = CASES["plain"]
+    regions = regions_of(case, device=device)
+    for student_dtype, teacher_dtype, wanted in ((BF16, F32, F32), (F16, F64, F64), (F64, BF16, F64)):
+        student = make_maps(case, 3, 1, student_dtype, True, device)
+        teacher = make_maps(case, 3, 2, teacher_dtype, True, device)
+        before = [x.detach().clone() for x in student + teacher]
+        for loss in (*all_losses(student, teacher, regions), sk.sea_loss(*(student, teacher) * 2, regions).anchor):
+            assert loss.dtype == wanted
+            grads = torch.autograd.grad(loss, student + teacher, allow_unused=True)
+            assert all(g.dtype == student_dtype for g in grads[:3]) and all(g is None for g in grads[3:])
+        assert all(torch.equal(x, y) for x, y in zip(before, student + teacher))
+    features = make_maps(case, dtype=BF16, device=device)
+    anchors = sk.anchor_pool(features, regions)
+    assert anchors.dtype == F32
+    assert sk.anchor_cosine(features, anchors.double(), regions)[0].dtype == F64
+
+
+def test_losses_do_not_depend_on_the_layout_of_maps(backend, device):
+    """channels_last, transposed, sliced and expanded maps give the values of contiguous ones."""
+    case = CASES["crowd and padding"]
+    regions = regions_of(case, device=device)
+    student, teacher = (make_maps(case, 4, i, device=device) for i in (1, 2))
+    wanted = all_losses(student, teacher, regions)
+    for change in (
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: torch.stack([x, x], dim=4).flatten(3)[..., ::2],
+    ):
+        changed = [change(x) for x in student]
+        for x, y in zip(all_losses(changed, teacher, regions), wanted):
+            torch.testing.assert_close(x, y)
+    expanded = [x[:, :1].expand(-1, 4, -1, -1) for x in student]
+    dense = [x.contiguous() for x in expanded]
+    for x, y in zip(all_losses(expanded, teacher, regions), all_losses(dense, teacher, regions)):
+        torch.testing.assert_close(x, y)
