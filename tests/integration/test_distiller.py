@@ -634,7 +634,7 @@ def test_teacher_that_does_not_fire_or_has_other_levels():
     distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, run=lambda model, x: model.backbone(x)))
     student(IMAGES)
     with pytest.raises(
-        ValueError, match=r"the teacher's module 'head.cls_tower.1' gave 0 maps in a forward; expected one a level"
+        ValueError, match=r"the teacher's module 'head.cls_tower.1' gave 0 maps in a forward; expected one per level"
     ):
         distiller.losses(BOXES, LABELS)
     run = lambda model, x: model.head(model.features(x)[:2])  # noqa: E731
