@@ -137,7 +137,7 @@ struct Saved {
 __attribute__((noinline)) inline void check_elements(const char* name, int64_t elements, int64_t needed,
                                                      bool may_be_zero) {
   STD_TORCH_CHECK(elements == needed || (may_be_zero && elements == 0), "sea_kernels: ", name, " is ", elements,
-                  "; the kernels need ", needed);
+                  "; expected ", needed);
 }
 
 }  // namespace sea

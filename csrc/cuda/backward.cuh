@@ -1,64 +1,75 @@
-// The gradient of the student's maps from all parts of the loss: each map is read once and its gradient written once.
-// Maps that take part in the distance loss go through distance_backward(), others through backward().
+// The gradient of the student's maps from all losses at once: each map is read once, and its gradient is written once.
+//
+// A pixel receives a gradient from the anchors of its masks (of the anchor loss, and of the distances through the
+// student's anchors), from the softmax over positions, and directly from the distances. Maps without distances go
+// through backward(); maps with distances go through distance_backward(), which computes the cosines again, since
+// saving them would take more memory than the maps.
 #pragma once
 #include "distance.cuh"
+#include "pool.cuh"
 
 namespace sea {
 
+// Gradients of the losses, on the device, and what they are scaled by. Null: the loss has none.
 template <class T>
-struct BackwardParams {
-  Pyramid pyramid;
-  Masks masks;
-  Panel panel;
-  bool copied;  // whether backward() copies the masks' words to shared memory
-  // Upstream gradients on the device; null: the loss gives no gradient.
-  const T* anchor;
-  const T* distance;
-  const T* localization;
-  bool pooled;  // `difference` is the gradient of anchors, [masks, channels] of each pair, and nothing else is
+struct Upstream {
+  const T *anchor, *distance, *localization;  // [] each
   T distance_temperature, localization_temperature;
   T distance_exponent, localization_exponent;  // scales of the Exponentials
 };
 
-// What a pixel of a pair receives from its anchors and from the softmax over positions.
-template <class T>
-struct Receives {
-  const Pair* of = nullptr;
-  const float* area;                                  // [masks]
-  const T *difference = nullptr, *through = nullptr;  // [masks, pitch]; null: nothing
+// What the kernels of this file read for one map besides the map.
+struct SavedEntry {
+  const void* difference;       // T [masks, pitch] student's anchors - teacher's
+  const void* anchor_gradient;  // T [masks, pitch] of the student's anchors; null: none
+  const void* softmax;          // T [4, batch, channels]
   int64_t pitch;
-  T difference_scale, through_scale, localization_scale, localization_exponent;
-  bool localization;
 
-  Receives() = default;
-  // All threads must call it.
-  __device__ Receives(const BackwardParams<T>& params, const Pair& pair)
-      : of(&pair), area(params.masks.masks ? params.masks.area + pair.level * params.masks.masks : nullptr) {
-    pitch = params.pooled ? pair.student.channels : pair.pitch();
-    localization = params.localization && pair.parts & kLocalization;
-    const T rows = static_cast<T>(pair.student.batch * pair.student.channels);
-    localization_scale = localization ? *params.localization * params.localization_temperature / rows : T(0);
-    localization_exponent = params.localization_exponent;
-    if (params.pooled || (params.anchor && pair.parts & kAnchor)) difference = static_cast<const T*>(pair.difference);
-    if (params.distance && pair.parts & kDistance) through = static_cast<const T*>(pair.through);
-    const int present = difference ? count_masks(params.masks, pair.level) : 0;
-    difference_scale = params.pooled ? T(1)
-                       : difference  ? 2 * *params.anchor / (present * static_cast<T>(pair.student.channels))
-                                     : T(0);
-    through_scale = through ? *params.distance : T(0);
+  SavedEntry() = default;
+  explicit SavedEntry(const Pair& pair)
+      : difference(pair.difference),
+        anchor_gradient(pair.anchor_gradient),
+        softmax(pair.softmax),
+        pitch(pair.table_pitch) {}
+};
+
+// What a pixel of a map receives from its anchors and from the softmax over positions.
+template <class T>
+struct Sources {
+  const Entry* of = nullptr;
+  const float* area = nullptr;                                // [masks]
+  const T *difference = nullptr, *anchor_gradient = nullptr;  // [masks, pitch]; null: nothing
+  const T* softmax = nullptr;                                 // [4, batch, channels]; null: nothing
+  int64_t pitch = 0;
+  T difference_scale = 0, anchor_gradient_scale = 0, localization_scale = 0, localization_exponent = 0;
+
+  Sources() = default;
+  // All threads of the block call it.
+  __device__ Sources(const Upstream<T>& upstream, const Masks& masks, const Entry& entry, const SavedEntry& saved)
+      : of(&entry), area(masks.masks ? masks.area + entry.level * masks.masks : nullptr), pitch(saved.pitch) {
+    if (upstream.localization && entry.losses & kLocalization) {
+      softmax = static_cast<const T*>(saved.softmax);
+      localization_scale =
+          *upstream.localization * upstream.localization_temperature / static_cast<T>(entry.batch * entry.channels);
+      localization_exponent = upstream.localization_exponent;
+    }
+    if (upstream.anchor && entry.losses & kAnchor) {
+      difference = static_cast<const T*>(saved.difference);
+      const int present = nonempty_masks(masks, entry.level);
+      difference_scale = 2 * *upstream.anchor / (present * static_cast<T>(entry.channels));
+    }
+    anchor_gradient = static_cast<const T*>(saved.anchor_gradient);
+    if (anchor_gradient) anchor_gradient_scale = upstream.distance ? *upstream.distance : T(1);
   }
 
-  // Calls put(pixel, gradient) for the pixels of the tile, in one channel of the map; direct(pixel): what is added.
+  // Calls put(pixel, gradient) for the pixels of a tile, in one of its channels; direct(pixel) is added.
   template <class X, class D, class F>
-  __device__ void each(const Tile<X> (&tile)[2], const TileMasks& masks, const Cursor& at, int column, int64_t channel,
-                       D direct, F put) const {
-    const Pair& pair = *of;
-    const bool spreads = difference || through;
-    const int64_t rows = pair.student.batch * pair.student.channels;
-    Normalizer<X> softmax{};
-    if (localization)
-      softmax.read(static_cast<const T*>(pair.softmax), rows, at.image * pair.student.channels + channel);
-    T spread = 0;
+  __device__ void each(const Tile<X> (&tile)[2], const TileMasks& masks, const WorkTile& at, int column,
+                       int64_t channel, D direct, F put) const {
+    const bool spreads = difference || anchor_gradient;
+    SavedSoftmax<X> q{};
+    if (softmax) q.read(softmax, of->batch * of->channels, at.image * of->channels + channel);
+    T spread = 0;  // from the anchors: the same for all pixels of a run
     for (int u = 0; u < at.count; ++u) {
       if (spreads && masks.starts_at(u)) {
         spread = 0;
@@ -66,51 +77,74 @@ struct Receives {
           const int64_t i = mask * pitch + channel;
           T value = 0;
           if (difference) value += difference_scale * difference[i];
-          if (through) value += through_scale * through[i];
+          if (anchor_gradient) value += anchor_gradient_scale * anchor_gradient[i];
           spread += value / area[mask];
         });
       }
       T value = spread + direct(u);
-      if (localization && masks.inside_at(u))
-        value += localization_scale *
-                 softmax(widen(*tile[0].at(column, u)), widen(*tile[1].at(column, u)), localization_exponent);
+      if (softmax && masks.inside_at(u))
+        value +=
+            localization_scale * q(widen(*tile[0].at(column, u)), widen(*tile[1].at(column, u)), localization_exponent);
       put(u, value);
     }
   }
 };
 
-template <class X>
-struct BackwardMemory {
-  static __host__ __device__ int64_t bytes(int64_t masks, bool copied) {
-    return 4 * PoolMemory<X>::kTile + TileMasks::bytes(copied ? masks : 0, kPoolPixels<X>);
-  }
+// -------------------------------------------------------------------------------------------------- without distances
+
+struct BackwardEntry : Entry {
+  Map maps[2];  // student, teacher
+  Map gradient;
+  SavedEntry saved;
+
+  BackwardEntry() = default;
+  explicit BackwardEntry(const Pair& pair)
+      : Entry(pair), maps{pair.student, pair.teacher}, gradient(pair.gradient), saved(pair) {}
 };
 
-// Maps without distances, and anchors' gradients alone. Grid: slices, blocks of channels.
+template <class T>
+struct BackwardParams {
+  Pyramid<BackwardEntry> pyramid;
+  Masks masks;
+  bool words;  // the bitmasks of a tile are copied to shared memory; else they are read where the regions have them
+  Upstream<T> upstream;
+};
+
+template <class X>
+struct BackwardMemory {
+  X* tiles;  // [2 stages, 2 sides, PoolMemory<X>::kTile]
+  TileMasks masks;
+
+  __host__ __device__ BackwardMemory(Carver& carver, int64_t count, bool words)
+      : tiles(carver.take<X>(4 * PoolMemory<X>::kTile)),
+        masks(carver, words ? divide_up(count, 32) : 0, kPoolPixels<X>) {}
+  __device__ X* tile(int stage, int side) const { return tiles + (2 * stage + side) * PoolMemory<X>::kTile; }
+};
+
+// Grid: slices, blocks of channels.
 template <class X>
 __global__ void __launch_bounds__(kPoolThreads, 3) backward(const __grid_constant__ BackwardParams<Compute<X>> params) {
   using T = Compute<X>;
   constexpr int kPixels = kPoolPixels<X>;
-  constexpr int64_t kTile = PoolMemory<X>::kTile;
-  const Pyramid& pyramid = params.pyramid;
-  unsigned char* memory = shared_memory();
-  TileMasks masks(memory + 4 * kTile, (present_masks(params.masks) + 31) / 32, kPixels, params.copied);
+  const Pyramid<BackwardEntry>& pyramid = params.pyramid;
+  Carver carver(shared_memory());
+  BackwardMemory<X> memory(carver, params.masks.masks, params.words);
+  memory.masks.count = (present_masks(params.masks) + 31) / 32;
   const int64_t c0 = static_cast<int64_t>(blockIdx.y) * kPoolChannels;
   const int64_t begin = first_tile(pyramid, blockIdx.x), end = first_tile(pyramid, blockIdx.x + 1);
-  const auto channels_of = [&](const Pair& pair) { return part_of(pair.student.channels - c0, kPoolChannels); };
-  const auto tile_data = [&](int stage, int side) { return reinterpret_cast<X*>(memory + (2 * stage + side) * kTile); };
-  Cursor next{}, at{};
-  const auto reads = [&](const Pair& pair) { return params.localization && pair.parts & kLocalization; };
+  const auto channels_of = [&](const Entry& entry) { return part_of(entry.channels - c0, kPoolChannels); };
+  WorkTile next{}, at{};
+  const auto reads = [&](const Entry& entry) { return params.upstream.localization && entry.losses & kLocalization; };
   const auto load = [&](int64_t tile, int stage) {
     next.seek(pyramid, tile, kPixels);
-    const Pair& pair = pyramid.pairs[next.pair];
-    for (int side = 0; side < 2 && reads(pair); ++side)
-      load_tile(tile_data(stage, side), side ? pair.teacher : pair.student, next.image, next.first, next.count, kPixels,
-                c0, channels_of(pair), kPoolChannels);
+    const BackwardEntry& entry = pyramid.entries[next.entry];
+    for (int side = 0; side < 2 && reads(entry); ++side)
+      load_tile(memory.tile(stage, side), entry.maps[side], next.image, next.first, next.count, kPixels, c0,
+                channels_of(entry), kPoolChannels);
     copy_async_commit();
   };
   if (begin < end) load(begin, 0);
-  Receives<T> receives;
+  Sources<T> sources;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int stage = static_cast<int>(tile - begin) % 2;
     if (tile + 1 < end) {
@@ -120,95 +154,123 @@ __global__ void __launch_bounds__(kPoolThreads, 3) backward(const __grid_constan
       copy_async_wait<0>();
     }
     at.seek(pyramid, tile, kPixels);
-    const Pair& pair = pyramid.pairs[at.pair];
-    if (receives.of != &pair) receives = Receives<T>(params, pair);
-    masks.load(params.masks, pair, at);
+    const BackwardEntry& entry = pyramid.entries[at.entry];
+    if (sources.of != &entry) sources = Sources<T>(params.upstream, params.masks, entry, entry.saved);
+    memory.masks.load(params.masks, entry, at);
     __syncthreads();
-    // A map that is not read has a tile all the same, for its gradient.
+    // A map that is not read has a tile all the same: its gradient is put together there.
     const Tile<X> tiles[2] = {
-        make_tile(tile_data(stage, 0), reads(pair) ? pair.student : pair.gradient, kPixels, kPoolChannels),
-        make_tile(tile_data(stage, 1), reads(pair) ? pair.teacher : pair.gradient, kPixels, kPoolChannels)};
-    const int column = threadIdx.x, channels = channels_of(pair);
+        make_tile(memory.tile(stage, 0), reads(entry) ? entry.maps[0] : entry.gradient, kPixels, kPoolChannels),
+        make_tile(memory.tile(stage, 1), reads(entry) ? entry.maps[1] : entry.gradient, kPixels, kPoolChannels)};
+    const int column = threadIdx.x, channels = channels_of(entry);
     if (column < channels)
-      receives.each(
-          tiles, masks, at, column, c0 + column, [](int) { return T(0); },
+      sources.each(
+          tiles, memory.masks, at, column, c0 + column, [](int) { return T(0); },
           [&](int u, T value) { *tiles[0].at(column, u) = narrow<X>(value); });
     __syncthreads();
-    if (channels > 0) store_tile(tiles[0], pair.gradient, at.image, at.first, at.count, c0, channels);
+    if (channels > 0) store_tile(tiles[0], entry.gradient, at.image, at.first, at.count, c0, channels);
     __syncthreads();
   }
 }
 
 template <class X>
-void run_backward_without_distances(BackwardParams<Compute<X>> params, cudaStream_t stream) {
+void run_backward(BackwardParams<Compute<X>> params, cudaStream_t stream) {
   const int64_t masks = params.masks.masks;
-  params.copied = BackwardMemory<X>::bytes(masks, true) <= shared_memory_limit();
-  const dim3 grid(params.pyramid.slices, static_cast<unsigned>(divide_up(params.pyramid.most_channels, kPoolChannels)));
-  launch(backward<X>, "backward", grid, kPoolThreads, BackwardMemory<X>::bytes(masks, params.copied), stream, params);
+  params.words = bytes_of<BackwardMemory<X>>(masks, true) <= shared_memory_limit();
+  const dim3 grid(params.pyramid.slices, static_cast<unsigned>(divide_up(params.pyramid.max_channels, kPoolChannels)));
+  launch(backward<X>, "backward", grid, kPoolThreads, bytes_of<BackwardMemory<X>>(masks, params.words), stream, params);
 }
 
-// Maps with distances, or features of cosines. Grid: slices, groups.
-template <class X, bool kOfCosines>
-__global__ void __launch_bounds__(kDistanceThreads, 1)
-    distance_backward(const __grid_constant__ BackwardParams<Compute<X>> params) {
+// ----------------------------------------------------------------------------------------------------- with distances
+
+// The gradient of all tiles of the block from the coefficients of their cosines. E derives from MainEntry and has
+// `gradient`. at_pixel(valid) returns, for this thread's pixel, a function of a row of the chunk and its mask that
+// gives the coefficient e_p; weight() is the factor of the current entry, and sources() what else its pixels receive.
+template <class X, class E, class AtPixel, class Weight, class GetSources>
+__device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scale, AtPixel at_pixel, Weight weight,
+                                           GetSources get_sources) {
   using T = Compute<X>;
-  // In float16 what is between -1 and 1 needs room below, and has some above.
-  constexpr float kUnit = std::is_same_v<X, __half> ? 1024 : 1;
-  const T scale = kOfCosines ? T(1) : params.distance_exponent;
-  Distances<X> d(params.pyramid, params.masks, params.panel, kOfCosines ? 1 : 2, kOfCosines);
-  typename Distances<X>::Directions directions{};
-  Receives<T> receives;
+  typename MainLoop<X, E>::Directions directions{};
+  Sources<T> sources;
   const auto work = [&](int64_t t) {
     T along = 0;
-    d.each_chunk(
-        t, 0, d.chunks, scale, [] {},
+    loop.each_chunk(
+        t, 0, loop.chunks, scale, [] {},
         [&](int p0, int rows) {
-          const bool counts = d.counts(d.pixel);
-          PixelSoftmax<X> q;
-          if (counts && !kOfCosines) q = PixelSoftmax<X>(d.statistics());
-          d.template write_coefficients<X>(rows, [&](int row) {
-            if (!counts || !d.memory.valid[row]) return T(0);
-            const T cosine = *d.cosine(0, d.pixel, row);
-            T value;
-            if constexpr (kOfCosines) {
-              value = d.cosine_gradient(p0 + row);
-            } else {
-              value = q(cosine, *d.cosine(1, d.pixel, row)) * kUnit;
-            }
-            along += value * cosine;
+          const bool valid = loop.valid(loop.pixel);
+          const auto coefficient = at_pixel(valid);
+          loop.template write_coefficients<X>(rows, [&](int row) {
+            if (!valid || !loop.memory.nonempty[row]) return T(0);
+            const T value = coefficient(row, p0 + row);
+            along += value * *loop.cosine(0, loop.pixel, row);
             return value;
           });
           __syncthreads();
-          d.add_directions(directions, rows);
+          loop.add_directions(directions, rows);
         });
-    along = sum_over_lanes<d.kLanes>(along) / scale;
-    if (d.lane == 0) d.memory.along[d.pixel] = along;
-    d.write_directions(directions);
-    if (receives.of != &d.pair()) receives = Receives<T>(params, d.pair());
+    along = sum_over_lanes<loop.kLanes>(along) / scale;
+    if (loop.lane == 0) loop.memory.along[loop.pixel] = along;
+    loop.write_directions(directions);
+    if (sources.of != &loop.entry()) sources = get_sources();
     __syncthreads();
 
-    // w / temperature of this level
-    T weight = 1;
-    if (!kOfCosines)
-      weight =
-          *params.distance / (params.distance_temperature * kUnit * max(params.masks.counted[d.pair().level], 1.f));
-    const int channels = d.own_channels(), column = threadIdx.x;
+    const T w = weight();
+    const int channels = loop.own_channels(), column = threadIdx.x;
     if (column < channels)
-      receives.each(
-          d.tile, d.tile_masks, d.at, column, d.own_channel() + column,
+      sources.each(
+          loop.tile, loop.memory.masks, loop.at, column, loop.own_channel() + column,
           [&](int u) {
-            if (!d.counts(u)) return T(0);
-            const T inverse = d.memory.inverse_norm[u];
-            const T direct = d.memory.out[column * DistanceMemory<X>::kOutPitch + u];
-            return weight * inverse *
-                   (direct - d.memory.along[u] * inverse * static_cast<T>(widen(*d.tile[0].at(column, u))));
+            if (!loop.valid(u)) return T(0);
+            const T inverse = loop.memory.inverse_norm[u];
+            const T direct = loop.memory.out[column * MainMemory<X>::kOutPitch + u];
+            return w * inverse *
+                   (direct - loop.memory.along[u] * inverse * static_cast<T>(widen(*loop.tile[0].at(column, u))));
           },
-          [&](int u, T value) { *d.tile[0].at(column, u) = narrow<X>(value); });
+          [&](int u, T value) { *loop.tile[0].at(column, u) = narrow<X>(value); });
     __syncthreads();
     if (channels > 0)
-      store_tile(d.tile[0], d.pair().gradient, d.at.image, d.at.first, d.at.count, d.own_channel(), channels);
+      store_tile(loop.tile[0], loop.entry().gradient, loop.at.image, loop.at.first, loop.at.count, loop.own_channel(),
+                 channels);
   };
-  d.each_tile(work, [] {});
+  loop.each_tile(work, [] {});
+}
+
+struct DistanceBackwardEntry : DistanceEntry {
+  Map gradient;
+  SavedEntry saved;
+
+  DistanceBackwardEntry() = default;
+  explicit DistanceBackwardEntry(const Pair& pair) : DistanceEntry(pair), gradient(pair.gradient), saved(pair) {}
+};
+
+template <class T>
+struct DistanceBackwardParams {
+  Pyramid<DistanceBackwardEntry> pyramid;
+  Masks masks;
+  BlockShape block;
+  Upstream<T> upstream;
+};
+
+// Grid: slices, groups.
+template <class X>
+__global__ void __launch_bounds__(kMainThreads, 1)
+    distance_backward(const __grid_constant__ DistanceBackwardParams<Compute<X>> params) {
+  using T = Compute<X>;
+  constexpr float kUnit = std::is_same_v<X, __half> ? 1024 : 1;  // keeps small coefficients above float16's underflow
+  MainLoop<X, DistanceBackwardEntry> loop(params.pyramid, params.masks, params.block, 2, false);
+  backward_of_cosines(
+      loop, params.upstream.distance_exponent,
+      [&](bool valid) {
+        const PixelSoftmax<X> q = valid ? PixelSoftmax<X>(saved_softmax(loop)) : PixelSoftmax<X>();
+        return [q, &loop](int row, int) {
+          return q(*loop.cosine(0, loop.pixel, row), *loop.cosine(1, loop.pixel, row)) * kUnit;
+        };
+      },
+      [&] {
+        return *params.upstream.distance /
+               (params.upstream.distance_temperature * kUnit * max(params.masks.valid_pixels[loop.entry().level], 1.f));
+      },
+      [&] { return Sources<T>(params.upstream, params.masks, loop.entry(), loop.entry().saved); });
 }
 
 }  // namespace sea

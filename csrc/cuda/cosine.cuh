@@ -1,52 +1,141 @@
-// Cosines between every pixel and every anchor, for anchor_cosine; the gradients are those of distance.cuh and
-// backward.cuh. Computed from float32 or float64, whatever the maps are.
+// anchor_cosine: the cosine of every pixel with every anchor, valid pixel or not, and its gradients. It is the main
+// loop of the distance loss with the cosines stored; their gradient takes the place of the difference of two softmaxes.
+// Everything is computed from float32 or float64 copies of the tiles, whatever the maps are.
 #pragma once
 #include "backward.cuh"
 
 namespace sea {
 
+// Unit anchors from given ones. Grid: masks, entries.
 template <class T>
-struct CosineParams {
-  Pyramid pyramid;  // `gradient` is where the cosines go, [batch, masks, height, width]
-  Masks masks;
-  Panel panel;
-  const T* anchors;  // [levels, masks, channels]
+__global__ void __launch_bounds__(kAnchorThreads) unit_anchors(const __grid_constant__ CompareParams params) {
+  const CompareEntry& entry = params.pyramid.entries[blockIdx.y];
+  const int64_t masks = params.masks.masks, mask = blockIdx.x;
+  const bool empty = !(params.masks.area[entry.level * masks + mask] > 0);
+  const T* anchor = empty ? nullptr : static_cast<const T*>(entry.anchors[0]) + mask * entry.anchor_pitch;
+  const T inverse = write_unit(anchor, entry.channels, masks, entry.pitch(), mask, static_cast<T*>(entry.units),
+                               reinterpret_cast<double*>(shared_memory()));
+  if (threadIdx.x == 0) static_cast<T*>(entry.inverse_norm)[mask] = inverse;
+}
+
+struct CosineEntry : MainEntry {
+  Map cosines;   // [batch, masks, height, width]; in backward their gradient
+  Map gradient;  // of the features
+
+  CosineEntry() = default;
+  explicit CosineEntry(const Pair& pair) : MainEntry(pair), cosines(pair.cosines), gradient(pair.gradient) {}
 };
 
-// Unit anchors from anchors. Grid: masks, pairs.
 template <class T>
-__global__ void __launch_bounds__(kFinishThreads) prepare(const __grid_constant__ CosineParams<T> params) {
-  const Pair& pair = params.pyramid.pairs[blockIdx.y];
-  const int64_t masks = params.masks.masks, mask = blockIdx.x, channels = pair.student.channels, pitch = pair.pitch();
-  const T* anchor = params.anchors + (pair.level * masks + mask) * channels;
-  const bool empty = !(params.masks.area[pair.level * masks + mask] > 0);
-  double square = 0;
-  for (int64_t c = threadIdx.x; c < channels; c += kFinishThreads) square += static_cast<double>(anchor[c]) * anchor[c];
-  square = sum_over_block(square, reinterpret_cast<double*>(shared_memory()));
-  const T inverse = empty ? T(0) : inverse_or_zero(static_cast<T>(sqrt(square)));
-  for (int64_t c = threadIdx.x; c < pitch; c += kFinishThreads)
-    write_unit(static_cast<T*>(pair.units), masks, pitch, mask, c, c < channels && !empty ? anchor[c] * inverse : T(0));
-  if (threadIdx.x == 0) static_cast<T*>(pair.inverse_norm)[mask] = inverse;
-}
+struct CosineParams {
+  Pyramid<CosineEntry> pyramid;
+  Masks masks;
+  BlockShape block;
+  T* moments;  // [slices + entries, masks, max_channels]
+};
 
 // Grid: slices.
 template <class T>
-__global__ void __launch_bounds__(kDistanceThreads, 1) cosine(const __grid_constant__ CosineParams<T> params) {
-  Distances<T> d(params.pyramid, params.masks, params.panel, 1, true);
+__global__ void __launch_bounds__(kMainThreads, 1) cosine(const __grid_constant__ CosineParams<T> params) {
+  MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true);
   const auto work = [&](int64_t t) {
-    d.each_chunk(
-        t, 0, d.chunks, T(1), [] {},
+    loop.each_chunk(
+        t, 0, loop.chunks, T(1), [] {},
         [&](int p0, int rows) {
-          const Map& out = d.pair().gradient;
-          for (int i = threadIdx.x; i < rows * d.kPixels; i += kDistanceThreads) {
-            const int row = i / d.kPixels, u = i % d.kPixels;
-            if (u < d.at.count && p0 + row < d.count)
-              static_cast<T*>(out.data)[offset_of(out, d.at.image, p0 + row, d.at.first + u)] =
-                  d.memory.valid[row] ? *d.cosine(0, u, row) : T(0);
+          const Map& out = loop.entry().cosines;
+          for (int i = threadIdx.x; i < rows * loop.kM; i += kMainThreads) {
+            const int row = i / loop.kM, u = i % loop.kM;
+            if (u < loop.at.count && p0 + row < loop.count)
+              static_cast<T*>(out.data)[offset_of(out, loop.at.image, p0 + row, loop.at.first + u)] =
+                  loop.memory.nonempty[row] ? *loop.cosine(0, u, row) : T(0);
           }
         });
   };
-  d.each_tile(work, [] {});
+  loop.each_tile(work, [] {});
+}
+
+// The gradient of the cosine of this thread's pixel with a mask.
+template <class T>
+__device__ inline auto cosine_gradient(const MainLoop<T, CosineEntry>& loop) {
+  return [&loop](bool) {
+    return [&loop](int, int mask) {
+      const Map& gradient = loop.entry().cosines;
+      return load_as<T>(gradient.data, gradient.dtype,
+                        offset_of(gradient, loop.at.image, mask, loop.at.first + loop.pixel));
+    };
+  };
+}
+
+// The gradient of the features. Grid: slices, groups.
+template <class T>
+__global__ void __launch_bounds__(kMainThreads, 1) cosine_backward(const __grid_constant__ CosineParams<T> params) {
+  MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true);
+  backward_of_cosines(
+      loop, T(1), cosine_gradient(loop), [] { return T(1); },
+      [&] {
+        Sources<T> none;
+        none.of = &loop.entry();
+        return none;
+      });
+}
+
+// The moments, from which project() makes the gradient of the anchors. Grid: slices, groups, chunks.
+template <class T>
+__global__ void __launch_bounds__(kMainThreads, 1) cosine_moments(const __grid_constant__ CosineParams<T> params) {
+  MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true);
+  if (static_cast<int>(blockIdx.z) < loop.chunks) sum_moments(loop, T(1), params.moments, cosine_gradient(loop));
+}
+
+template <class T>
+struct CosineProjectParams {
+  Pyramid<ProjectEntry> pyramid;
+  Masks masks;
+  const T* moments;  // as in CosineParams
+};
+
+// Grid: masks, entries.
+template <class T>
+__global__ void __launch_bounds__(kAnchorThreads)
+    cosine_project(const __grid_constant__ CosineProjectParams<T> params) {
+  project<T>(params.pyramid, blockIdx.y, params.masks, blockIdx.x, params.moments, T(1), T(1),
+             reinterpret_cast<T*>(shared_memory()));
+}
+
+// ---------------------------------------------------------------------------------------------------------------- host
+
+// pairs: the features as students, with cosines; with anchors and for the backward pass with anchor_gradient, [masks,
+// channels] each. Forward writes the cosines, backward (where the pairs have gradients) reads their gradient there. A
+// counting Carver launches nothing.
+template <class T>
+void run_cosine(std::vector<Pair> all_pairs, const Masks& masks, int slices, bool backward, Carver& scratch,
+                cudaStream_t stream) {
+  each_launch(all_pairs, [&](std::vector<Pair> pairs) {
+    scratch.rewind(0);
+    for (Pair& pair : pairs) {
+      pair.units = scratch.take<T>(masks.masks * pair.pitch());
+      pair.inverse_norm = scratch.take<T>(masks.masks);
+    }
+    CosineParams<T> params{make_pyramid<CosineEntry>(pairs, kBlockM<T>, slices), masks};
+    const auto& pyramid = params.pyramid;
+    if (backward)
+      params.moments = scratch.take<T>((pyramid.slices + pyramid.count) * masks.masks * pyramid.max_channels);
+    if (scratch.counts()) return;
+    const BlockShape block = params.block = choose_block<T>(masks.masks, pyramid.max_channels);
+    const int64_t bytes = bytes_of<MainMemory<T>>(block);
+    const dim3 per_mask(static_cast<unsigned>(masks.masks), pyramid.count);
+    launch(unit_anchors<T>, "unit_anchors", per_mask, kAnchorThreads, kReduceBytes, stream,
+           CompareParams{make_pyramid<CompareEntry>(pairs, kBlockM<T>, slices), masks});
+    if (!backward) {
+      launch(cosine<T>, "cosine", dim3(pyramid.slices), kMainThreads, bytes, stream, params);
+      return;
+    }
+    const dim3 grid(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.max_channels, block.k)),
+                    static_cast<unsigned>(divide_up(masks.masks, block.n)));
+    launch(cosine_backward<T>, "cosine_backward", dim3(grid.x, grid.y), kMainThreads, bytes, stream, params);
+    launch(cosine_moments<T>, "cosine_moments", grid, kMainThreads, bytes, stream, params);
+    launch(cosine_project<T>, "cosine_project", per_mask, kAnchorThreads, kReduceBytes, stream,
+           CosineProjectParams<T>{make_pyramid<ProjectEntry>(pairs, kBlockM<T>, slices), masks, params.moments});
+  });
 }
 
 }  // namespace sea

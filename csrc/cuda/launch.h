@@ -34,21 +34,29 @@ inline int shared_memory_limit() {
   return bytes;
 }
 
-// Lets a kernel have all of it. Once for each kernel and device, and always the same: a smaller number for one launch
-// would be in the way of another thread's.
+// Lets a kernel have all of it, once for each kernel and device. Always all of it, since a smaller limit for one launch
+// could fail the launch of another thread.
 inline void raise_shared_memory(const void* function, const char* name) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> raised;
   const int limit = shared_memory_limit();
   const std::lock_guard<std::mutex> lock(mutex);
-  if (raised.insert({function, current_device()}).second)
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), name);
+  const std::pair<const void*, int> key{function, current_device()};
+  if (raised.count(key)) return;
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), name);
+  raised.insert(key);  // only after it has succeeded
 }
 
-// Kernels take one struct by value and no other argument. `name` is for the error alone. An empty grid is no launch.
+// CUDA allows a kernel 32,764 bytes of parameters. The largest table of maps takes this much, so that fields may be
+// added.
+constexpr size_t kMaxParameterBytes = 20 << 10;
+
+// Kernels take one struct by value and no other argument. `name` appears in errors only. An empty grid launches
+// nothing.
 template <class Params>
 void launch(void (*kernel)(Params), const char* name, dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
             const Params& params) {
+  static_assert(sizeof(Params) <= kMaxParameterBytes);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 * 1024) {

@@ -1,14 +1,17 @@
-// Matrix products of a warp from shared memory, 16 x 16 outputs at a time, on the tensor cores where there are any for
-// the type. Factors of 16 bits may come in two parts, rounded and rest (x = rounded + rest to 16 bits of mantissa), so
-// that rounding them costs nothing; float32 is split into tf32 parts on the way, which is as exact as float32 itself.
+// Matrix products of a warp, operands in shared memory, 16 x 16 outputs at a time, on the tensor cores for every type
+// that they know (all but float64).
+//
+// Tensor cores multiply 16-bit operands or tf32. An operand that was computed would lose accuracy when it is rounded to
+// 16 bits, so it may come in two parts, rounded and rest (x = rounded + rest to 16 bits of mantissa), which are
+// multiplied separately. float32 operands are split into two tf32 parts on the way, which is as exact as float32.
 #pragma once
 #include "tile.cuh"
 
 namespace sea {
 
-// A factor: kCount matrices that add up to it. kTurned: its rows are those of the inner dimension.
-template <class X, int kCount, bool kTurned>
-struct Factor {
+// An operand: kCount matrices that add up to it. kTransposed: the rows in memory are those of the inner dimension.
+template <class X, int kCount, bool kTransposed>
+struct Operand {
   Matrix<X> parts[kCount];
 };
 
@@ -23,21 +26,21 @@ __device__ inline void each(T (&product)[2][4], F f) {
     for (int i = 0; i < 4; ++i) f(lane / 4 + i / 2 * 8, 8 * h + lane % 4 * 2 + i % 2, product[h][i]);
 }
 
-// The 16 x 16 block of a left factor at (row, inner) in registers.
-template <bool kTurned, class X>
-__device__ inline void load_left(uint32_t (&out)[4], const Matrix<X>& matrix, int row, int inner) {
+// The 16 x 16 block of the left operand at (row, inner), in registers.
+template <bool kTransposed, class X>
+__device__ inline void load_a(uint32_t (&out)[4], const Matrix<X>& matrix, int row, int inner) {
   const int lane = threadIdx.x % 32, i = lane % 8, low = lane / 8 % 2 * 8, high = lane / 16 * 8;
-  if constexpr (kTurned)
+  if constexpr (kTransposed)
     load_matrices_transposed(out, matrix.at(inner + i + high, row + low));
   else
     load_matrices(out, matrix.at(row + i + low, inner + high));
 }
 
-// The 16 x 16 block of a right factor at (inner, column): two of multiply_add()'s b.
-template <bool kTurned, class X>
-__device__ inline void load_right(uint32_t (&out)[4], const Matrix<X>& matrix, int inner, int column) {
+// The 16 x 16 block of the right operand at (inner, column): two of multiply_add()'s b.
+template <bool kTransposed, class X>
+__device__ inline void load_b(uint32_t (&out)[4], const Matrix<X>& matrix, int inner, int column) {
   const int lane = threadIdx.x % 32, i = lane % 8, low = lane / 8 % 2 * 8, high = lane / 16 * 8;
-  if constexpr (kTurned)
+  if constexpr (kTransposed)
     load_matrices_transposed(out, matrix.at(inner + i + low, column + high));
   else
     load_matrices(out, matrix.at(column + i + high, inner + low));
@@ -49,54 +52,54 @@ __device__ inline uint32_t half_to_bfloat16(uint32_t pair) {
   return static_cast<uint32_t>(__bfloat16_as_ushort(high)) << 16 | __bfloat16_as_ushort(low);
 }
 
-// products[m][n] += left(rows row + 16 m ..) right(columns column + n * step ..), summed over `inner`, a multiple of
-// 16; what begins at or past `rows` or `columns` is left out. Where the types differ, float16 is rounded to bfloat16.
-template <int kRows, int kColumns, class T, class L, int kLeft, bool kLeftTurned, class R, int kRight,
-          bool kRightTurned>
-__device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Factor<L, kLeft, kLeftTurned>& left,
-                                int row, int rows, const Factor<R, kRight, kRightTurned>& right, int column, int step,
+// products[m][n] += a(rows row + 16 m ..) b(columns column + n * step ..), summed over `inner`, a multiple of 16.
+// Blocks that begin at or past `rows` or `columns` are skipped. Where the types differ, b is float16 and is rounded to
+// bfloat16.
+template <int kRows, int kColumns, class T, class A, int kA, bool kTransposedA, class B, int kB, bool kTransposedB>
+__device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Operand<A, kA, kTransposedA>& a_operand,
+                                int row, int rows, const Operand<B, kB, kTransposedB>& b_operand, int column, int step,
                                 int columns, int inner) {
-  if constexpr (sizeof(L) == 2) {
+  if constexpr (sizeof(A) == 2) {
 #pragma unroll 2
     for (int k = 0; k < inner; k += 16) {
-      uint32_t a[kRows][kLeft][4];
+      uint32_t a[kRows][kA][4];
 #pragma unroll
       for (int m = 0; m < kRows; ++m)
         if (row + 16 * m < rows)
 #pragma unroll
-          for (int l = 0; l < kLeft; ++l) load_left<kLeftTurned>(a[m][l], left.parts[l], row + 16 * m, k);
+          for (int l = 0; l < kA; ++l) load_a<kTransposedA>(a[m][l], a_operand.parts[l], row + 16 * m, k);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n)
         if (column + n * step < columns)
 #pragma unroll
-          for (int r = 0; r < kRight; ++r) {
+          for (int r = 0; r < kB; ++r) {
             uint32_t b[4];
-            load_right<kRightTurned>(b, right.parts[r], k, column + n * step);
-            if constexpr (!std::is_same_v<L, R>)
+            load_b<kTransposedB>(b, b_operand.parts[r], k, column + n * step);
+            if constexpr (!std::is_same_v<A, B>)
 #pragma unroll
               for (int i = 0; i < 4; ++i) b[i] = half_to_bfloat16(b[i]);
 #pragma unroll
             for (int m = 0; m < kRows; ++m)
               if (row + 16 * m < rows)
 #pragma unroll
-                for (int l = 0; l < kLeft; ++l)
+                for (int l = 0; l < kA; ++l)
                   if (l + r < 2)  // the product of both rests is below the rounding
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
                       const uint32_t half[2] = {b[2 * h], b[2 * h + 1]};
-                      multiply_add(products[m][n][h], a[m][l], half, L());
+                      multiply_add(products[m][n][h], a[m][l], half, A());
                     }
           }
     }
   } else {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const auto left_at = [&](int r, int k) {
-      return *(kLeftTurned ? left.parts[0].at(k, row + r) : left.parts[0].at(row + r, k));
+    const auto a_at = [&](int r, int k) {
+      return *(kTransposedA ? a_operand.parts[0].at(k, row + r) : a_operand.parts[0].at(row + r, k));
     };
-    const auto right_at = [&](int k, int c) {
-      return *(kRightTurned ? right.parts[0].at(k, column + c) : right.parts[0].at(column + c, k));
+    const auto b_at = [&](int k, int c) {
+      return *(kTransposedB ? b_operand.parts[0].at(k, column + c) : b_operand.parts[0].at(column + c, k));
     };
-    if constexpr (sizeof(L) == 4) {
+    if constexpr (sizeof(A) == 4) {
 #pragma unroll 1
       for (int k = 0; k < inner; k += 8) {
         float a[kRows][4], a_rest[kRows][4];
@@ -105,7 +108,7 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Fact
           if (row + 16 * m < rows)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const float x = left_at(16 * m + g + i % 2 * 8, k + t + i / 2 * 4);
+              const float x = a_at(16 * m + g + i % 2 * 8, k + t + i / 2 * 4);
               a[m][i] = round_to_tf32(x);
               a_rest[m][i] = round_to_tf32(x - a[m][i]);
             }
@@ -117,14 +120,14 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Fact
               float b[2], b_rest[2];
 #pragma unroll
               for (int i = 0; i < 2; ++i) {
-                const float x = right_at(k + t + 4 * i, n * step + 8 * h + g);
+                const float x = b_at(k + t + 4 * i, n * step + 8 * h + g);
                 b[i] = round_to_tf32(x);
                 b_rest[i] = round_to_tf32(x - b[i]);
               }
 #pragma unroll
               for (int m = 0; m < kRows; ++m)
                 if (row + 16 * m < rows) {
-                  // Tensor cores cut what they add to: long sums are left to ordinary additions.
+                  // Tensor cores truncate their sums, so long sums are left to ordinary additions.
                   float sum[4] = {};
                   multiply_add(sum, a_rest[m], b);
                   multiply_add(sum, a[m], b_rest);
@@ -142,7 +145,7 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Fact
           if (row + 16 * m < rows && column + n * step < columns)
             each(products[m][n], [&](int r, int c, double& out) {
               double sum = 0;
-              for (int k = 0; k < inner; ++k) sum += left_at(16 * m + r, k) * right_at(k, n * step + c);
+              for (int k = 0; k < inner; ++k) sum += a_at(16 * m + r, k) * b_at(k, n * step + c);
               out += sum;
             });
     }

@@ -6,7 +6,7 @@ namespace sea {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Over groups of kLanes neighbouring lanes, a power of two; every lane gets the result.
+// Over groups of kLanes neighboring lanes, a power of two; every lane gets the result.
 template <int kLanes, class T>
 __device__ inline T sum_over_lanes(T x) {
   for (int lane = kLanes / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);

@@ -1,20 +1,23 @@
-// Regions from boxes: categories present, one bit for every mask and pixel, areas; bit for bit what the CPU finds.
-// Three launches (more where lists are long): categories, masks, areas. Nothing waits for the host; shapes alone size a
-// launch.
+// Regions from boxes: the categories present, a bitmask for every pixel, areas; bit for bit the same as on the CPU.
+//
+// Three launches (more where lists are long): categories, masks, areas. Nothing waits for the host: launches are sized
+// by shapes, and how many categories there are stays on the device, where the kernels read it.
 #pragma once
 #include <cuda/launch.h>
+#include <map.h>
+#include <raster.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cuda/ptx.cuh>
 
-#include <map.h>
+#include "carve.cuh"
 
 namespace sea {
 
 // ---------------------------------------------------------------------------------------------- what the host hands in
 
-// The boxes of a batch. Whose box it is, says an index a box, or the number of boxes of each image in turn.
+// The boxes of a batch. The image of each box is given by an index per box, or by the number of boxes of each image.
 template <class T>
 struct BoxList {
   const T* corners;  // [count, 4]: x1 y1 x2 y2
@@ -28,7 +31,7 @@ struct RasterInput {
   BoxList<T> boxes, ignored;
   const int64_t* labels;     // [boxes.count]
   const int64_t* sizes;      // [batch, 2]: height, width; or null, and
-  const int64_t* size_list;  // [batch, 2] on the host; without either every image fills its maps
+  const int64_t* size_list;  // [batch, 2] on the host; without either, every image fills its maps
   int64_t batch, levels;
   const int64_t* shapes;  // [levels, 2] on the host: height, width
   const double* strides;  // [levels, 2] on the host: y, x
@@ -49,16 +52,22 @@ struct RasterInput {
 struct RasterOutput {
   int64_t* classes;  // [K]
   float* area;       // [levels, P]
-  float* counted;    // [levels]
+  float* valid;      // [levels] pixels in any mask
   Extent* extents;   // [levels, batch]
   int32_t* bits;     // [words, N]
 };
 
-// What one launch leaves to the next.
+// What one launch leaves for the next.
 struct RasterScratch {
-  unsigned long long* counters;  // [levels, P + 1]: pixels of each mask; the last: pixels in any
-  int64_t* present;              // [1]: number of categories
-  int32_t* ranks;                // [boxes]: which of the categories; -1: skip this box
+  unsigned long long* counters;  // [levels, P + 1] pixels of each mask; the last: pixels in any mask
+  int64_t* present;              // [1] number of categories
+  int32_t* ranks;                // [boxes] which of the categories; -1: skip this box
+
+  RasterScratch() = default;
+  RasterScratch(Carver& carver, int64_t all_counters, int64_t boxes)
+      : counters(carver.take<unsigned long long>(all_counters)),
+        present(carver.take<int64_t>(1)),
+        ranks(carver.take<int32_t>(boxes)) {}
 };
 
 // ------------------------------------------------------------------------------------------------------- 1: categories
@@ -78,14 +87,9 @@ struct RankParams {
 };
 
 template <class T>
-__device__ bool finite(const T (&box)[4]) {
-  return isfinite(box[0]) && isfinite(box[1]) && isfinite(box[2]) && isfinite(box[3]);
-}
-
-template <class T>
 __device__ bool load_valid(const T* corners, int64_t g, T (&box)[4]) {
   for (int i = 0; i < 4; ++i) box[i] = corners[4 * g + i];
-  return finite(box) && box[2] >= box[0] && box[3] >= box[1];
+  return is_valid(box);
 }
 
 // The label of a box; -1: skip it.
@@ -96,6 +100,17 @@ __device__ int64_t usable_label(const RankParams<T>& params, int64_t g) {
   const bool valid = load_valid(params.corners, g, box) && image >= 0 && image < params.batch;
   return valid && label >= 0 && label < params.num_classes ? label : -1;
 }
+
+struct RankMemory {
+  uint32_t* found;   // [words] bitmask of the labels of the window that are there
+  uint32_t* before;  // [words + 1] how many are there in earlier words
+
+  __host__ __device__ RankMemory(Carver& carver, int64_t num_classes) {
+    const int64_t words = ((num_classes < kRankWindow ? num_classes : kRankWindow) + 31) / 32;
+    found = carver.take<uint32_t>(words);
+    before = carver.take<uint32_t>(words + 1);
+  }
+};
 
 // Block 0 finds the categories and the boxes' ranks among them, the other blocks clear the counters.
 template <class T>
@@ -108,9 +123,9 @@ __global__ void __launch_bounds__(kRankThreads) rank_labels(const __grid_constan
       scratch.counters[i] = 0;
     return;
   }
-  uint32_t* found = reinterpret_cast<uint32_t*>(shared_memory());  // [words]: which labels of the window
-  uint32_t* before =
-      found + (min(params.num_classes, kRankWindow) + 31) / 32;  // [words + 1]: how many in earlier words
+  Carver carver(shared_memory());
+  const RankMemory memory(carver, params.num_classes);
+  uint32_t *found = memory.found, *before = memory.before;
   int64_t present = 0;
   for (int64_t begin = 0; begin < params.num_classes; begin += kRankWindow) {
     const int words = static_cast<int>((min(params.num_classes - begin, kRankWindow) + 31) / 32);
@@ -192,29 +207,6 @@ struct RasterParams {
   } image[kRasterImages + 1];  // with one more, to end the last image's boxes
 };
 
-// The raster rule is exact: every operation is rounded on its own, none contracted.
-__device__ inline float add_rn(float a, float b) { return __fadd_rn(a, b); }
-__device__ inline float sub_rn(float a, float b) { return __fsub_rn(a, b); }
-__device__ inline float mul_rn(float a, float b) { return __fmul_rn(a, b); }
-__device__ inline float div_rn(float a, float b) { return __fdiv_rn(a, b); }
-__device__ inline double add_rn(double a, double b) { return __dadd_rn(a, b); }
-__device__ inline double sub_rn(double a, double b) { return __dsub_rn(a, b); }
-__device__ inline double mul_rn(double a, double b) { return __dmul_rn(a, b); }
-__device__ inline double div_rn(double a, double b) { return __ddiv_rn(a, b); }
-
-struct Interval {
-  int32_t begin, end;
-};
-
-// floor(low / stride) .. max(ceil(high / stride), floor(low / stride) + 1) - 1, clipped to the map. NaN gives nothing.
-template <class T>
-__device__ Interval cover(T low, T high, T stride, int32_t size) {
-  const T first = floor(div_rn(low, stride)), reach = ceil(div_rn(high, stride)), next = add_rn(first, T(1)),
-          last = reach < next ? next : reach, limit = static_cast<T>(size);
-  if (!(first < limit) || !(last > 0)) return {0, 0};
-  return {first > 0 ? static_cast<int32_t>(first) : 0, last < limit ? static_cast<int32_t>(last) : size};
-}
-
 // The interval as bits, of which `origin` is bit 0.
 __device__ inline uint32_t interval_bits(Interval interval, int32_t origin) {
   const auto below = [&](int32_t end) { return end - origin >= 32 ? ~0u : (1u << max(end - origin, 0)) - 1; };
@@ -228,20 +220,28 @@ struct alignas(16) TileBox {
   int32_t rank;  // -1: an ignore box
 };
 
-// Shared memory; after it [words at a time, kTileThreads] words of bits.
 struct TileMemory {
-  TileBox boxes[kTileBoxes];
-  uint32_t area[32 * kTileWords];  // of the masks in the words at hand
-  uint32_t counted;
-  int32_t listed;  // boxes
+  TileBox* boxes;   // [kTileBoxes]
+  uint32_t* area;   // [32 * kTileWords] pixels of the masks in the current words
+  uint32_t* valid;  // [1] pixels in any mask
+  int32_t* listed;  // [1] boxes
+  uint32_t* bits;   // [words, kTileThreads] bitmasks of the pixels
+
+  __host__ __device__ TileMemory(Carver& carver, int64_t words)
+      : boxes(carver.take<TileBox>(kTileBoxes)),
+        area(carver.take<uint32_t>(32 * kTileWords)),
+        valid(carver.take<uint32_t>(1)),
+        listed(carver.take<int32_t>(1)),
+        bits(carver.take<uint32_t>((words < kTileWords ? words : kTileWords) * kTileThreads)) {}
 };
 
 // A block is a tile of an image on one level. It lists the boxes that meet the tile, then each thread fills the words
 // of its own pixel; in whatever order the boxes are listed, the bits are the same.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_constant__ RasterParams<T> params) {
-  TileMemory& memory = *reinterpret_cast<TileMemory*>(shared_memory());
-  uint32_t* bits = reinterpret_cast<uint32_t*>(&memory + 1) + threadIdx.x;  // of this thread's pixel
+  Carver carver(shared_memory());
+  const TileMemory memory(carver, (params.masks + 31) / 32);
+  uint32_t* bits = memory.bits + threadIdx.x;  // [words] of this thread's pixel, kTileThreads apart
   const int thread = threadIdx.x, lane = thread % 32, row = thread / 32;
   int l = 0;
   while (l + 1 < params.levels && blockIdx.x >= params.level[l + 1].first_block) ++l;
@@ -255,8 +255,7 @@ __global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_con
   if (params.sizes || params.sizes_listed) {
     const T height = params.sizes ? static_cast<T>(static_cast<double>(params.sizes[2 * b])) : image->height;
     const T width = params.sizes ? static_cast<T>(static_cast<double>(params.sizes[2 * b + 1])) : image->width;
-    extent.rows = height > 0 ? cover(T(0), height, level.stride[0], level.height).end : 0;
-    extent.columns = width > 0 ? cover(T(0), width, level.stride[1], level.width).end : 0;
+    extent = {cover_image(height, level.stride[0], level.height), cover_image(width, level.stride[1], level.width)};
   }
   if (tile == 0 && thread == 0) params.extents[l * params.batch + b] = extent;
   const uint32_t columns = interval_bits({0, extent.columns}, x);
@@ -272,11 +271,9 @@ __global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_con
     out.columns = columns & columns_of(box[0], box[2]);
     out.rows = rows & rows_of(box[1], box[3]);
     if (out.columns == 0 || out.rows == 0) return false;
-    const auto half = [](T value) { return mul_rn(value, T(0.5)); };  // rounds as a division by 2 does
-    const T center_x = half(add_rn(box[0], box[2])), w = half(mul_rn(params.center_ratio, sub_rn(box[2], box[0])));
-    const T center_y = half(add_rn(box[1], box[3])), h = half(mul_rn(params.center_ratio, sub_rn(box[3], box[1])));
-    const T center[4] = {sub_rn(center_x, w), sub_rn(center_y, h), add_rn(center_x, w), add_rn(center_y, h)};
-    out.center_columns = finite(center) ? out.columns & columns_of(center[0], center[2]) : 0;
+    T center[4];
+    center_box(box, params.center_ratio, center);
+    out.center_columns = is_finite(center) ? out.columns & columns_of(center[0], center[2]) : 0;
     out.center_rows = out.rows & rows_of(center[1], center[3]);
     return true;
   };
@@ -293,7 +290,7 @@ __global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_con
     const int32_t words = min(present - first, kTileWords);
     for (int w = 0; w < words; ++w) bits[w * kTileThreads] = 0;
     for (int p = thread; p < 32 * words; p += kTileThreads) memory.area[p] = 0;
-    if (thread == 0) memory.counted = memory.listed = 0;
+    if (thread == 0) *memory.valid = *memory.listed = 0;
     __syncthreads();
 
     uint32_t in_box = 0, covered = 0;  // columns of this row
@@ -330,11 +327,11 @@ __global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_con
           meets = (ignored || box.rank >= 0) && (first == 0 || (edge_word >= first && center_word < first + words)) &&
                   meets_tile(corners, box);
         }
-        if (meets) memory.boxes[atomicAdd(&memory.listed, 1)] = box;
+        if (meets) memory.boxes[atomicAdd(memory.listed, 1)] = box;
         listed += __syncthreads_count(meets);
         if (listed > kTileBoxes - kTileThreads) {  // the next boxes might not find room
           mark_listed();
-          if (thread == 0) memory.listed = 0;
+          if (thread == 0) *memory.listed = 0;
           __syncthreads();
           listed = 0;
         }
@@ -344,7 +341,7 @@ __global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_con
     if (first == 0) {
       const uint32_t inside = rows >> row & 1 ? columns : 0, background = inside & ~covered;
       mark(0, background);
-      if (lane == 0) atomicAdd(&memory.counted, static_cast<uint32_t>(__popc(in_box | background)));
+      if (lane == 0) atomicAdd(memory.valid, static_cast<uint32_t>(__popc(in_box | background)));
     }
 
     for (int w = 0; w < words; ++w) {
@@ -358,7 +355,7 @@ __global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_con
     __syncthreads();
     for (int p = thread; p < 32 * words; p += kTileThreads)
       if (memory.area[p] != 0) atomicAdd(&counters[32 * first + p], static_cast<unsigned long long>(memory.area[p]));
-    if (first == 0 && thread == 0) atomicAdd(&counters[params.masks], static_cast<unsigned long long>(memory.counted));
+    if (first == 0 && thread == 0) atomicAdd(&counters[params.masks], static_cast<unsigned long long>(*memory.valid));
   }
   for (int64_t w = present; w < (params.masks + 31) / 32; ++w) store(w, 0);
 }
@@ -370,43 +367,35 @@ constexpr int kAreaThreads = 256;
 struct AreaParams {
   const unsigned long long* counters;  // [levels, masks + 1]
   int64_t levels, masks;
-  float *area, *counted;  // [levels, masks], [levels]
+  float *area, *valid;  // [levels, masks], [levels]
 };
 
 static __global__ void write_areas(const __grid_constant__ AreaParams params) {
   const int64_t i = int64_t{blockIdx.x} * kAreaThreads + threadIdx.x;
   if (i >= params.levels * (params.masks + 1)) return;
   const int64_t l = i / (params.masks + 1), p = i % (params.masks + 1);
-  (p < params.masks ? params.area[l * params.masks + p] : params.counted[l]) = static_cast<float>(params.counters[i]);
+  (p < params.masks ? params.area[l * params.masks + p] : params.valid[l]) = static_cast<float>(params.counters[i]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
-// Bytes of memory on the device that rasterize() needs beside its output.
+// Fills `out`; a counting Carver launches nothing.
 template <class T>
-int64_t raster_scratch(const RasterInput<T>& in) {
-  return (in.levels * (in.masks() + 1) + 1) * sizeof(unsigned long long) + in.boxes.count * sizeof(int32_t);
-}
-
-template <class T>
-void rasterize(const RasterInput<T>& in, const RasterOutput& out, void* memory, cudaStream_t stream) {
+void rasterize(const RasterInput<T>& in, const RasterOutput& out, Carver& carver, cudaStream_t stream) {
   const int64_t masks = in.masks(), pixels = in.pixels(), all_counters = in.levels * (masks + 1);
-  RasterScratch scratch{static_cast<unsigned long long*>(memory)};
-  scratch.present = reinterpret_cast<int64_t*>(scratch.counters + all_counters);
-  scratch.ranks = reinterpret_cast<int32_t*>(scratch.present + 1);
+  const RasterScratch scratch(carver, all_counters, in.boxes.count);
+  if (carver.counts()) return;
   const auto blocks = [](int64_t items, int64_t threads) {
     return static_cast<uint32_t>((items + threads - 1) / threads);
   };
 
   const RankParams<T> rank{in.boxes.corners, in.labels,     in.boxes.image, in.present,  in.boxes.count, in.batch,
                            in.num_classes,   in.capacity(), all_counters,   out.classes, scratch};
-  const int64_t label_words = (std::min(in.num_classes, kRankWindow) + 31) / 32;
   launch(rank_labels<T>, "rank_labels", dim3(1 + std::min(blocks(all_counters, 4 * kRankThreads), 1024u)), kRankThreads,
-         (2 * label_words + 1) * sizeof(uint32_t), stream, rank);
+         bytes_of<RankMemory>(in.num_classes), stream, rank);
 
   const bool listed = in.boxes.counts || in.ignored.counts || in.size_list;
-  const size_t shared =
-      sizeof(TileMemory) + std::min<int64_t>(in.words(), kTileWords) * kTileThreads * sizeof(uint32_t);
+  const int64_t shared = bytes_of<TileMemory>(in.words());
   int64_t first_pixel = 0;
   for (int64_t l = 0; l < in.levels; l += kRasterLevels) {
     RasterParams<T> params{};
@@ -449,7 +438,7 @@ void rasterize(const RasterInput<T>& in, const RasterOutput& out, void* memory, 
     }
   }
   launch(write_areas, "write_areas", dim3(blocks(all_counters, kAreaThreads)), kAreaThreads, 0, stream,
-         AreaParams{scratch.counters, in.levels, masks, out.area, out.counted});
+         AreaParams{scratch.counters, in.levels, masks, out.area, out.valid});
 }
 
 }  // namespace sea

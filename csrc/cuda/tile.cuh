@@ -1,10 +1,12 @@
-// Tiles: some pixels of one image and some channels of a map in shared memory, as they lie in the map: rows of channels
-// (NCHW) or rows of pixels (channels_last). Chunks of 16 bytes are swizzled within their row, so that 8 rows at one
-// column, as the tensor cores read them, lie in different banks.
+// Tiles: some pixels of one image and some channels of a map, copied to shared memory.
+//
+// A tile keeps the order of its map: a row for each channel (NCHW) or a row for each pixel (channels_last), so that
+// both are copied asynchronously, 16 bytes at a time where the strides allow it. The chunks of 16 bytes are swizzled
+// within their row: the tensor cores read 8 rows at one column, and these then lie in different banks.
 #pragma once
 #include <cuda/ptx.cuh>
 
-#include "vec.cuh"
+#include "pyramid.cuh"
 
 namespace sea {
 
@@ -31,34 +33,24 @@ struct Tile {
   }
 };
 
-// Where the kernel is: the tile of a launch that it works on.
-struct Cursor {
-  int pair, image;
-  int first, count;  // pixels of the image
-
-  // Moves on to `tile`, which comes after the one before.
-  __device__ void seek(const Pyramid& pyramid, int64_t tile, int tile_pixels) {
-    while (pair + 1 < pyramid.count && tile >= pyramid.pairs[pair + 1].first_tile) ++pair;
-    const Pair& p = pyramid.pairs[pair];
-    const unsigned at = static_cast<unsigned>(tile - p.first_tile);
-    const int pixels = static_cast<int>(p.image()), per_image = (pixels + tile_pixels - 1) / tile_pixels;
-    image = static_cast<int>(at / per_image);
-    first = static_cast<int>(at % per_image) * tile_pixels;
-    count = pixels - first < tile_pixels ? pixels - first : tile_pixels;
+// 16 bytes' worth of pixels of one channel, widened.
+template <class X, class T>
+__device__ inline void read_pixels(const Tile<X>& tile, int channel, int pixel, T (&x)[Packed<X>::kSize]) {
+  if (tile.pixel_rows) {
+#pragma unroll
+    for (int k = 0; k < Packed<X>::kSize; ++k) x[k] = widen(*tile.matrix.at(pixel + k, channel));
+  } else {
+    const Packed<X> packed = *reinterpret_cast<const Packed<X>*>(tile.matrix.at(channel, pixel));
+#pragma unroll
+    for (int k = 0; k < Packed<X>::kSize; ++k) x[k] = widen(packed.x[k]);
   }
-};
-
-__device__ inline int64_t first_tile(const Pyramid& pyramid, int64_t slice) {
-  return slice * pyramid.tiles / pyramid.slices;
-}
-__device__ inline int64_t slice_of(const Pyramid& pyramid, int64_t tile) {
-  return pyramid.tiles == 0 ? 0 : ((tile + 1) * pyramid.slices - 1) / pyramid.tiles;
 }
 
-// How a map lies in memory. Pixels that are evenly spaced have a stride.
+// How a map lies in memory.
 struct Layout {
-  bool even, pixel_rows;
-  int vector;  // bytes that may be copied at once, 0: only element by element
+  bool even;        // all pixels of an image have one stride
+  bool pixel_rows;  // of its tiles
+  int vector;       // bytes that can be copied at once; 0: it has to be copied element by element
 
   // type, element: of the tile
   __device__ Layout(const Map& map, Dtype type, int element) {
@@ -80,8 +72,9 @@ __device__ inline int64_t offset_of(const Map& map, int64_t image, int64_t chann
 }
 
 template <int kBytes, class X>
-__device__ inline void copy_rows(const Matrix<X>& matrix, int rows, int columns, const X* source, int64_t stride,
-                                 int valid_rows, int valid_columns) {
+__device__ inline void copy_rows(const Matrix<X>& matrix, int rows, int columns,
+                                 const X* source,  // [valid_rows, valid_columns]
+                                 int64_t stride, int valid_rows, int valid_columns) {
   constexpr int kElements = kBytes / sizeof(X);
   const int per_row = columns / kElements;
   for (int i = threadIdx.x; i < rows * per_row; i += blockDim.x) {
@@ -94,15 +87,16 @@ __device__ inline void copy_rows(const Matrix<X>& matrix, int rows, int columns,
 
 // The tile that load_tile() makes of a map.
 template <class X>
-__device__ inline Tile<X> make_tile(X* data, const Map& map, int pixels, int width) {
+__device__ inline Tile<X> make_tile(X* data,  // as in load_tile()
+                                    const Map& map, int pixels, int width) {
   const Layout layout(map, kDtype<X>, sizeof(X));
   return {{data, layout.pixel_rows ? width : pixels}, layout.pixel_rows};
 }
 
-// Starts to load `count` pixels from `first` on and `channels` channels from c0 on; what is beyond, up to `pixels` and
-// `width` of the tile, becomes zero. Whoever waits for the copies also passes a barrier.
+// Starts to load `count` pixels from `first` on and `channels` channels from c0 on. The rest of the tile, up to
+// `pixels` pixels and `width` channels, becomes zero. Readers wait for the copies and then for a barrier.
 template <class X>
-__device__ inline void load_tile(X* data,  // [width, pixels] in rows of either
+__device__ inline void load_tile(X* data,  // [width, pixels] or [pixels, width], as the map lies
                                  const Map& map, int64_t image, int first, int count, int pixels, int64_t c0,
                                  int channels, int width) {
   const Layout layout(map, kDtype<X>, sizeof(X));

@@ -3,10 +3,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <map.h>
 
+#include <cstdint>
 #include <type_traits>
-
-#include "pyramid.cuh"
 
 namespace sea {
 
@@ -29,7 +29,7 @@ __device__ inline X narrow(T x) {
     return static_cast<X>(x);
 }
 
-// Parts of what is computed and then held in X: rounded, and of 16-bit types the rest.
+// In how many parts a computed value is stored in X: rounded, and for 16-bit types also the rest (value - rounded).
 template <class X>
 constexpr int kParts = sizeof(X) == 2 ? 2 : 1;
 
@@ -71,20 +71,20 @@ __device__ inline void store_as(void* data, Dtype dtype, int64_t i, X x) {
   }
 }
 
-// 16 bytes.
+// Elements that are moved at once: 16 bytes.
 template <class X>
 struct alignas(16) Packed {
   static constexpr int kSize = 16 / sizeof(X);
   X x[kSize];
 };
 
-// Exponentials of differences over a temperature. Those of 16-bit maps are powers of two of differences times a factor,
-// which is two instructions; others are as exact as they come.
+// Exponentials of differences over a temperature. For 16-bit maps they are powers of two, exp2(difference * scale),
+// which is a multiplication and one fast instruction; for other maps they are as exact as the type.
 template <class X>
 struct Exponential {
   using T = Compute<X>;
   static constexpr bool kFast = sizeof(X) == 2;
-  static constexpr double kNatural = kFast ? 0.6931471805599453 : 1;  // ln 2: from its logarithms to natural ones
+  static constexpr double kNatural = kFast ? 0.6931471805599453 : 1;  // ln 2: turns its logarithms into natural ones
 
   __device__ static T log(T x) {
     if constexpr (kFast)
@@ -102,7 +102,7 @@ struct Exponential {
 };
 
 __host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-// How many of `left` things, maybe below zero, a part of `most` holds.
+// How many of `left` things (maybe less than none) fit into a block of `most`.
 __host__ __device__ inline int part_of(int64_t left, int most) {
   return static_cast<int>(left < 0 ? 0 : left < most ? left : most);
 }

@@ -13,11 +13,11 @@ inline void bind(pybind11::module_& module) {
   // Sets what is given; everything else gets its default.
   module.def(
       "settings",
-      [](uint64_t seed, size_t shared_memory_limit, bool empty_grid_is_error) {
-        settings = {seed, shared_memory_limit, empty_grid_is_error};
+      [](uint64_t seed, size_t shared_memory_limit, bool empty_grid_is_error, int slices) {
+        settings = {seed, shared_memory_limit, empty_grid_is_error, slices};
       },
       py::kw_only(), py::arg("seed") = Settings().seed, py::arg("shared_memory_limit") = Settings().shared_memory_limit,
-      py::arg("empty_grid_is_error") = Settings().empty_grid_is_error);
+      py::arg("empty_grid_is_error") = Settings().empty_grid_is_error, py::arg("slices") = Settings().slices);
   // The launches since the last call, by kernel name.
   module.def("launches", [] { return std::exchange(launches, {}); });
 }

@@ -1,5 +1,6 @@
 """Compiles kernels for the emulator with g++ and imports them as a Python module."""
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -15,7 +16,18 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 CACHE = Path(os.environ.get("SEA_KERNELS_EMULATOR_CACHE", HERE.parent.parent / "build" / "emulator"))
 
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off"]
+SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
+
+FLAGS = [
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-gnu-unique",
+    "-ffp-contract=off",
+]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Werror=return-type"]
 # emulator.cpp is the runtime of these; vptr is for classes alone. A float beyond an int's range saturates on the GPU.
 FLAGS += ["-fsanitize=undefined,float-cast-overflow", "-fno-sanitize=vptr"]
@@ -44,64 +56,64 @@ def sanitizer_environment():
     return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
-def load(name, sources, sanitize=False, defines=(), edits=None, races=False):
-    """The Python module `name` (PYBIND11_MODULE(name, ...)), built from sources in tests/emulator.
+def load(name, sources, sanitize=False, defines=(), edits=None, races=False, plain=()):
+    """The Python module `name` (PYBIND11_MODULE(name, ...)), built from sources: names in tests/emulator, or paths.
 
     edits: [(file in csrc, old, new)], applied to a copy of csrc; each `old` has to occur in its file exactly once.
-    sanitize: with AddressSanitizer; the process needs sanitizer_environment(). Undefined behaviour is always checked.
+    sanitize: with AddressSanitizer; the process needs sanitizer_environment(). Undefined behavior is always checked.
     races: with the detector of races (slower); not together with sanitize.
+    plain: more sources, without kernels, which nothing has to watch.
     """
     if sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         raise BuildError("sanitize=True needs a process started with build.sanitizer_environment()")
-    includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{_pybind11()}"]
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{_pybind11()}", "-isystem", f"{torch}/include"]
     flags = FLAGS + [f"-D{define}" for define in defines]
     flags += ["-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else []
     flags += ["-DRACES"] if races else []
-    own = [HERE / "emulator.cpp"] + ([HERE / "races.cpp"] if races else [])
-    sources = [HERE / source for source in sources] + own
-    content = [*map(str, sources), *flags, *includes, repr(edits), sys.version]
-    for file in sorted(p for folder in (CSRC, HERE) for p in folder.rglob("*") if p.suffix in (".h", ".cuh", ".cpp")):
+    sources = [HERE / source for source in sources]
+    runtime = [HERE / f"{name}.cpp" for name in ["emulator", "memory", *(["races"] if races else [])]]
+    content = [*map(str, sources + runtime), *plain, *flags, *includes, repr(edits), sys.version]
+    for file in sorted(p for folder in (CSRC, HERE) for p in folder.rglob("*") if p.suffix in SUFFIXES):
         content += [str(file), file.read_text()]
     library = CACHE / f"{name}-{_hash(*content)}.so"
     if not library.exists():
         _require_compiler()
         CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as work:
-            csrc = _edited(Path(work), edits) if edits else CSRC
-            includes += [f"-I{HERE}", f"-I{csrc}"]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-
-                def compile_one(source):
-                    more = (
-                        ["-O3", "-fno-sanitize=undefined,float-cast-overflow"]
-                        if source in own
-                        else THREADS
-                        if races
-                        else []
-                    )
-                    return _object(source, [*flags, *more, *includes], csrc, Path(work))
-
-                objects = list(pool.map(compile_one, sources))
-            made = Path(work) / "module.so"
-            link = ["-fsanitize=address"] if sanitize else []
-            _run(
-                [
-                    "g++",
-                    "-shared",
-                    *link,
-                    *map(str, objects),
-                    "-lboost_context",
-                    "-Wl,--no-undefined-version",
-                    "-o",
-                    str(made),
-                ]
-            )
-            made.replace(library)
+        unchecked = ["-fno-sanitize=undefined,float-cast-overflow"]
+        jobs = [(source, flags + (THREADS if races else [])) for source in sources]
+        jobs += [(HERE / source, [*flags, *unchecked, "-O0"]) for source in plain]
+        jobs += [(source, [*flags, *unchecked, "-O3"]) for source in runtime]
+        link = ["-fsanitize=address"] if sanitize else []
+        link += ["-lboost_context", "-Wl,--as-needed", f"-L{torch}/lib", "-ltorch_cpu", "-Wl,--no-undefined-version"]
+        with open(CACHE / "lock", "w") as lock:  # of several processes that want the same, one compiles it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                _build(library, jobs, includes, link, edits)
     # pybind11 gives the same module again for the same name.
     spec = importlib.util.spec_from_file_location(f"{library.stem}.{name}", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _build(library, jobs, includes, link, edits):
+    """jobs: (source, its flags)"""
+    with tempfile.TemporaryDirectory(dir=CACHE) as work:
+        csrc = _edited(Path(work), edits) if edits else CSRC
+        includes = [*includes, f"-I{HERE}", f"-I{csrc}"]
+
+        def compile_one(job):
+            source, flags = job
+            if CSRC in source.parents:
+                source = csrc / source.relative_to(CSRC)
+            return _object(source, flags + includes, csrc, Path(work))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, jobs))
+        made = Path(work) / "module.so"
+        _run(["g++", "-shared", *map(str, objects), *link, "-o", str(made)])
+        made.replace(library)
 
 
 def _object(source, flags, csrc, work):

@@ -366,11 +366,23 @@ inline unsigned __reduce_xor_sync(unsigned mask, unsigned value, emulator::Site 
 
 // The runtime.
 
-using cudaStream_t = struct CUstream_st*;
+struct CUstream_st {};
+using cudaStream_t = CUstream_st*;
+
+namespace emulator {
+inline CUstream_st the_stream;
+inline cudaStream_t stream = nullptr;  // the current one: &the_stream while an operator has a device
+
+inline void check_stream(const char* name, cudaStream_t given) {
+  if (given != stream) fail("%s is not on the current stream", name);
+}
+}  // namespace emulator
+
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid value"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+  emulator::check_stream("cudaMemsetAsync", stream);
   std::memset(memory, value, bytes);
   return cudaSuccess;
 }

@@ -16,31 +16,16 @@
 
 #include "half.h"
 #include "races.h"
-
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "sanitizer.h"
 
 namespace emulator {
 namespace {
-
-#ifdef __SANITIZE_ADDRESS__
-constexpr bool kAddressSanitizer = true;
-#else
-constexpr bool kAddressSanitizer = false;
-void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
-void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
-void __asan_poison_memory_region(const volatile void*, size_t) {}
-void __asan_unpoison_memory_region(const volatile void*, size_t) {}
-void* __asan_region_is_poisoned(void*, size_t) { return nullptr; }
-#endif
 
 constexpr size_t kStackBytes = kAddressSanitizer ? 1 << 20 : 256 << 10;  // only the pages that are used take memory
 constexpr size_t kPage = 4096;
 constexpr int kMaxThreads = 1024;
 // Shared memory starts kGuardBefore after a multiple of kSharedAlignment: code that needs a larger alignment than
-// csrc/ptx.cuh gives goes wrong.
+// csrc/cuda/ptx.cuh gives goes wrong.
 constexpr size_t kSharedAlignment = 1024, kGuardBefore = 128, kGuardBehind = 16 << 10;
 constexpr uint16_t kGuard = 0x7FF7;  // NaN as float, double, half and bfloat16
 
@@ -89,7 +74,7 @@ struct Thread {
 const char* kernel_name = nullptr;
 const std::function<void()>* kernel_body = nullptr;
 std::string error;       // of the kernel
-std::string host_error;  // undefined behaviour in the host's code, reported by the next launch
+std::string host_error;  // undefined behavior in the host's code, reported by the next launch
 std::mt19937_64 generator;
 Context scheduler;
 std::vector<Thread> threads;  // kept from launch to launch, for their stacks

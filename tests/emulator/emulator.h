@@ -29,7 +29,8 @@ namespace emulator {
 struct Settings {
   uint64_t seed = 0;  // of the order of blocks, warps and lanes. 0: forward; 1: backward; else shuffled
   size_t shared_memory_limit = 232448;  // 227 KiB, as on sm_90
-  bool empty_grid_is_error = false;     // else it is no launch, as in csrc/launch.h
+  bool empty_grid_is_error = false;     // else it is no launch, as in csrc/cuda/launch.h
+  int slices = 3;                       // slices() of csrc/cuda/device.h: so few that each has several tiles
 };
 inline Settings settings;
 inline std::map<std::string, int64_t> launches;  // by kernel name

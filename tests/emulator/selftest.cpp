@@ -1,7 +1,7 @@
 // Toy kernels for the tests of the emulator itself, right ones and wrong ones.
 #include <cuda/launch.h>
-#include <pybind11/numpy.h>
 #include <map.h>
+#include <pybind11/numpy.h>
 
 #include <cuda/ptx.cuh>
 
@@ -306,7 +306,7 @@ __global__ void sharing(const __grid_constant__ SharingParams params) {
     __any_sync(0xFFFFFFFF, 1);
   else if (params.mode != Sharing::kNoSyncWarp)
     __syncwarp();
-  const int neighbour = memory[t ^ 1];
+  const int neighbor = memory[t ^ 1];
   __syncthreads();
   memory[blockDim.x - 1 - t] = 0;
   if (params.mode == Sharing::kWriteAfterReads) {  // within a warp, by one of those who read
@@ -318,7 +318,7 @@ __global__ void sharing(const __grid_constant__ SharingParams params) {
     ++*params.counter;
   else
     atomicAdd(params.counter, 1);
-  params.out[first + t] = neighbour + (params.mode == Sharing::kPlainRead && *params.counter < 0);
+  params.out[first + t] = neighbor + (params.mode == Sharing::kPlainRead && *params.counter < 0);
 }
 
 struct ConvertParams {

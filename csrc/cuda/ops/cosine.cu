@@ -1,42 +1,52 @@
 // anchor_cosine: tensors to pointers, and torch's memory.
+#include <cuda/cosine.cuh>
 #include <cuda/losses.cuh>
+
 #include "tensors.h"
 
 namespace sea {
 namespace {
 
-// Forward without gradients, else backward; out: the cosines, or the features' gradients and the anchors'.
+// Forward: cosines is written. Backward, with gradients of the features and of the anchors to write: it is their
+// gradient.
 template <class T>
-void cosine(const std::vector<Tensor>& features, const std::vector<Tensor>& gradients, const Tensor& anchors,
-            const std::vector<Tensor>& regions, const std::vector<Tensor>& out, const Tensor* anchor_gradient) {
+void run(const std::vector<Tensor>& features, const Tensor& anchors, const std::vector<Tensor>& regions,
+         const std::vector<Tensor>& cosines, const std::vector<Tensor>& gradients, const Tensor* anchor_gradient) {
   const OnDevice on(anchors);
   const Masks masks = make_masks(regions);
-  const std::vector<Pair> pairs = make_pairs(make_maps(features), make_maps(gradients), make_maps(out), {kDistance});
-  const int64_t bytes = cosine_scratch<T>(pairs, masks, kSlices, anchor_gradient != nullptr);
-  const Tensor scratch = make({bytes}, ScalarType::Byte, anchors);
-  run_cosine<T>(pairs, masks, kSlices, scratch.data_ptr(), data<T>(anchors),
-                anchor_gradient ? data<T>(*anchor_gradient) : nullptr, on.stream());
+  std::vector<Pair> pairs = make_pairs(make_maps(features), {}, make_maps(gradients), {kDistance});
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    Pair& pair = pairs[i];
+    const int64_t offset = pair.level * masks.masks * pair.channels;
+    pair.cosines = make_map(cosines[i]);
+    pair.anchors[0] = data<T>(anchors) + offset;
+    if (anchor_gradient) pair.anchor_gradient = data<T>(*anchor_gradient) + offset;
+    pair.anchor_pitch = pair.table_pitch = pair.channels;
+  }
+  with_scratch(anchors, [&](Carver& scratch) {
+    run_cosine<T>(pairs, masks, slices(), anchor_gradient != nullptr, scratch, on.stream());
+  });
 }
 
 std::vector<Tensor> anchor_cosine(std::vector<Tensor> features, Tensor anchors, std::vector<Tensor> regions) {
   const OnDevice on(anchors);
-  std::vector<Tensor> out;
+  std::vector<Tensor> cosines;
   for (const Tensor& map : features)
-    out.push_back(make({map.size(0), anchors.size(1), map.size(2), map.size(3)}, anchors.scalar_type(), anchors));
-  const auto run = anchors.scalar_type() == ScalarType::Double ? &cosine<double> : &cosine<float>;
-  run(features, {}, anchors, regions, out, nullptr);
-  return out;
+    cosines.push_back(make({map.size(0), anchors.size(1), map.size(2), map.size(3)}, anchors.scalar_type(), anchors));
+  with_compute_type(any_double(anchors),
+                    [&](auto zero) { run<decltype(zero)>(features, anchors, regions, cosines, {}, nullptr); });
+  return cosines;
 }
 
 std::vector<Tensor> anchor_cosine_backward(std::vector<Tensor> gradients, std::vector<Tensor> features, Tensor anchors,
                                            std::vector<Tensor> regions) {
   const OnDevice on(anchors);
-  std::vector<Tensor> out;
-  for (const Tensor& map : features) out.push_back(make_gradient(map));
+  std::vector<Tensor> out = make_gradients(features);
   const Tensor anchor_gradient =
       make({anchors.size(0), anchors.size(1), anchors.size(2)}, anchors.scalar_type(), anchors);
-  const auto run = anchors.scalar_type() == ScalarType::Double ? &cosine<double> : &cosine<float>;
-  run(features, gradients, anchors, regions, out, &anchor_gradient);
+  with_compute_type(any_double(anchors), [&](auto zero) {
+    run<decltype(zero)>(features, anchors, regions, gradients, out, &anchor_gradient);
+  });
   out.push_back(anchor_gradient);
   return out;
 }
@@ -44,7 +54,7 @@ std::vector<Tensor> anchor_cosine_backward(std::vector<Tensor> gradients, std::v
 }  // namespace
 }  // namespace sea
 
-STABLE_TORCH_LIBRARY_IMPL(sea_kernels, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(sea_kernels, SEA_DEVICE, library) {
   library.impl("anchor_cosine", TORCH_BOX(&sea::anchor_cosine));
   library.impl("anchor_cosine_backward", TORCH_BOX(&sea::anchor_cosine_backward));
 }

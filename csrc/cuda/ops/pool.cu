@@ -1,5 +1,6 @@
 // anchor_pool: tensors to pointers, and torch's memory.
 #include <cuda/losses.cuh>
+
 #include "tensors.h"
 
 namespace sea {
@@ -9,25 +10,33 @@ Tensor anchor_pool(std::vector<Tensor> features, std::vector<Tensor> regions) {
   const Tensor& like = features[0];
   const OnDevice on(like);
   const Masks masks = make_masks(regions);
-  const std::vector<Pair> pairs = make_pairs(make_maps(features), {}, {}, {kAnchor});
   return with_held_type(features, {}, [&](auto zero) {
     using X = decltype(zero);
-    Tensor anchors =
-        make({static_cast<int64_t>(features.size()), masks.masks, like.size(1)}, kScalarType<Compute<X>>, like);
-    const Tensor scratch = make({pool_scratch<X>(pairs, masks, kSlices)}, ScalarType::Byte, like);
-    run_pool_anchors<X>(pairs, masks, kSlices, scratch.data_ptr(), data<Compute<X>>(anchors), on.stream());
+    using T = Compute<X>;
+    Tensor anchors = make({static_cast<int64_t>(features.size()), masks.masks, like.size(1)}, kScalarType<T>, like);
+    std::vector<Pair> pairs = make_pairs(make_maps(features), {}, {}, {kAnchor});
+    for (Pair& pair : pairs) {
+      pair.anchors[0] = data<T>(anchors) + pair.level * masks.masks * pair.channels;
+      pair.anchor_pitch = pair.channels;
+    }
+    with_scratch(like, [&](Carver& scratch) { run_anchor_pool<X>(pairs, masks, slices(), scratch, on.stream()); });
     return anchors;
   });
 }
 
-// The maps lend their shapes, strides and dtype alone.
+// The features lend their shapes, strides and dtype only.
 std::vector<Tensor> anchor_pool_backward(Tensor gradient, std::vector<Tensor> features, std::vector<Tensor> regions) {
   const OnDevice on(gradient);
-  std::vector<Tensor> out;
-  for (const Tensor& map : features) out.push_back(make_gradient(map));
+  const Masks masks = make_masks(regions);
+  const std::vector<Tensor> out = make_gradients(features);
   with_held_type(features, {}, [&](auto zero) {
     using X = decltype(zero);
-    run_pool_backward<X>(make_maps(out), make_masks(regions), kSlices, data<Compute<X>>(gradient), on.stream());
+    std::vector<Pair> pairs = make_pairs(make_maps(out), {}, make_maps(out), {kAnchor});
+    for (Pair& pair : pairs) {
+      pair.anchor_gradient = data<Compute<X>>(gradient) + pair.level * masks.masks * pair.channels;
+      pair.table_pitch = pair.channels;
+    }
+    run_anchor_pool_backward<X>(pairs, masks, slices(), on.stream());
   });
   return out;
 }
@@ -35,7 +44,7 @@ std::vector<Tensor> anchor_pool_backward(Tensor gradient, std::vector<Tensor> fe
 }  // namespace
 }  // namespace sea
 
-STABLE_TORCH_LIBRARY_IMPL(sea_kernels, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(sea_kernels, SEA_DEVICE, library) {
   library.impl("anchor_pool", TORCH_BOX(&sea::anchor_pool));
   library.impl("anchor_pool_backward", TORCH_BOX(&sea::anchor_pool_backward));
 }

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
     std::vector<int64_t> level_shapes, std::vector<double> strides, int64_t num_classes, double center_ratio,
     std::optional<Tensor> present) {
   const OnDevice on(boxes);
-  const auto run = [&](auto zero) {
+  return with_compute_type(any_double(boxes), [&](auto zero) {
     using T = decltype(zero);
     const auto list = [](const std::vector<int64_t>& x) { return x.empty() ? nullptr : x.data(); };
     RasterInput<T> in{};
@@ -37,17 +37,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
     const Tensor counted = make({in.levels}, ScalarType::Float, boxes);
     const Tensor extent = make({in.levels, batch_size, 2}, ScalarType::Int, boxes);
     const Tensor bits = make({in.words() * in.pixels()}, ScalarType::Int, boxes);
-    const Tensor scratch = make({raster_scratch(in)}, ScalarType::Byte, boxes);
-    rasterize(
-        in,
-        {data<int64_t>(classes), data<float>(area), data<float>(counted), data<Extent>(extent), data<int32_t>(bits)},
-        data<void>(scratch), on.stream());
+    with_scratch(boxes, [&](Carver& scratch) {
+      rasterize(
+          in,
+          {data<int64_t>(classes), data<float>(area), data<float>(counted), data<Extent>(extent), data<int32_t>(bits)},
+          scratch, on.stream());
+    });
     return std::make_tuple(classes, area, counted, extent, bits);
-  };
-  return boxes.scalar_type() == ScalarType::Double ? run(0.) : run(0.f);
+  });
 }
 
 }  // namespace
 }  // namespace sea
 
-STABLE_TORCH_LIBRARY_IMPL(sea_kernels, CUDA, library) { library.impl("rasterize", TORCH_BOX(&sea::regions)); }
+STABLE_TORCH_LIBRARY_IMPL(sea_kernels, SEA_DEVICE, library) { library.impl("rasterize", TORCH_BOX(&sea::regions)); }

@@ -400,7 +400,7 @@ module.{call}
 def test_address_sanitizer(call, report):
     done = subprocess.run(
         [sys.executable, "-c", SANITIZED.format(call=call)],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         env={**os.environ, **build.sanitizer_environment()},
         text=True,
         capture_output=True,

@@ -25,9 +25,6 @@ def kernels(request):
 def defaults(kernels):
     kernels.settings()
     kernels.launches()
-    before = operators.SLICES
-    yield
-    operators.SLICES = before
 
 
 def check(variant, regions, dtype=F32, layout="contiguous", **sizes):
@@ -63,9 +60,9 @@ def test_any_order_of_threads_gives_the_same_bits(dtype, order, kernels):
 
 
 @pytest.mark.parametrize("slices", [1, 2, 7, 1000])
-def test_shares_of_any_size(slices):
+def test_shares_of_any_size(slices, kernels):
     """Blocks with one tile each, blocks that see several pairs and images."""
-    operators.SLICES = slices
+    kernels.settings(slices=slices)
     check(EVERYTHING, make_regions(levels=4, number=9), channels=33, box_channels=17, sets=2)
     check("anchor_cosine", make_regions(levels=3), channels=33)
 
@@ -106,6 +103,15 @@ def test_gpus_with_less_shared_memory(limit, kernels):
         check(EVERYTHING, regions, dtype, channels=200, box_channels=24)
 
 
+@pytest.mark.parametrize("classes", [800, 1250])
+def test_more_than_1500_masks_in_float64_with_little_shared_memory(classes, kernels):
+    kernels.settings(shared_memory_limit=99 << 10)
+    regions = make_regions(number=classes, levels=2, num_classes=classes, shapes=[(6, 6), (3, 4)], strides=[30, 60])
+    assert regions.area.shape[1] == 1 + 2 * classes
+    check("anchor_pool", regions, F64, channels=9)
+    check("sea_loss", regions, F64, channels=9, box_channels=8)
+
+
 def test_more_maps_than_one_launch_takes(kernels):
     regions = make_regions(levels=5, number=3)
     check("sea_loss", regions, BF16, channels=8, box_channels=8, sets=6)  # 60 pairs
@@ -126,52 +132,87 @@ def test_few_launches(kernels):
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F64)], ids=str)
 @pytest.mark.parametrize("detach", [False, True])
 def test_sizes_of_what_is_saved(dtypes, detach, kernels):
-    """The fake's sizes for a GPU are those of the kernels."""
-    regions, parts = make_regions(levels=3), [3, 7, 5, 1]
+    """Python computes them, and the operators refuse any other size."""
+    regions, losses = make_regions(levels=3), [3, 7, 5, 1]
     maps = [
         [x for c in (40, 24, 7, 8) for x in cases.make_maps(regions.level_shapes, channels=c, dtype=dtype)]
         for dtype in dtypes
     ]
-    loss = operators.Operators(kernels)._loss(*maps, [], parts, regions.tensors(), (0.1, 1.0, detach), True)
-    with torch._subclasses.FakeTensorMode():
-        fakes = [[torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in side] for side in maps]
-        sizes = ops.saved_elements(*fakes, parts, regions.area.shape[1], detach)
-    assert list(sizes) == loss.lay_out([0, 0, 0])
+    sizes = list(ops.saved_elements(*maps, losses, regions.area.shape[1], detach))
+    assert (sizes[1] == 0) == detach
+    given = *maps, losses, regions.tensors(), 0.1, 1.0
+    assert [x.numel() for x in torch.ops.sea_kernels.sea_loss(*given, *sizes)[3]] == sizes
+    for i in range(3):
+        for wrong in (sizes[i] - 1, sizes[i] + 1):
+            with pytest.raises(RuntimeError, match=r"_elements is -?\d+; expected "):
+                torch.ops.sea_kernels.sea_loss(*given, *sizes[:i], wrong, *sizes[i + 1 :])
 
 
 # -------------------------------------------------------------------------------------------------------- mutations
 
-MUTATIONS = {
+MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator that shows it, and the edit
     "barrier: a tile is used before every thread's part of it has come": (
-        "cuda/distance.cuh",
-        """pair().teacher, kPixels, panel.width);
+        "losses",
+        EVERYTHING,
+        "cuda/mainloop.cuh",
+        """maps[1], kM, block.k);
     __syncthreads();""",
-        "pair().teacher, kPixels, panel.width);",
+        "maps[1], kM, block.k);",
     ),
     "index: a tile of the wrong image": (
-        "cuda/tile.cuh",
+        "losses",
+        EVERYTHING,
+        "cuda/pyramid.cuh",
         "image = static_cast<int>(at / per_image);",
         "image = static_cast<int>(at / per_image) * 0;",
     ),
     "mask: what is beyond the last pixel is written": (
+        "losses",
+        EVERYTHING,
         "cuda/tile.cuh",
         "const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count;",
         "const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count + 1;",
+    ),
+    "operator, stride: the bitmasks have one word less than there are": (
+        "pool",
+        "anchor_pool",
+        "cuda/ops/tensors.h",
+        "divide_up(masks, 32)",
+        "divide_up(masks - 32, 32)",
+    ),
+    "operator, size: the areas have one mask less than there are": (
+        "regions",
+        None,
+        "cuda/ops/regions.cu",
+        "make({in.levels, in.masks()}, ScalarType::Float, boxes)",
+        "make({in.levels, in.masks() - 1}, ScalarType::Float, boxes)",
+    ),
+    "operator, device: memory is allocated before the device is the current one": (
+        "cosine",
+        "anchor_cosine",
+        "cuda/ops/cosine.cu",
+        """const OnDevice on(anchors);
+  std::vector<Tensor> cosines;""",
+        "std::vector<Tensor> cosines;",
     ),
 }
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
-def test_the_emulator_sees_mistakes(mutation):
-    """Mistakes in the kernels themselves: a missing barrier, a wrong index, a missing mask."""
-    kernels = operators.install(edits=[mutation])
+def test_the_emulator_sees_mistakes(mutation, kernels):
+    source, variant, *edit = mutation
+    regions = make_regions(levels=2, number=30, num_classes=20, shapes=[(20, 28), (5, 5)], strides=[8, 40])
+    assert regions.area.shape[1] == 41
     try:
-        regions = make_regions(levels=2, shapes=[(20, 28), (5, 5)], strides=[8, 40])
+        mutated = operators.install(sources=[source], edits=[edit])
         failed = []
         for order in (0, 1):
-            kernels.settings(seed=order)
+            mutated.settings(seed=order)
             try:
-                check(EVERYTHING, regions, BF16, channels=40, box_channels=24)
+                if variant is None:
+                    make_regions(levels=2)
+                else:
+                    check(variant, regions, BF16, channels=40, box_channels=24)
             except (AssertionError, RuntimeError) as error:
                 failed.append(error)
         assert failed

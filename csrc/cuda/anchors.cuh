@@ -1,0 +1,198 @@
+// Anchors: the mean of a map over each of its masks, and everything that is done with the means alone, a mask at a
+// time.
+//
+// pool() leaves the sums of each slice; write_means() adds these up in a fixed order and divides by the area. Between
+// the means and compare() a group of processes sums up the anchors of all ranks. compare() makes of them the terms of
+// the anchor loss, what backward needs (the difference) and what the distances are computed from (anchors of length 1).
+// project() is the way back: from the moments of the distances to the gradient of the student's anchors.
+//
+// Tables have a row for each mask; rows of empty masks are zero.
+#pragma once
+#include <cuda/launch.h>
+
+#include "reduce.cuh"
+#include "tile.cuh"
+
+namespace sea {
+
+constexpr int kAnchorThreads = 256;
+constexpr int64_t kReduceBytes = 32 * sizeof(double);  // of shared memory, for sum_over_block()
+
+// Vectors no longer than this have no direction. To be tested as n <= kSmallest, so that NaN is not taken for zero.
+constexpr double kSmallest = 1e-12;
+
+template <class T>
+__device__ inline T inverse_or_zero(T norm) {
+  return norm <= static_cast<T>(kSmallest) ? T(0) : 1 / norm;
+}
+
+// How many masks of a level have pixels. All threads of the block call it.
+__device__ inline int nonempty_masks(const Masks& masks, int level) {
+  int found = 0;
+  for (int p = 0; p < masks.masks; p += blockDim.x) {
+    const int mine = p + threadIdx.x;
+    found += __syncthreads_count(mine < masks.masks && masks.area[level * masks.masks + mine] > 0);
+  }
+  return found;
+}
+
+// ---------------------------------------------------------------------------------------------------- means from sums
+
+// The means of entry `i` over one mask, to entry.anchors; of entries without anchors[1] the student's minus the
+// teacher's. These may be the first of the sums that they are computed from. All threads call it.
+template <class T, class E>
+__device__ inline void write_means(const Pyramid<E>& pyramid, int64_t i, const Masks& masks,
+                                   const T* sums,  // [slices + entries, sides, masks, max_channels]
+                                   int sides, int64_t mask) {
+  const E& entry = pyramid.entries[i];
+  const float area = masks.area[entry.level * masks.masks + mask];
+  const SliceRange range = area > 0 ? slices_of(pyramid, i) : SliceRange{0, -1};
+  const int64_t side_step = masks.masks * pyramid.max_channels, step = sides * side_step;
+  const T* first = sums + (range.first + i) * step + mask * pyramid.max_channels;  // [slices, channels]
+  const auto mean = [&](int side, int64_t channel) {
+    T sum = 0;
+    for (int64_t s = 0; s <= range.last - range.first; ++s) sum += first[s * step + side * side_step + channel];
+    return sum / max(static_cast<T>(area), T(1));
+  };
+  T* out[2] = {static_cast<T*>(entry.anchors[0]), static_cast<T*>(entry.anchors[1])};  // [masks, anchor_pitch]
+  for (int64_t c = threadIdx.x; c < entry.channels; c += blockDim.x) {
+    const T student = mean(0, c), teacher = sides == 2 ? mean(1, c) : T(0);
+    out[0][mask * entry.anchor_pitch + c] = out[1] ? student : student - teacher;
+    if (out[1]) out[1][mask * entry.anchor_pitch + c] = teacher;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- unit anchors
+
+// Writes one anchor at length 1, in parts where the type asks for them, and returns 1 / length, or 0 where it has no
+// direction. All threads of the block call it.
+template <class X, class T>
+__device__ inline T write_unit(const T* anchor,  // [channels]; null: zero
+                               int64_t channels, int64_t masks, int64_t pitch, int64_t mask,
+                               X* units,           // [parts, masks, pitch]
+                               double* scratch) {  // [32] in shared memory
+  double square = 0;
+  for (int64_t c = threadIdx.x; anchor && c < channels; c += blockDim.x)
+    square += static_cast<double>(anchor[c]) * anchor[c];
+  const T inverse = inverse_or_zero(static_cast<T>(sqrt(sum_over_block(square, scratch))));
+  for (int64_t c = threadIdx.x; c < pitch; c += blockDim.x) {
+    const T value = anchor && c < channels ? anchor[c] * inverse : T(0);
+    X* out = units + mask * pitch + c;
+    *out = narrow<X>(value);
+    if constexpr (kParts<X> == 2) out[masks * pitch] = narrow<X>(value - widen(*out));
+  }
+  return inverse;
+}
+
+// ------------------------------------------------------------------------------------------- what follows from anchors
+
+struct CompareEntry : Entry {
+  const void* anchors[2];  // T [masks, anchor_pitch]; or the difference, and null
+  int64_t anchor_pitch;
+  double* anchor_terms;  // [masks]
+  void* units;           // X [2 sides, parts, masks, pitch]
+  void* inverse_norm;    // T [masks]
+  void* difference;      // T [masks, pitch]
+
+  CompareEntry() = default;
+  explicit CompareEntry(const Pair& pair)
+      : Entry(pair),
+        anchors{pair.anchors[0], pair.anchors[1]},
+        anchor_pitch(pair.anchor_pitch),
+        anchor_terms(pair.anchor_terms),
+        units(pair.units),
+        inverse_norm(pair.inverse_norm),
+        difference(pair.difference) {}
+};
+
+struct CompareParams {
+  Pyramid<CompareEntry> pyramid;
+  Masks masks;
+};
+
+// Grid: masks, entries.
+template <class X>
+__global__ void __launch_bounds__(kAnchorThreads) compare(const __grid_constant__ CompareParams params) {
+  using T = Compute<X>;
+  const CompareEntry& entry = params.pyramid.entries[blockIdx.y];
+  const int64_t masks = params.masks.masks, mask = blockIdx.x, pitch = entry.pitch();
+  const bool empty = !(params.masks.area[entry.level * masks + mask] > 0);
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  const T* anchors[2];  // [channels]; null: zero
+  for (int side = 0; side < 2; ++side)
+    anchors[side] = !empty && entry.anchors[side]
+                        ? static_cast<const T*>(entry.anchors[side]) + mask * entry.anchor_pitch
+                        : nullptr;
+  if (entry.losses & kAnchor) {
+    double error = 0;
+    T* out = static_cast<T*>(entry.difference) + mask * pitch;
+    for (int64_t c = threadIdx.x; c < entry.channels; c += kAnchorThreads) {
+      const T difference = (anchors[0] ? anchors[0][c] : T(0)) - (anchors[1] ? anchors[1][c] : T(0));
+      out[c] = difference;
+      error += static_cast<double>(difference) * difference;
+    }
+    const int present = nonempty_masks(params.masks, entry.level);
+    error = sum_over_block(error, scratch);
+    const double count = static_cast<double>(present) * static_cast<double>(entry.channels);
+    if (threadIdx.x == 0) entry.anchor_terms[mask] = !empty && count > 0 ? error / count : 0;
+  }
+  if (entry.losses & kDistance)
+    for (int side = 0; side < 2; ++side) {
+      X* units = static_cast<X*>(entry.units) + side * kParts<X> * masks * pitch;
+      const T inverse = write_unit(anchors[side], entry.channels, masks, pitch, mask, units, scratch);
+      if (side == 0 && threadIdx.x == 0) static_cast<T*>(entry.inverse_norm)[mask] = inverse;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ gradient of anchors
+
+struct ProjectEntry : Entry {
+  const void* units;         // X [parts, masks, pitch] of the student
+  const void* inverse_norm;  // T [masks]
+  void* anchor_gradient;     // T [masks, table_pitch]
+  int64_t table_pitch;
+
+  ProjectEntry() = default;
+  explicit ProjectEntry(const Pair& pair)
+      : Entry(pair),
+        units(pair.units),
+        inverse_norm(pair.inverse_norm),
+        anchor_gradient(pair.anchor_gradient),
+        table_pitch(pair.table_pitch) {}
+};
+
+// One anchor's gradient from the moments D = sum_u (e / |F|) F of its cosines: (D - (D . h) h) / |a|, where h is the
+// unit anchor, times scale / divisor. All threads of the block call it.
+template <class X>
+__device__ inline void project(const Pyramid<ProjectEntry>& pyramid,  // the one that the moments were summed over
+                               int64_t i, const Masks& masks, int64_t mask,
+                               const Compute<X>* moments,  // [slices + entries, masks, max_channels]
+                               Compute<X> scale, Compute<X> divisor,
+                               Compute<X>* scratch) {  // [32] in shared memory
+  using T = Compute<X>;
+  const ProjectEntry& entry = pyramid.entries[i];
+  const int64_t pitch = entry.pitch();
+  const bool empty = !(masks.area[entry.level * masks.masks + mask] > 0);
+  const SliceRange range = empty ? SliceRange{0, -1} : slices_of(pyramid, i);
+  T* out = static_cast<T*>(entry.anchor_gradient) + mask * entry.table_pitch;  // [channels]
+  const X* unit = static_cast<const X*>(entry.units) + mask * pitch;           // [channels]
+  const auto unit_at = [&](int64_t c) {
+    T value = widen(unit[c]);
+    if constexpr (kParts<X> == 2) value += widen(unit[masks.masks * pitch + c]);
+    return value;
+  };
+  T along = 0;
+  for (int64_t c = threadIdx.x; c < entry.channels; c += blockDim.x) {
+    T sum = 0;
+    for (int64_t s = range.first; s <= range.last; ++s)
+      sum += moments[((s + i) * masks.masks + mask) * pyramid.max_channels + c];
+    out[c] = sum;
+    if (!empty) along += sum * unit_at(c);
+  }
+  along = sum_over_block(along, scratch);
+  const T factor = static_cast<const T*>(entry.inverse_norm)[mask] * scale / divisor;
+  for (int64_t c = threadIdx.x; c < entry.channels; c += blockDim.x)
+    out[c] = empty ? T(0) : (out[c] - along * unit_at(c)) * factor;
+}
+
+}  // namespace sea

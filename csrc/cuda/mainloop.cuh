@@ -1,0 +1,379 @@
+// The main loop of all kernels that compare pixels with anchors: tiles of pixels stream through shared memory, and
+// their cosines with the unit anchors are matrix products.
+//
+// In the terms of a matrix product, M is pixels, N anchors and K channels. A block has one slice of the tiles (block M
+// pixels each); unit anchors of the current map stay in shared memory, block N of them and block K channels at a time,
+// while the next tile loads. Where there are more anchors than block N (several chunks) or more channels than block K
+// (several groups), both are loaded piece by piece. A block writes the gradients of one group only, its own, and visits
+// it last, so that the tile of this group is in shared memory when the cosines are complete.
+//
+// What a kernel does with the cosines of a chunk is a function that it hands to each_chunk(): online softmax
+// (distance.cuh), moments and directions (their gradients), or a store (cosine.cuh).
+#pragma once
+#include "anchors.cuh"
+#include "mma.cuh"
+#include "runs.cuh"
+
+namespace sea {
+
+constexpr int kMainThreads = 256, kMaxBlockN = 64, kMaxBlockK = 256;
+template <class X>
+constexpr int kBlockM = sizeof(X) == 2 ? 32 : 16;
+
+// Unit anchors that are in shared memory at once, and channels.
+struct BlockShape {
+  int n, k;
+};
+
+template <class X>
+struct MainMemory {
+  using T = Compute<X>;
+  static constexpr int kM = kBlockM<X>, kOutPitch = kM + 1;
+  X* units;           // [2 sides, parts, n, k]
+  X* tiles;           // [2 stages, 2 sides, k, kM]
+  T* cosines;         // [2 sides, kM, n + 8]
+  X* coefficients;    // [parts, kM, kMaxBlockN], after the cosines
+  T* squares;         // [2 sides, kMainThreads], in the place of the coefficients
+  T* out;             // [k, kOutPitch], in the place of all three
+  double* scratch;    // [32]
+  T* inverse_norm;    // [2 sides, kM] of the pixels
+  T* along;           // [kM] a pixel's gradient along the pixel itself
+  uint8_t* nonempty;  // [kMaxBlockN] which anchors of the chunk have a mask with pixels
+  TileMasks masks;
+
+  __host__ __device__ MainMemory(Carver& carver, BlockShape block)
+      : units(carver.take<X>(2 * kParts<X> * block.n * block.k)),
+        tiles(carver.take<X>(4 * block.k * kM)),
+        masks(carver, 0, kM) {
+    scratch = carver.take<double>(32);
+    inverse_norm = carver.take<T>(2 * kM);
+    along = carver.take<T>(kM);
+    nonempty = carver.take<uint8_t>(kMaxBlockN);
+    const int64_t start = carver.used();
+    cosines = carver.take<T>(2 * kM * (block.n + 8));
+    const int64_t after = carver.used();
+    coefficients = carver.take<X>(kParts<X> * kM * kMaxBlockN);
+    carver.rewind(after);
+    squares = carver.take<T>(2 * kMainThreads);
+    carver.rewind(start);
+    out = carver.take<T>(block.k * kOutPitch);
+  }
+};
+
+// The largest block for which shared memory has room.
+template <class X>
+BlockShape choose_block(int64_t masks, int64_t channels) {
+  for (int k = kMaxBlockK; k >= 64; k /= 2)
+    for (int n = kMaxBlockN; n >= 16; n /= 2) {
+      const bool wider = k > 64 && k / 2 >= channels, taller = n > 16 && n / 2 >= masks;
+      if (!wider && !taller && bytes_of<MainMemory<X>>(BlockShape{n, k}) <= shared_memory_limit()) return {n, k};
+    }
+  throw std::runtime_error("sea_kernels: this GPU has too little shared memory for the distances");
+}
+
+// What the moments' coefficients are stored in: they are not bounded, and float16 would overflow.
+template <class X>
+using Wide = std::conditional_t<std::is_same_v<X, __half>, __nv_bfloat16, X>;
+
+// An entry of the kernels that use the main loop.
+struct MainEntry : Entry {
+  Map maps[2];        // student, teacher; of one side: the features
+  const void* units;  // X [sides, parts, masks, pitch]
+
+  MainEntry() = default;
+  explicit MainEntry(const Pair& pair) : Entry(pair), maps{pair.student, pair.teacher}, units(pair.units) {}
+};
+
+// All methods are called by all threads of the block. E derives from MainEntry.
+template <class X, class E>
+class MainLoop {
+ public:
+  using T = Compute<X>;
+  static constexpr int kM = kBlockM<X>, kRowTiles = kM / 16, kLanes = kMainThreads / kM;
+  // For work that is done pixel by pixel, kLanes neighboring threads share a pixel.
+  const int pixel = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int warp = threadIdx.x / 32;
+
+  const Pyramid<E>& pyramid;
+  const Masks& masks;
+  const BlockShape block;
+  const int sides;
+  const bool everywhere;  // for every pixel and every anchor, not only for valid pixels and categories present
+  Carver carver;
+  MainMemory<X> memory;
+  int count, chunks, groups, own;  // anchors; own: the group whose gradients this block writes
+  int64_t begin, end;              // tiles
+  WorkTile at{};
+  Tile<X> tile[2];  // student, teacher
+
+  __device__ MainLoop(const Pyramid<E>& pyramid_, const Masks& masks_, BlockShape block_, int sides_, bool everywhere_)
+      : pyramid(pyramid_),
+        masks(masks_),
+        block(block_),
+        sides(sides_),
+        everywhere(everywhere_),
+        carver(shared_memory()),
+        memory(carver, block_) {
+    const int present = present_masks(masks);
+    count = everywhere ? masks.masks : present;
+    memory.masks.count = (present + 31) / 32;
+    chunks = (count + block.n - 1) / block.n;
+    groups = static_cast<int>(divide_up(pyramid.max_channels, block.k));
+    own = blockIdx.y;
+    begin = first_tile(pyramid, blockIdx.x);
+    end = first_tile(pyramid, blockIdx.x + 1);
+  }
+
+  __device__ const E& entry() const { return pyramid.entries[at.entry]; }
+  __device__ int64_t own_channel() const { return static_cast<int64_t>(own) * block.k; }
+  __device__ int own_channels() const { return channels_of(entry(), own); }
+  __device__ bool valid(int u) const { return everywhere ? u < at.count : memory.masks.valid_at(u); }
+  // Where this block stores what it sums up over the tiles of the current entry.
+  __device__ int64_t partial() const { return blockIdx.x + at.entry; }
+
+  // Calls work(tile) for each tile of the block, and leave() after the last one of each entry. work calls each_chunk()
+  // exactly once.
+  template <class Work, class Leave>
+  __device__ void each_tile(Work work, Leave leave) {
+    step_ = 0;
+    if (begin < end) load(0, begin, group_at(0));
+    for (int64_t t = begin; t < end; ++t) {
+      WorkTile next = at;
+      next.seek(pyramid, t, kM);
+      if (t > begin && next.entry != at.entry) leave();
+      at = next;
+      memory.masks.load(masks, entry(), at);
+      work(t);
+      __syncthreads();
+    }
+    if (begin < end) leave();
+  }
+
+  // Calls work(first mask, masks rounded up to 16) for the chunks first .. last - 1, with the cosines times `scale` in
+  // memory. Calls ready() before that, as soon as the tile of the own group is in memory, where it stays.
+  template <class Ready, class Work>
+  __device__ void each_chunk(int64_t t, int first, int last, T scale, Ready ready, Work work) {
+    for (int chunk = first; chunk < last; ++chunk) {
+      const int p0 = chunk * block.n, rows = static_cast<int>(round_up(part_of(count - p0, block.n), 16));
+      T products[kRowTiles][1][2][4] = {};
+      T square[2] = {0, 0};
+      for (int i = 0; i < groups; ++i) {
+        const int group = group_at(i);
+        if (groups > 1 || chunk == first) consumer_wait(t, chunk + 1 < last, i);
+        load_units(chunk, group, rows);
+        if (chunk == first && i + 1 == groups) ready();
+        add_squares(square, group);
+        multiply_units(products, rows);
+      }
+      if (groups > 1 || chunk == first) write_norms(square);
+      __syncthreads();
+      write_cosines(products, rows, scale);
+      __syncthreads();
+      work(p0, rows);
+      __syncthreads();
+    }
+  }
+
+  __device__ T* cosine(int side, int u, int row) const {
+    return memory.cosines + (side * kM + u) * (block.n + 8) + row;
+  }
+
+  // Writes the coefficients f(row) of this thread's pixel, in parts where the type asks for them.
+  template <class C, class F>
+  __device__ void write_coefficients(int rows, F f) {
+    static_assert(sizeof(C) == sizeof(X));
+    for (int row = lane; row < rows; row += kLanes) {
+      T value = f(row);
+#pragma unroll
+      for (int part = 0; part < kParts<X>; ++part) {
+        const C rounded = narrow<C>(value);
+        *coefficients<C>(part).at(pixel, row) = rounded;
+        value -= widen(rounded);
+      }
+    }
+  }
+
+  // moments[m][n] += coefficients (anchors 16 m .. + 15) times the student's tile (channels 16 (warp + 8 n) .. + 15)
+  using Moments = T[kMaxBlockN / 16][2][2][4];
+  __device__ void add_moments(Moments& moments, int rows) {
+    Operand<Wide<X>, kParts<X>, true> left;
+#pragma unroll
+    for (int part = 0; part < kParts<X>; ++part) left.parts[part] = coefficients<Wide<X>>(part);
+    if (tile[0].pixel_rows)
+      multiply(moments, left, 0, rows, Operand<X, 1, true>{{tile[0].matrix}}, 16 * warp, 128, block.k, kM);
+    else
+      multiply(moments, left, 0, rows, Operand<X, 1, false>{{tile[0].matrix}}, 16 * warp, 128, block.k, kM);
+  }
+
+  __device__ void write_moments(Moments& moments,
+                                T* out,  // [masks, max_channels]
+                                int64_t p0) {
+    const int channels = own_channels();
+#pragma unroll
+    for (int m = 0; m < kMaxBlockN / 16; ++m)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+        each(moments[m][n], [&](int row, int column, T& value) {
+          const int64_t p = p0 + 16 * m + row;
+          const int c = 16 * (warp + 8 * n) + column;
+          if (16 * m + row < block.n && p < count && c < channels)
+            out[p * pyramid.max_channels + own_channel() + c] = value;
+          value = 0;
+        });
+  }
+
+  // Sets pixels that are not valid to zero in the student's tile: what is multiplied by zero must be finite.
+  __device__ void clear_invalid_pixels() {
+    bool any = false;
+    for (int u = threadIdx.x % kM; !any && u < at.count; u += kM) any = !valid(u);
+    if (!__syncthreads_or(any)) return;
+    for (int i = threadIdx.x; i < block.k * kM; i += kMainThreads)
+      if (!valid(i % kM)) *tile[0].at(i / kM, i % kM) = narrow<X>(0.f);
+    __syncthreads();
+  }
+
+  // directions[m][n] += coefficients (pixels 16 m .. + 15) times the student's unit anchors (channels as in moments)
+  using Directions = T[kRowTiles][2][2][4];
+  __device__ void add_directions(Directions& directions, int rows) {
+    Operand<X, kParts<X>, false> left;
+    Operand<X, kParts<X>, true> right;
+#pragma unroll
+    for (int part = 0; part < kParts<X>; ++part) {
+      left.parts[part] = coefficients<X>(part);
+      right.parts[part] = units(0, part);
+    }
+    multiply(directions, left, 0, kM, right, 16 * warp, 128, block.k, rows);
+  }
+
+  __device__ void write_directions(Directions& directions) {  // to memory.out
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+        if (16 * (warp + 8 * n) < block.k)
+          each(directions[m][n], [&](int row, int column, T& value) {
+            memory.out[(16 * (warp + 8 * n) + column) * MainMemory<X>::kOutPitch + 16 * m + row] = value;
+            value = 0;
+          });
+  }
+
+ private:
+  int step_;                                            // tiles waited for so far
+  int stage_;                                           // of the last one
+  int unit_entry_ = -1, unit_chunk_ = -1, unit_group_;  // which anchors are in memory.units
+  WorkTile next_{};
+
+  __device__ int channels_of(const Entry& e, int group) const {
+    return part_of(e.channels - static_cast<int64_t>(group) * block.k, block.k);
+  }
+  __device__ int group_at(int i) const { return (own + 1 + i) % groups; }
+
+  __device__ X* tile_data(int stage, int side) const { return memory.tiles + (2 * stage + side) * block.k * kM; }
+
+  __device__ Matrix<X> units(int side, int part) const {
+    return {memory.units + (side * kParts<X> + part) * block.n * block.k, block.k};
+  }
+
+  template <class C>
+  __device__ Matrix<C> coefficients(int part) const {
+    return {reinterpret_cast<C*>(memory.coefficients) + part * kM * kMaxBlockN, kMaxBlockN};
+  }
+
+  __device__ void load(int stage, int64_t t, int group) {
+    next_.seek(pyramid, t, kM);
+    const E& e = pyramid.entries[next_.entry];
+    for (int side = 0; side < sides; ++side)
+      load_tile(tile_data(stage, side), side ? e.maps[1] : e.maps[0], next_.image, next_.first, next_.count, kM,
+                static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k);
+    copy_async_commit();
+  }
+
+  // Waits for the i-th group of tile t, and starts to load what comes after it.
+  __device__ void consumer_wait(int64_t t, bool more_chunks, int i) {
+    const int stage = stage_ = step_++ % 2;
+    if (groups > 1) __syncthreads();  // every warp is done with the group that is overwritten
+    const bool same = groups > 1 && (i + 1 < groups || more_chunks);
+    if (same || t + 1 < end) {
+      load(1 - stage, same ? t : t + 1, group_at(i + 1 < groups ? i + 1 : 0));
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
+    }
+    tile[0] = make_tile(tile_data(stage, 0), entry().maps[0], kM, block.k);
+    if (sides == 2) tile[1] = make_tile(tile_data(stage, 1), entry().maps[1], kM, block.k);
+    __syncthreads();
+  }
+
+  __device__ void load_units(int chunk, int group, int rows) {
+    if (unit_entry_ == at.entry && unit_chunk_ == chunk && unit_group_ == group) return;
+    unit_entry_ = at.entry;
+    unit_chunk_ = chunk;
+    unit_group_ = group;
+    __syncthreads();
+    const E& e = entry();
+    const int64_t pitch = e.pitch(), c0 = static_cast<int64_t>(group) * block.k;
+    const int64_t p0 = static_cast<int64_t>(chunk) * block.n;
+    if (threadIdx.x < kMaxBlockN) {
+      const int64_t mask = p0 + threadIdx.x;
+      memory.nonempty[threadIdx.x] = mask < count && masks.area[e.level * masks.masks + mask] > 0;
+    }
+    for (int i = 0; i < sides * kParts<X>; ++i) {
+      const X* source = static_cast<const X*>(e.units) + (i * masks.masks + p0) * pitch + c0;
+      copy_rows<16>(units(i / kParts<X>, i % kParts<X>), rows, block.k, source, pitch, part_of(masks.masks - p0, rows),
+                    part_of(pitch - c0, block.k));
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+  }
+
+  // Each thread adds up the squares of some channels of one pixel.
+  __device__ void add_squares(T (&square)[2], int group) {
+    const int u = threadIdx.x % kM, channels = channels_of(entry(), group);
+#pragma unroll
+    for (int side = 0; side < 2; ++side)
+      for (int c = threadIdx.x / kM; side < sides && c < channels; c += kLanes) {
+        const T x = widen(*tile[side].at(c, u));
+        square[side] += x * x;
+      }
+  }
+
+  __device__ void write_norms(const T (&square)[2]) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side)
+      if (side < sides) memory.squares[side * kMainThreads + threadIdx.x] = square[side];
+    __syncthreads();
+    for (int i = threadIdx.x; i < sides * kM; i += kMainThreads) {
+      const int side = i / kM, u = i % kM;
+      T sum = 0;
+      for (int k = 0; k < kLanes; ++k) sum += memory.squares[side * kMainThreads + k * kM + u];
+      memory.inverse_norm[i] = inverse_or_zero(sqrt(sum));
+    }
+  }
+
+  // A warp has one side and 16 anchors.
+  __device__ void multiply_units(T (&products)[kRowTiles][1][2][4], int rows) {
+    const int side = warp / 4, column = warp % 4 * 16;
+    if (side >= sides || column >= rows) return;
+    Operand<X, kParts<X>, false> right;
+#pragma unroll
+    for (int part = 0; part < kParts<X>; ++part) right.parts[part] = units(side, part);
+    const Matrix<X> left{tile_data(stage_, side), side ? tile[1].matrix.pitch : tile[0].matrix.pitch};
+    if (side ? tile[1].pixel_rows : tile[0].pixel_rows)
+      multiply(products, Operand<X, 1, false>{{left}}, 0, kM, right, column, 16, rows, block.k);
+    else
+      multiply(products, Operand<X, 1, true>{{left}}, 0, kM, right, column, 16, rows, block.k);
+  }
+
+  __device__ void write_cosines(T (&products)[kRowTiles][1][2][4], int rows, T scale) {
+    const int side = warp / 4, first = warp % 4 * 16;
+    if (side >= sides || first >= rows) return;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+      each(products[m][0], [&](int u, int row, T& value) {
+        *cosine(side, 16 * m + u, first + row) = value * memory.inverse_norm[side * kM + 16 * m + u] * scale;
+      });
+  }
+};
+
+}  // namespace sea
