@@ -137,7 +137,7 @@ class Recorder:
         if len(outputs) == 1 and not isinstance(outputs[0], Tensor):
             outputs = _values(outputs[0])
         if not outputs or (count is not None and len(outputs) != count):
-            raise self.miscounted(name, len(outputs), count or "one a level")
+            raise self.miscounted(name, len(outputs), count or "one per level")
         for x in outputs:
             if not isinstance(x, Tensor) or x.dim() != 4:
                 what = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"

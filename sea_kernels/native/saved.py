@@ -76,6 +76,8 @@ def _saved_cpu(
     student: Sequence[Tensor], teacher: Sequence[Tensor], losses: Sequence[int], masks: int, share: tuple[int, int]
 ) -> int:
     """P + 1 rows, or none beyond the share. A row has a coefficient per pixel, and two sides of channels per level."""
+    if not any(flags & (ANCHOR | DISTANCE) for flags in losses):
+        return 0
     levels, row, room = len(student) // len(losses), 0, 0
     for i, x in enumerate(student):
         flags, (batch, channels, height, width) = losses[i // levels], x.shape
@@ -85,6 +87,7 @@ def _saved_cpu(
             row = row + 2 * channels
         room = room + batch * channels * height * width * x.element_size()
     size = 8 if any(x.dtype == torch.float64 for x in (*student, *teacher)) else 4
-    most = room * share[0] // share[1] // (size * torch.sym_max(row, 1))
-    # P + 1 rows if that is at most `most`, else none.
-    return torch.sym_max(0, torch.sym_min(masks + 1, (masks + 1) * (most - masks))) * row
+    most = room * share[0] // share[1] // (size * row)
+    # P + 1 rows if that is at most `most`, else none. torch.compile makes no branch of max and min. It does not trace
+    # torch.sym_max of two constants (2.11).
+    return max(0, min(masks + 1, (masks + 1) * (most - masks))) * row
