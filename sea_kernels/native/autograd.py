@@ -14,7 +14,7 @@ from ..backends import ANCHOR, DISTANCE, Options
 from ..boxes import RasterInput
 from ..regions import Regions
 from . import saved
-from .library import require
+from .library import require, run
 
 
 def rasterizer(given: RasterInput, validate: bool) -> Callable[[Tensor | None], tuple]:
@@ -22,8 +22,8 @@ def rasterizer(given: RasterInput, validate: bool) -> Callable[[Tensor | None], 
 
     def rasterize(present: Tensor | None) -> tuple:
         if present is None:
-            return torch.ops.sea_kernels.regions(*given, validate)
-        return torch.ops.sea_kernels.rasterize(*given, present)
+            return run("regions", *given, validate)
+        return run("rasterize", *given, present)
 
     return rasterize
 
@@ -32,7 +32,7 @@ def anchor_pool(features: list[Tensor], regions: Regions) -> Tensor:
     require("anchor_pool", features[0].device)
     if _needs_gradient(*features):
         return _AnchorPool.apply(regions.tensors(), *features)
-    return torch.ops.sea_kernels.anchor_pool(features, regions.tensors())
+    return run("anchor_pool", features, regions.tensors())
 
 
 def anchor_cosine(features: list[Tensor], anchors: Tensor, regions: Regions) -> list[Tensor]:
@@ -40,7 +40,7 @@ def anchor_cosine(features: list[Tensor], anchors: Tensor, regions: Regions) -> 
     anchors = anchors.contiguous()
     if _needs_gradient(anchors, *features):
         return list(_AnchorCosine.apply(regions.tensors(), anchors, *features))
-    return torch.ops.sea_kernels.anchor_cosine(features, anchors, regions.tensors())
+    return run("anchor_cosine", features, anchors, regions.tensors())
 
 
 def losses(
@@ -69,19 +69,19 @@ def _run(
     elements: saved.Elements,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(anchor, distance, localization, saved): pool, sum over the ranks, compare."""
-    operators = torch.ops.sea_kernels
     if group is None or not any(x & (ANCHOR | DISTANCE) for x in flags):
         # Nothing to sum: pool and compare in one operator. Two calls cost a tiny call 17% of its time, and the default
         # workload 1 to 2% of its forward, and more memory at 400 categories.
-        return operators.sea_loss(student, teacher, flags, regions, *temperatures, *elements)
+        return run("sea_loss", student, teacher, flags, regions, *temperatures, *elements)
     distance_temperature, localization_temperature = temperatures
     count = saved.anchor_elements(student, flags, regions[1].shape[1])
-    anchors, localization, softmax = operators.sea_loss_pool(
-        student, teacher, flags, regions, localization_temperature, count, elements.softmax
+    anchors, localization, softmax = run(
+        "sea_loss_pool", student, teacher, flags, regions, localization_temperature, count, elements.softmax
     )
     anchors = ranks.all_reduce(anchors, group)
-    anchor, distance, own, gradients = operators.sea_loss_compare(
-        student, teacher, flags, regions, anchors, distance_temperature, elements.saved, elements.gradients
+    sizes = elements.saved, elements.gradients
+    anchor, distance, own, gradients = run(
+        "sea_loss_compare", student, teacher, flags, regions, anchors, distance_temperature, *sizes
     )
     if elements.gradients != 0:
         # Summed here and not in backward, so that a process which skips backward leaves nobody waiting.
@@ -109,9 +109,9 @@ class _Losses(torch.autograd.Function):
         maps, regions = ctx.count
         tensors = _saved(ctx)
         student, teacher, rest = tensors[:maps], tensors[maps : 2 * maps], tensors[2 * maps :]
-        gradients = torch.ops.sea_kernels.sea_loss_backward(
-            ranks.gradient_of_all(anchor, ctx.group), distance, localization, student, teacher, ctx.flags,
-            rest[:regions], rest[regions:], *ctx.temperatures,
+        gradients = run(
+            "sea_loss_backward", ranks.gradient_of_all(anchor, ctx.group), distance, localization,
+            student, teacher, ctx.flags, rest[:regions], rest[regions:], *ctx.temperatures,
         )  # fmt: skip
         return None, None, None, None, None, None, *gradients
 
@@ -120,28 +120,28 @@ class _AnchorPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, regions, *features):
         _save(ctx, *regions, *features)
-        return torch.ops.sea_kernels.anchor_pool(features, regions)
+        return run("anchor_pool", features, regions)
 
     @staticmethod
     def backward(ctx, gradient):
         _refuse_second_derivative("anchor_pool")
         tensors = _saved(ctx)
         regions, features = tensors[:5], tensors[5:]
-        return None, *torch.ops.sea_kernels.anchor_pool_backward(gradient.contiguous(), features, regions)
+        return None, *run("anchor_pool_backward", gradient.contiguous(), features, regions)
 
 
 class _AnchorCosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, regions, anchors, *features):
         _save(ctx, *regions, anchors, *features)
-        return tuple(torch.ops.sea_kernels.anchor_cosine(features, anchors, regions))
+        return tuple(run("anchor_cosine", features, anchors, regions))
 
     @staticmethod
     def backward(ctx, *gradients):
         _refuse_second_derivative("anchor_cosine")
         tensors = _saved(ctx)
         regions, anchors, features = tensors[:5], tensors[5], tensors[6:]
-        out = torch.ops.sea_kernels.anchor_cosine_backward(gradients, features, anchors, regions)
+        out = run("anchor_cosine_backward", gradients, features, anchors, regions)
         return None, out[-1], *out[:-1]
 
 

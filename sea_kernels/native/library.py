@@ -43,6 +43,23 @@ def has_kernel(name: str, key: str) -> bool:
     return has(f"sea_kernels::{name}", key) or has(f"sea_kernels::{name}", "CompositeExplicitAutograd")
 
 
+def run(name: str, *arguments):
+    """Runs an operator. If it cannot allocate memory, the error is torch.OutOfMemoryError, as from torch's own operators.
+
+    The stable ABI cannot throw that type. In compiled code, which calls the operator without this function, the error
+    is a RuntimeError with the same message.
+    """
+    operator = getattr(torch.ops.sea_kernels, name)
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        if str(error).startswith("sea_kernels: cannot allocate"):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
+
+
 def _load() -> str | None:
     """Loads the library; the reason where that fails."""
     path = library_path()

@@ -6,6 +6,7 @@ from cases import CALLS, make_inputs, make_maps, make_regions
 
 import sea_kernels as sk
 from sea_kernels.native import saved as sizes_of_saved
+from sea_kernels.native.library import run
 
 
 @pytest.mark.cpu_kernels
@@ -54,6 +55,14 @@ def test_backward_may_run_twice_through_one_graph(device):
         assert torch.equal(x, y)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, inputs.cls[0])
+
+
+@pytest.mark.cpu_kernels
+def test_an_operator_without_memory_raises_the_error_of_torch():
+    regions = make_regions(levels=1).tensors()
+    huge = torch.zeros(1).expand(2**20, 2**20, 64, 64)
+    with pytest.raises(torch.OutOfMemoryError, match=f"sea_kernels: cannot allocate {2**54} bytes"):
+        run("anchor_pool_backward", torch.zeros(1, 13, 2**20), [huge], regions)
 
 
 # -------------------------------------------------------------------------------------------------- second derivatives
