@@ -44,7 +44,7 @@ def has_kernel(name: str, key: str) -> bool:
 
 
 def run(name: str, *arguments):
-    """Runs an operator. If it cannot allocate memory, the error is torch.OutOfMemoryError, as from torch's own operators.
+    """Runs an operator. If it cannot allocate memory, it raises torch.OutOfMemoryError, as torch's own operators do.
 
     The stable ABI cannot throw that type. In compiled code, which calls the operator without this function, the error
     is a RuntimeError with the same message.
