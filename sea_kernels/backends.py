@@ -1,7 +1,7 @@
-"""The seam between the public functions and what computes them: the compiled kernels or plain PyTorch.
+"""The interface between the public functions and their backends: the compiled kernels or plain PyTorch.
 
-A backend is a :class:`Backend`. It gets arguments that are checked already, and registers itself here, so that nothing
-that calls a backend has to import one.
+A backend is a :class:`Backend`. It gets arguments that are already checked. It registers itself here, so that callers
+do not have to import it.
 """
 
 import functools
@@ -19,7 +19,7 @@ _P, _R = ParamSpec("_P"), TypeVar("_R")
 
 @dataclass(frozen=True)
 class Options:
-    """What the losses of one call are computed with."""
+    """The options of one call of the losses."""
 
     losses: tuple[int, ...]  # loss flags of each set of maps
     distance_temperature: float = 0.1
@@ -28,7 +28,7 @@ class Options:
 
 
 class Backend(NamedTuple):
-    """What a backend computes. B images, L levels, S sets of maps; a group's anchors are summed by `regions.group`."""
+    """The functions of a backend. B images, L levels, S sets of maps; anchors are summed over `regions.group`."""
 
     name: str
     # (boxes: RasterInput, validate) -> a function of `present`. It returns (classes, area, counted, extent, masks) as
@@ -60,7 +60,7 @@ def _check(name: str, source: str) -> str:
     return name
 
 
-# One value for the process, a plain global: torch.compile guards on it and compiles once more when it changes.
+# One value for the process, a plain global: torch.compile guards on it and compiles again when it changes.
 _current = _check(os.environ.get("SEA_KERNELS_BACKEND", "native"), "SEA_KERNELS_BACKEND")
 
 
@@ -96,7 +96,7 @@ def backend(name: str):
 
 
 def on_current_backend(function: Callable[Concatenate[Backend, _P], _R]) -> Callable[_P, _R]:
-    """`function(backend, ...)` as a public function, which takes the current backend."""
+    """`function(backend, ...)` as a public function, which uses the current backend."""
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -108,7 +108,7 @@ def on_current_backend(function: Callable[Concatenate[Backend, _P], _R]) -> Call
 
 
 def on(backend: Backend, public: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A public function with a backend of its own, whatever the current one is."""
+    """A public function that always uses the given backend, whatever the current one is."""
 
     @functools.wraps(public)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:

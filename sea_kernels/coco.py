@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks
 
-Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]  # polygons, or run lengths
+Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]  # polygons, or a run-length encoding
 
 
 # ------------------------------------------------------------------------------------------------- annotation files
@@ -37,7 +37,7 @@ class Annotations:
         path: the file; it has images, annotations and categories.
 
     Raises:
-        ValueError: it cannot be read, or is no annotation file.
+        ValueError: it cannot be read, or is not an annotation file.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -59,7 +59,7 @@ class Annotations:
         return map(self._image, self._images)
 
     def find(self, file_name: str) -> Image:
-        """The image with that file name, whatever its folder."""
+        """The image with that file name, in any folder."""
         with self._reading():
             found = [entry for entry in self._images if Path(entry["file_name"]).name == file_name]
         if not found:
@@ -138,7 +138,7 @@ def _polygons(name: str, polygons: object) -> list[list[float]]:
 
 
 def _run_lengths(name: str, encoded: Mapping[str, Any], height: int, width: int) -> list[int]:
-    """The runs of a run-length dict. They have to fill the image: pycocotools reads stray memory beyond them."""
+    """The runs of a run-length encoding. They have to fill the image, or pycocotools reads memory past their end."""
     for key in ("size", "counts"):
         if key not in encoded:
             raise ValueError(f"{name} has no {key!r}; expected {{'size': (height, width), 'counts': ...}}")
@@ -157,7 +157,7 @@ def _run_lengths(name: str, encoded: Mapping[str, Any], height: int, width: int)
 
 
 def _uncompress(counts: bytes) -> list[int]:
-    """Runs from COCO's string: 5 bits a character, the lowest first; from the fourth run on less the last but one"""
+    """Runs from COCO's string: 5 bits a character, lowest first. From the fourth on, the change from two runs ago."""
     runs, value, shift = [], 0, 0
     for c in counts:
         value |= (c - 48 & 31) << shift

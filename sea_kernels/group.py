@@ -1,7 +1,7 @@
 """Batches that are spread over the ranks of a torch.distributed group: sums, and the consistency check of the ranks.
 
-The collectives are torch's functional ones, which torch.compile traces and a CUDA graph can hold. Nothing here waits
-for a GPU, except the one exchange in which the ranks compare what they were called with.
+The collectives are torch's functional ones, which torch.compile can trace and a CUDA graph can capture. Nothing here
+waits for a GPU, except the one consistency check in which the ranks compare their arguments.
 """
 
 import weakref
@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 class Group(NamedTuple):
-    """A group as the functional collectives take it. No ProcessGroup: those can be neither copied nor pickled."""
+    """A group as the functional collectives take it. It holds no ProcessGroup, which cannot be copied or pickled."""
 
     name: str
     size: int
-    compares_strides: bool = True  # False where they follow from the sizes of a rank's images
+    compares_strides: bool = True  # False if the strides follow from the sizes of a rank's images
 
 
 # The calls of each group whose arguments the ranks have compared.
@@ -26,7 +26,7 @@ _compared: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionar
 
 
 def join(group: Any) -> Group:
-    """The group, checked. One that was joined already is returned as it is."""
+    """The group, checked. A group that was already joined is returned as it is."""
     if isinstance(group, Group):
         return group
     if group == dist.GroupMember.NON_GROUP_MEMBER:
@@ -51,8 +51,9 @@ def compare(
 ) -> Tensor:
     """The consistency check: raises on every rank if the ranks make different calls or pass different arguments.
 
-    It runs the first time that a group makes a call, as it is an exchange between the hosts. Returns a zero, float64
-    [], on the device of `like`. What is sent next has to depend on it, or torch.compile would remove the check.
+    It runs only the first time that a group makes a call, because the hosts exchange messages for it. Returns a zero,
+    float64 [], on the device of `like`. The next all-reduce has to depend on this zero, or torch.compile would remove
+    the check.
     """
     integers, numbers = integers or {}, numbers or {}
     if group.size == 1:  # sends nothing
@@ -129,7 +130,7 @@ def gradient_of_all(gradient: Tensor | None, group: Group | None) -> Tensor | No
 def rasterize(
     rasterize_own: Callable[[Tensor | None], tuple], num_classes: int, batch_size: int, group: Group, token: Tensor
 ) -> tuple[tuple, Tensor]:
-    """What a rasterizer returns, and the number of images [], of all ranks. It takes one all-reduce.
+    """Regions of the batch of all ranks, as a rasterizer returns them, and the number of images []. One all-reduce.
 
     Rows are those of the categories present on any rank. Areas and numbers of valid pixels are sums over all ranks.
     Extent and masks stay each rank's own. `rasterize_own` is a rasterizer of :class:`sea_kernels.backends.Backend`,
@@ -138,7 +139,7 @@ def rasterize(
     classes, area, counted, _, _ = rasterize_own(None)
     levels, device = area.shape[0], area.device
     wide = {"dtype": torch.float64, "device": device}  # whole numbers, exact up to 2^53
-    # Areas by category. The last two rows, and the last entry of `present`, take what has no category.
+    # Areas by category. The last two rows, and the last entry of `present`, are for masks without a category.
     table = torch.zeros(levels, 3 + 2 * num_classes, **wide)
     table = table.scatter(1, _rows(classes, num_classes).expand(levels, -1), area.to(torch.float64))
     present = torch.zeros(num_classes + 1, **wide).scatter(0, torch.where(classes < 0, num_classes, classes), 1.0)

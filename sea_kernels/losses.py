@@ -1,6 +1,6 @@
 """The public functions: checks, then the backend, then the sum over the ranks where regions have a group.
 
-Each gives the gradient of the student's maps (`anchor_pool` and `anchor_cosine`: of all their inputs). None of them
+Gradient flows to the student's maps (with `anchor_pool` and `anchor_cosine`, to all maps and anchors). None of them
 synchronizes with the device. Second derivatives raise an error.
 """
 
@@ -33,9 +33,9 @@ def anchor_pool(backend: Backend, features: Sequence[Tensor], regions: Regions) 
     Args:
         features: L maps `[B, C, H_l, W_l]` of one dtype (float32, float64, float16, bfloat16), with any strides. NCHW
             and channels_last are read without a copy.
-        regions: the masks, of the same levels and batch. With a group the mean is over the images of all its ranks.
-            That takes one all-reduce, and one more in backward, of the anchors' gradient, which is that of the sum of
-            what all ranks compute from them. All ranks must make the call and run backward.
+        regions: the masks, of the same levels and batch. With a group, the mean is over the images of all its ranks.
+            Forward then takes one all-reduce, and backward takes one for the anchors' gradient, which is the sum of the
+            gradients of all ranks. All ranks must make the call and run backward.
 
     Returns:
         `[L, P, C]`, float32 (float64 for float64 maps). Gradient flows to the features.
@@ -225,16 +225,16 @@ def sea_loss(
     (and in the distance loss with `distance_on_box`). The values are those of the single functions. `anchor` is the sum
     over both branches (over the classification maps alone without `anchor_on_box`).
 
-    With regions of a group, the anchors are those of the images of all its ranks, which must all make this call. On
-    each of `world` ranks the anchor loss is that of the whole batch. The distance loss is
+    If the regions have a group, the anchors are those of the images of all its ranks, and all ranks must make this
+    call. On each of `world` ranks, the anchor loss is that of the whole batch. The distance loss is
     `world / (valid pixels of all ranks)` times the sum over the rank's own pixels, and the localization loss
     `world T^2 / (images of all ranks C)` times the sum over its own images. The mean over the ranks is the loss of one
     process with the whole batch. A rank's backward gives the gradient of the sum of all ranks' losses with respect to
     its own maps. So if gradients are averaged over the ranks, as by DDP and FSDP, they are those of the whole batch.
-    Forward communicates twice: the anchors of all levels, maps and sides in one all-reduce (without distances, the
-    difference of the sides), and the distance loss's gradient of the student's anchors in another. Backward
-    communicates nothing, but expects that the gradients which reach the losses are the same on every rank. All this
-    also holds for the single functions.
+    Forward takes two all-reduces: one for the anchors of all levels, maps and sides (without distances, the difference
+    of the sides), and one for the gradient of the distance loss with respect to the student's anchors. Backward
+    communicates nothing, but assumes that the gradients of the losses are the same on every rank. All this also holds
+    for the single functions.
 
     Args:
         student_cls, teacher_cls, student_box, teacher_box: as for :func:`anchor_loss`. Each has one dtype of its own.

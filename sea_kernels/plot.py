@@ -17,7 +17,7 @@ from .regions import Regions, check_fit
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What a pixel of a map is. Two boxes can make it a center and an edge at once.
+# The kinds of pixels of a map. A pixel can be the center of one box and the edge of another.
 KINDS = ("background", "edge", "center", "center and edge", "uncounted (crowd)", "padding")
 BACKGROUND, EDGE, CENTER, BOTH, UNCOUNTED, PADDING = range(len(KINDS))
 _COLORS = ("#2b6cb0", "#ffe14d", "#e8262a", "#ff9416", "#b146c9", "#15171a")
@@ -28,7 +28,7 @@ Names = Sequence[str] | Mapping[int, str]
 
 
 def kinds(regions: Regions, level: int) -> Tensor:
-    """What every pixel of one level is: uint8 [B, H, W], an index into `KINDS`.
+    """The kind of every pixel of one level: uint8 [B, H, W], an index into `KINDS`.
 
     Padding lies beyond the image. Uncounted pixels lie inside the image and in no mask: only ignore boxes cover them.
 
@@ -64,7 +64,8 @@ def regions(
 
     Args:
         images: the batch as the detector gets it, padding included: `[B, 3, H, W]` or `[3, H, W]` (or one channel),
-            uint8 or floating. An image with values outside 0 to 1 is rescaled from its least to its greatest value.
+            uint8 or floating. An image with values outside 0 to 1 is rescaled so that its least value becomes 0 and its
+            greatest 1.
         regions: the masks of the batch.
         strides: as for :meth:`Regions.from_boxes`.
         names: the categories' names, by label. A name is written once on every connected piece of its category.
@@ -138,11 +139,11 @@ def cosines(
 
     There is one row per anchor: its mask, then its cosines in each set of maps, all on one scale from -1 to 1, then the
     absolute difference between each set and the last one, with its mean over the valid pixels of the image. Pixels that
-    are not valid are gray. What is not a number is black.
+    are not valid are gray. NaN is black.
 
     Args:
         images: as for :func:`regions`.
-        maps: sets of maps by name, each a list of L maps `[B, C, H_l, W_l]`. The others are compared with the last:
+        maps: sets of maps by name, each a list of L maps `[B, C, H_l, W_l]`. Each is compared with the last one:
             `{"student": ..., "teacher": ...}`, or `{"before": ..., "after": ..., "teacher": ...}`.
         regions: the masks of the batch.
         strides: as for :meth:`Regions.from_boxes`.

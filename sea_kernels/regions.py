@@ -45,7 +45,8 @@ class Regions:
     area: Tensor
     counted: Tensor
     extent: Tensor
-    # n = (pixels of earlier levels) + (b * H_l + y) * W_l + x. Flat, as torch.compile would compile anew for one word.
+    # n = (pixels of earlier levels) + (b * H_l + y) * W_l + x. Flat: with a dimension for the words, torch.compile
+    # would compile again when there is only one word.
     bits: Tensor | None
     dense: tuple[Tensor, ...] | None
     level_shapes: tuple[tuple[int, int], ...]
@@ -86,7 +87,7 @@ class Regions:
     def consistent(self, call: str, integers: dict[str, int], numbers: dict[str, float] | None = None) -> "Regions":
         """The same regions, after the ranks have checked that they all make this call with the same arguments.
 
-        Whatever is computed and sent from the result depends on the check, so that compiled code keeps it.
+        The result depends on the check, so that compiled code cannot remove the check.
         """
         if self.group is None:
             return self
@@ -253,22 +254,22 @@ class Regions:
 
         An instance covers a pixel of a level if any pixel of its mask touches it, by the rule of :meth:`from_boxes`:
         column `x` of a mask covers columns `floor(x/s) .. max(ceil((x + 1)/s), floor(x/s) + 1) - 1`, and rows likewise.
-        Its center is what it covers inside the center box of its bounding box, its edge what it covers outside. A mask
-        without a pixel is no instance. Everything else is as in :meth:`from_boxes`, so a mask that is a filled
+        Its center is the part inside the center box of its bounding box, and its edge is the part outside. A mask
+        without a pixel is not an instance. Everything else is as in :meth:`from_boxes`, so a mask that is a filled
         rectangle gives the same as its box.
 
         It runs in plain PyTorch on the tensors' device with either backend. With tensors, no data moves between host
-        and device. COCO segmentations are decoded on the host and copied to the labels' device, which waits for it
-        and cannot be compiled. Memory: beside the masks 4 bytes for each of their pixels, for one image at a time. Then
-        the `P` dense masks of every level at one byte a pixel, and 16 bytes a pixel while those of one image and level
-        are packed.
+        and device. COCO segmentations are decoded on the host and copied to the labels' device, which synchronizes and
+        cannot be compiled. Memory needed besides the masks: first, for one image at a time, 4 bytes for each of their
+        pixels. Then one byte per pixel for each of the `P` dense masks of every level, and 16 bytes per pixel while the
+        masks of one image and level are packed.
 
         Args:
             masks: for each of B images a bool or uint8 tensor `[G_b, H_b, W_b]`, not zero inside the instance, in
                 pixels of the input. Pixel (y, x) is the square from (y, x) to (y + 1, x + 1). H_b x W_b may be any part
                 of the input that begins at its first pixel. Or a list of G_b COCO segmentations in pixels of the input
-                (scaled as the image is), which pycocotools decodes to the image's size: polygons (a list of flat lists
-                x y x y ...) or run-length encoding (`{"size": (h, w), "counts": bytes, str or list}`).
+                (scaled like the image), which pycocotools decodes to the image's size: polygons (a list of flat lists x
+                y x y ...) or run-length encoding (`{"size": (h, w), "counts": bytes, str or list}`).
             labels: B integer tensors `[G_b]`. `0 <= label < num_classes`, or -1 for an instance to skip.
             level_shapes, strides, num_classes, center_ratio: as in :meth:`from_boxes`.
             image_sizes: as in :meth:`from_boxes`. COCO segmentations need it, as a list.
@@ -407,7 +408,7 @@ def _build(
 
 
 def _mark_dynamic(regions: Regions) -> Regions:
-    """Tells torch.compile that K changes. Else it compiles once more when K first needs another word of bits."""
+    """Tells torch.compile that K changes. Otherwise it compiles again when K first needs another word of bits."""
     if regions.bits is not None and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
         for x, dim in ((regions.classes, 0), (regions.area, 1), (regions.bits, 0)):
             torch._dynamo.maybe_mark_dynamic(x, dim)

@@ -8,9 +8,9 @@
 | MMDetection Faster, Cascade, Mask R-CNN | output of `neck` | `rpn_head.rpn_conv` | the RPN's (4 .. 64) |
 | MMDetection SOLOv2 | `mask_head.cls_convs` | `mask_head.kernel_convs` | input / grid |
 
-Two-stage detectors have no towers that all levels share, and the features of the student's proposals do not pair up
-with those of the teacher's. There the anchors and distances compare the outputs of the FPN, and the box maps are used
-for the localization loss only.
+Two-stage detectors have no towers that all levels share, and the student's proposals cannot be paired with the
+teacher's. So the anchor and distance losses compare the outputs of the FPN, and only the localization loss uses the box
+maps.
 
 No detection library is imported: detectors are recognized by the names of their classes.
 """
@@ -48,12 +48,13 @@ class Taps:
         box: the same for the box maps.
         strides: for each level, as in :meth:`sea_kernels.Regions.from_boxes`. None if the maps divide the input evenly
             whatever its size, as SOLOv2's grids do.
-        input: name of the module whose first argument is the batch of images, [B, 3, H, W], padded and normalized. A
-            forward of the detector begins where it is called.
-        run: `run(model, images)` computes a teacher's maps and as little else as possible. None: `model(images)`.
+        input: name of the module whose first argument is the batch of images, [B, 3, H, W], padded and normalized. The
+            call of this module marks the start of a forward of the detector.
+        run: `run(model, images)` computes a teacher's maps, and as little else as possible. None: `model(images)`.
         targets: name of a module whose output holds the ground truth, and which is called before `input`. None: there
             is none.
-        read_targets: `read_targets(output, with_masks)` makes `Targets` of that output, or None if it holds none.
+        read_targets: `read_targets(output, with_masks)` converts that output to `Targets`, or returns None if it holds
+            no ground truth.
         num_classes: number of the detector's categories. None: not known.
         anchor_on_box: box maps take part in the anchor loss.
 
@@ -84,7 +85,7 @@ _ready: dict[tuple[str, str], Callable[[Any], Taps]] = {}
 
 
 def register(family: str, detectors: Sequence[str], make: Callable[[Any], Taps]) -> None:
-    """Makes `find` know detectors: `make(model)` gives the taps of these classes of the library `family`."""
+    """Adds detectors to `find`: `make(model)` gives the taps of these classes of the library `family`."""
     _ready.update({(family, name): make for name in detectors})
 
 
@@ -92,7 +93,7 @@ def find(model: nn.Module) -> Taps:
     """The ready taps of a torchvision or MMDetection detector (bare, or wrapped by DDP or torch.compile).
 
     Raises:
-        TypeError: the model is none of the known detectors. Write `Taps` with the names of its modules.
+        TypeError: the model is not one of the known detectors. Write `Taps` with the names of its modules.
 
     Example:
         >>> import sea_kernels as sk, torch

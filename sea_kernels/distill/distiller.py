@@ -24,7 +24,7 @@ _log = logging.getLogger("sea_kernels")
 
 
 class Capture(NamedTuple):
-    """What the losses of one step compare, in the order in which :func:`sea_kernels.sea_loss` takes it."""
+    """The maps and regions of one step, in the order in which :func:`sea_kernels.sea_loss` takes them."""
 
     student_cls: list[list[Tensor]]  # [M][L] of [B, C, H_l, W_l]
     teacher_cls: list[list[Tensor]]
@@ -34,7 +34,7 @@ class Capture(NamedTuple):
 
 
 class _Models(NamedTuple):
-    """A tuple, so that neither becomes a submodule of the distiller. A copy, as an EMA makes it, shares the teacher."""
+    """A tuple, so that neither becomes a submodule of the distiller. A copy, as for an EMA, shares the teacher."""
 
     student: nn.Module
     teacher: nn.Module
@@ -49,7 +49,7 @@ class SEADistiller(nn.Module):
 
     Hooks on the student record its maps and the input of its backbone while it computes its own loss. `losses` then
     runs the teacher on that input and compares the maps of the two. The teacher is frozen (evaluation mode, no
-    gradient) and is not a submodule: `parameters()` are those of the adapters, and go to the optimizer.
+    gradient) and is not a submodule: `parameters()` are those of the adapters. Pass them to the optimizer.
 
     Args:
         student, teacher: detectors, bare or wrapped by DDP or torch.compile. Make the distiller before the student's
@@ -58,8 +58,8 @@ class SEADistiller(nn.Module):
         teacher_taps: the same for the teacher. Default: `taps`, or what `find` gives for the teacher.
         weights: of the anchor, the distance and the localization loss, each a sum over maps and levels. The defaults
             are ours. For FCOS with four maps per branch on five levels, they should make each loss about a tenth of the
-            detection loss when training starts, judged by the small detector of benchmarks/distill_ap.py. Choose yours
-            by `unweighted`.
+            detection loss when training starts. We judged this by the small detector of benchmarks/distill_ap.py.
+            Choose yours by `unweighted`.
         schedule: a factor for the weights as a function of the step (see :class:`Schedule`). A step is one call of
             `losses`. Where the factor is 0 the teacher does not run.
         num_classes: number of categories. Default: the student's own, if the taps know it.
@@ -70,8 +70,8 @@ class SEADistiller(nn.Module):
             :func:`sea_kernels.sea_loss`.
         use_masks: build the regions from the instances' masks (:meth:`sea_kernels.Regions.from_masks`) instead of their
             boxes.
-        group: a `torch.distributed.ProcessGroup`. The batch whose anchors are compared is then that of all its ranks,
-            all of which must call `losses` at every step, with the same options. Default: each process is alone.
+        group: a `torch.distributed.ProcessGroup`. The anchors are then those of the batch of all its ranks, and all
+            ranks must call `losses` at every step, with the same options. Default: each process is alone.
 
     Attributes:
         adapters: a 1x1 convolution for each set of maps in which student and teacher differ in channels. It maps the
@@ -200,10 +200,11 @@ class SEADistiller(nn.Module):
 
         Args:
             boxes: B tensors `[G_b, 4]`: x1 y1 x2 y2 in pixels of the backbone's input. Default: what the taps saw.
-            labels: B integer tensors `[G_b]`, categories from 0. Needed beside boxes or masks. Default: as for boxes.
+            labels: B integer tensors `[G_b]`, categories from 0. Required with boxes or masks. Default: as for boxes.
             image_sizes: (height, width) of each image before padding, in the same pixels. Default: what the taps saw;
                 without it every image fills its maps.
-            ignore_boxes: B tensors `[I_b, 4]` of crowds. Default: none beside boxes or masks, else what the taps saw.
+            ignore_boxes: B tensors `[I_b, 4]` of crowds. Default: none if boxes or masks are given, else what the taps
+                saw.
             masks: the instances' masks, as :meth:`sea_kernels.Regions.from_masks` takes them, instead of boxes.
             teacher_input: the batch `[B, 3, H, W]` for the teacher, if it needs another normalization. Default: the
                 input of the student's backbone.
@@ -242,7 +243,7 @@ class SEADistiller(nn.Module):
         masks: Sequence[Any] | None = None,
         teacher_input: Tensor | None = None,
     ) -> Capture:
-        """What `losses` would compare, with the same arguments: the maps after the adapters, and the regions.
+        """The maps (after the adapters) and the regions that `losses` would compare, given the same arguments.
 
         It uses up the recorded maps, as `losses` does.
         """
@@ -306,7 +307,7 @@ class SEADistiller(nn.Module):
         return Regions.from_boxes(boxes, labels, shapes, strides, **options)
 
     def student_state_dict(self) -> dict[str, Tensor]:
-        """The state_dict of the student alone, without prefixes of DDP or torch.compile."""
+        """The state_dict of the student alone, without the prefixes of DDP or torch.compile."""
         return self.student.state_dict()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "SEADistiller":

@@ -1,4 +1,4 @@
-"""Hooks on a detector: what its modules gave in the last forward."""
+"""Hooks on a detector, which record what its modules returned in the last forward."""
 
 import weakref
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def _may_be_overwritten(model: nn.Module, name: str, module: nn.Module) -> bool:
 
 
 def output_channels(side: str, model: nn.Module, entry: str | tuple[str, ...]) -> int:
-    """Channels of a module's output: what it says, or its last layer, or what precedes it in a Sequential."""
+    """Channels of a module's output, read from the module, its last layer, or a layer before it in a Sequential."""
     name = names(entry)[0]
     module = _submodule(side, model, name)
     before: list[nn.Module] = []
@@ -43,7 +43,7 @@ def output_channels(side: str, model: nn.Module, entry: str | tuple[str, ...]) -
 
 
 class Recorder:
-    """What the hooks on one model have recorded of its last forward."""
+    """Records the last forward of one model by hooks."""
 
     def __init__(self, side: str, model: nn.Module, taps: Taps) -> None:
         self.side, self.model, self.taps = side, model, taps
@@ -121,7 +121,7 @@ class Recorder:
         return images, targets, sets
 
     def sets(self, levels: int | None) -> dict[str, list[list[Tensor]]]:
-        """{"cls": [M][L] maps, "box": [M][L] maps}; every module must have given `levels`, or as many as the first."""
+        """{"cls": [M][L] maps, "box": [M][L] maps}; every module must give `levels` maps, or as many as the first."""
         out: dict[str, list[list[Tensor]]] = {"cls": [], "box": []}
         for branch, sets in out.items():
             for name in getattr(self.taps, branch):

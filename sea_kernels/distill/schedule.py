@@ -1,4 +1,4 @@
-"""How strong the losses are as training goes on."""
+"""How the weights of the losses change during training."""
 
 from dataclasses import dataclass
 
