@@ -1,4 +1,4 @@
-// What every kernel is given: maps as pointers with strides, and which losses they take part in. No torch here.
+// The arguments that all kernels share: maps as pointers with strides, and loss flags. No torch here.
 #pragma once
 #include <cstdint>
 
@@ -24,7 +24,7 @@ inline Map make_map(void* data, Dtype dtype, const int64_t* sizes, const int64_t
   return map;
 }
 
-// Which losses one set of maps takes part in.
+// Loss flags: the losses that one set of maps takes part in.
 enum LossFlag : int64_t { kAnchor = 1, kDistance = 2, kLocalization = 4 };
 
 // Rows and columns of a level that lie inside an image.

@@ -1,5 +1,5 @@
-// The raster rule: which rows and columns of a map a box covers. It is exact, every operation rounded on its own in the
-// type of the boxes, so that every device finds the same masks. Code that includes this must be compiled without
+// The raster rule: which rows and columns of a map a box covers. It is exact: every operation is rounded separately, in
+// the type of the boxes, so that every device finds the same masks. Code that includes this must be compiled without
 // -ffast-math and, on the CPU, with -ffp-contract=off.
 #pragma once
 #include <cmath>
@@ -13,7 +13,7 @@
 
 namespace sea {
 
-// Sums whose second operand is a product, which nvcc would contract to one operation with one rounding.
+// Sums whose second operand is a product, which nvcc would otherwise contract to one operation with one rounding.
 template <class T>
 SEA_HOST_DEVICE inline T add_rounded(T a, T product) {
 #if defined(__CUDA_ARCH__)
@@ -26,7 +26,7 @@ SEA_HOST_DEVICE inline T add_rounded(T a, T product) {
 #endif
 }
 
-// Not a template: one would take an array, whose difference with itself is always 0.
+// Not a template, because a template would also accept an array, whose difference with itself is always 0.
 SEA_HOST_DEVICE inline bool is_finite(float x) { return x - x == 0; }
 SEA_HOST_DEVICE inline bool is_finite(double x) { return x - x == 0; }
 

@@ -1,4 +1,4 @@
-// From torch's tensors to what kernels are given, on every kind of device.
+// Converts torch's tensors to the arguments of kernels, on every kind of device.
 #pragma once
 #include <map.h>
 #include <torch/csrc/stable/library.h>
@@ -76,8 +76,8 @@ inline std::vector<Map> make_maps(const std::vector<Tensor>& tensors) {
   return maps;
 }
 
-// Whether the elements fill one stretch of memory, in whatever order of dimensions: such a map's gradient gets its
-// strides, any other a contiguous one.
+// Whether the elements fill one stretch of memory, in any order of dimensions. The gradient of such a map gets the
+// map's strides. The gradient of any other map is contiguous.
 inline bool is_dense(const Tensor& tensor) {
   std::vector<int64_t> order;
   for (int64_t i = 0; i < tensor.dim(); ++i)
@@ -121,7 +121,7 @@ inline int64_t count_bytes(const std::vector<int64_t>& sizes, ScalarType type) {
 // -------------------------------------------------------------------------------------------------- saved for backward
 
 // The tensors that a loss saves for backward, in the order in which the operators hand them over. Python computes their
-// sizes (sea_kernels), which lie in them set by set; each is empty where nothing is saved.
+// sizes (sea_kernels/native/saved.py). Each tensor holds its data set by set, and is empty where nothing is saved.
 struct Saved {
   Tensor saved;                   // what the distances and anchors of the device's kernels need
   Tensor gradients;               // [levels, masks, channels] of the student's anchors, from the distances

@@ -1,5 +1,5 @@
-// Anchors of one level as the products with pixels need them: unit vectors before, the gradient's projection after. The
-// anchor loss itself, which is too little work to be vectorized, is in ops/anchors.h.
+// Anchors of one level, prepared as unit vectors for the products with pixels, and the projection of their gradient
+// afterwards. The anchor loss itself is too little work to be vectorized, and is in ops/anchors.h.
 #pragma once
 #include "kernels.h"
 #include "tile.h"
@@ -9,7 +9,7 @@ namespace SEA_ISA {
 
 static_assert(kBlockRows <= kMaxBlockRows);
 
-// Norms at most this have no direction. Written n <= kSmallest, so that NaN is not taken for zero.
+// Vectors no longer than this have no direction. Test with n <= kSmallest, so that NaN is not taken for zero.
 constexpr double kSmallest = 1e-12;
 
 // Fills inverse_norm and blocks from the anchors.
@@ -37,7 +37,7 @@ void directions(const Anchors<T>& anchors, T scale,
   }
 }
 
-// The anchors' gradient from the moments: summed over blocks, projected away from the anchor, over its norm.
+// The anchors' gradient from the moments: summed over blocks, projected away from the anchor, and divided by its norm.
 template <class T>
 void project(const Anchors<T>& anchors,
              const T* moments,  // [blocks, block_stride], of which [rows, padded channels] is read

@@ -3,8 +3,9 @@
 //
 // With f = F / |F|, h_p the unit anchors and e_p the gradient of the cosine f . h_p, a pixel receives
 //   dF = sum_p (e_p / |F|) h_p - (sum_p e_p f . h_p / |F|^2) F.
-// The coefficients in brackets, one per pixel and anchor and one per pixel, are all that backward needs beside F; they
-// are also what the anchors' gradient sums up: D_p = sum_u (e_p / |F|) F, da_p = (D_p - (D_p . h_p) h_p) / |a_p|.
+// The coefficients in brackets, one per pixel and anchor and one per pixel, are all that backward needs besides F. The
+// anchors' gradient is computed from sums over the same coefficients:
+//   D_p = sum_u (e_p / |F|) F, da_p = (D_p - (D_p . h_p) h_p) / |a_p|.
 #pragma once
 #include "anchors.h"
 

@@ -1,7 +1,6 @@
 // The topological distance loss: cosines of student and teacher, the divergence of their softmax over the anchors, and
-// the coefficients of its gradient, tile by tile. One pass over the maps gives the loss, what backward needs and the
-// sums (moments) from which the anchors' gradient is projected; no cosine is ever written to memory for more than a
-// tile.
+// the coefficients of its gradient, tile by tile. One pass over the maps gives the loss, the coefficients for backward,
+// and the sums (moments) from which the anchors' gradient is projected. The cosines exist for one tile at a time only.
 #pragma once
 #include "cosine.h"
 

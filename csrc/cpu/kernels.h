@@ -1,6 +1,5 @@
-// The vectorized kernels: what each is given, and the table of them. This is the border between the operators, which
-// know torch, and the kernels, which are compiled once for each instruction set. T is the type computed in: float or
-// double.
+// The vectorized kernels: their arguments, and the table of them. This is the border between the operators, which know
+// torch, and the kernels, which are compiled once for each instruction set. T is the type computed in: float or double.
 #pragma once
 #include <map.h>
 
@@ -95,8 +94,8 @@ struct Cosine {
   }
 };
 
-// begin, end: pixels of a level, counted over batch and rows; begin is the first of a tile. The files of the same names
-// say what each kernel computes.
+// begin, end: pixels of a level, counted over batch and rows; begin is the first of a tile. The file named above each
+// group says what its kernels compute.
 template <class T>
 struct Kernels {
   // pool.h

@@ -8,7 +8,7 @@
 namespace sea {
 namespace SEA_ISA {
 
-// Channels of a block: one vector where channels lie apart, four where they lie together (whole cache lines).
+// Channels of a block: one vector if channels lie apart in memory, four if they are adjacent (whole cache lines).
 template <class T>
 inline int64_t pool_channels(const Map& map) {
   return map.stride[1] == 1 ? 4 * kLanes<T> : kLanes<T>;
@@ -85,7 +85,7 @@ void pool(const Pool<T>& task, int64_t block, T* scratch) {
       const Softmax<T>& s = state[c / n];
       const T student_max = s.student_max[c % n], student_sum = s.student_sum[c % n];
       const T teacher_max = s.teacher_max[c % n], teacher_sum = s.teacher_sum[c % n];
-      // Not log sum exp: that is rounded at the size of the maximum, whatever the differences.
+      // No logsumexp, which is rounded at the size of the maximum, however small the differences are.
       T* out = task.softmax + b * map.channels + c0 + c;
       out[0] = student_max;
       out[rows] = 1 / student_sum;
@@ -98,7 +98,7 @@ void pool(const Pool<T>& task, int64_t block, T* scratch) {
   }
   if (task.runs) {
     write_means(task, sums[0], width, c0, channels, task.student_anchors);
-    // Not `pair`: maps of no image have no memory, but anchors.
+    // Not `pair`: maps without images have no memory, but they have anchors.
     if (task.teacher_anchors) write_means(task, sums[1], width, c0, channels, task.teacher_anchors);
   }
 }

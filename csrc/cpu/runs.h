@@ -5,8 +5,8 @@
 
 namespace sea {
 
-// Read by code of every instruction set: all functions are always inlined, so that none is emitted for one of them and
-// then linked for all.
+// Code of every instruction set includes this file. All functions are always inlined, so that none is compiled for one
+// instruction set and then linked for all.
 struct Runs {
   int64_t size;
   const int64_t* begin;  // [size + 1] first pixel, counted over batch and rows; the last entry ends the level
@@ -25,7 +25,7 @@ struct Runs {
     return low;
   }
 
-  // Whether none of the pixels [from, to) is valid. Where it says no there may still be none: it looks at one run.
+  // Whether none of the pixels [from, to) is valid. It looks at one run only, so it may return false even if none is.
   __attribute__((always_inline)) bool skips(int64_t from, int64_t to) const {
     const int64_t run = find(from);
     return !is_valid(run) && begin[run + 1] >= to;

@@ -1,5 +1,5 @@
 // The localization loss: online softmax over the positions of each channel, in one pass over student and teacher. It
-// reads the tiles that pooling has at hand (pool.h), so the maps are not read for it.
+// uses the tiles that pooling has already read (pool.h), so it does not read the maps again.
 #pragma once
 #include "tile.h"
 
@@ -7,8 +7,8 @@ namespace sea {
 namespace SEA_ISA {
 
 // State of the online softmax of student and teacher: maximum and sum of exponentials, and the teacher's weighted sum
-// of differences. Maxima and differences are those of the maps, before the temperature: subtracted first they are
-// exact.
+// of differences. Maxima and differences are those of the maps, before the temperature is applied, so that subtracting
+// them is exact.
 template <class T>
 struct Softmax {
   Vec<T> student_max = splat(T(-INFINITY)), student_sum{};

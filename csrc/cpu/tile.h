@@ -1,5 +1,5 @@
-// A tile: some pixels of a map, copied to a small dense buffer in the type that is computed in, and back. Layouts,
-// strides and 16-bit types end here: what computes on tiles knows none of them.
+// A tile: some pixels of a map, copied to a small dense buffer in the type that is computed in, and back. Code that
+// computes on tiles does not depend on layouts, strides and 16-bit types.
 #pragma once
 #include <map.h>
 
@@ -123,15 +123,15 @@ inline void visit(Dtype dtype, F f) {
   }
 }
 
-// Asks for the cache lines of `count` elements. Where the rows of a tile lie far apart no hardware prefetcher follows
+// Prefetches the cache lines of `count` elements. If the rows of a tile lie far apart, no hardware prefetcher follows
 // them.
 template <bool kWrite, class T>
 inline void prefetch(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i, kWrite, 2);
 }
 
-// out[r, c] = in[r, c] for a dense row-major out. Rows or columns of `in` that are contiguous are read as vectors. What
-// lies `ahead` elements further on, in the next tile, is asked for.
+// out[r, c] = in[r, c] for a dense row-major out. Rows or columns of `in` that are contiguous are read as vectors. It
+// prefetches the elements that lie `ahead` further on, in the next tile.
 template <class In, class T>
 inline void gather(int64_t rows, int64_t columns, const In* in, int64_t in_row, int64_t in_column, int64_t ahead,
                    T* out, int64_t out_row) {
@@ -162,11 +162,11 @@ inline void gather(int64_t rows, int64_t columns, const In* in, int64_t in_row, 
       out[r * out_row + c] = static_cast<T>(widen(in[r * in_row + c * in_column]));
 }
 
-// Maps from this size on are written past the caches.
+// Maps of at least this size are written past the caches.
 constexpr int64_t kLargeBytes = 4 << 20;
 
-// The way back: out[r, c] = in[r, c] for a dense row-major in. `large`: more than the caches hold, so that lines need
-// not be fetched before they are written; others are asked for `ahead`.
+// The reverse: out[r, c] = in[r, c] for a dense row-major in. `large`: the map is larger than the caches, so its lines
+// are written without being fetched first. Lines of other maps are prefetched `ahead`.
 template <class T, class Out>
 inline void scatter(int64_t rows, int64_t columns, const T* in, int64_t in_row, Out* out, int64_t out_row,
                     int64_t out_column, int64_t ahead, bool large) {

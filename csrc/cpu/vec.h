@@ -1,5 +1,5 @@
-// Vectors of one instruction set, and what is built from them: transposition, exponential, matrix product.
-// The compiler's own vector types keep this one source for SSE2, AVX2, AVX-512 and NEON.
+// Vectors of one instruction set, and operations on them: transposition, exponential, matrix product. They are the
+// compiler's own vector types, so that one source serves SSE2, AVX2, AVX-512 and NEON.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -49,8 +49,8 @@ inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// Past the caches, for what is not read again soon: p is aligned to a vector. Such stores are ordered by the atomic
-// increment that every worker's last task ends with.
+// Stores past the caches, for data that is not read again soon. p is aligned to a vector. Such stores are ordered by
+// the atomic increment that every worker's last task ends with.
 inline void stream(float* p, Vec<float> v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
@@ -66,7 +66,7 @@ inline Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 
-// NaN in x is passed over: it shows in the sum that the maximum is subtracted in.
+// Ignores NaN in x: it shows later, in the sum of the exponentials of x - maximum.
 template <class V>
 inline V maximum(V x, V m) {
   return x > m ? x : m;

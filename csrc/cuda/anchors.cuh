@@ -1,10 +1,9 @@
-// Anchors: the mean of a map over each of its masks, and everything that is done with the means alone, a mask at a
-// time.
+// Anchors: the mean of a map over each of its masks, and all computations on the means alone, one mask at a time.
 //
 // pool() leaves the sums of each slice; write_means() adds these up in a fixed order and divides by the area. Between
-// the means and compare() a group of processes sums up the anchors of all ranks. compare() makes of them the terms of
-// the anchor loss, what backward needs (the difference) and what the distances are computed from (anchors of length 1).
-// project() is the way back: from the moments of the distances to the gradient of the student's anchors.
+// the means and compare() a group of processes sums up the anchors of all ranks. compare() computes the terms of the
+// anchor loss, the difference of the anchors (for backward), and the unit anchors (for the distances). project() goes
+// the other way: it computes the gradient of the student's anchors from the moments of the distances.
 //
 // Tables have a row for each mask; rows of empty masks are zero.
 #pragma once
@@ -18,7 +17,7 @@ namespace sea {
 constexpr int kAnchorThreads = 256;
 constexpr int64_t kReduceBytes = 32 * sizeof(double);  // of shared memory, for sum_over_block()
 
-// Vectors no longer than this have no direction. To be tested as n <= kSmallest, so that NaN is not taken for zero.
+// Vectors no longer than this have no direction. Test with n <= kSmallest, so that NaN is not taken for zero.
 constexpr double kSmallest = 1e-12;
 
 template <class T>
@@ -38,8 +37,8 @@ __device__ inline int nonempty_masks(const Masks& masks, int level) {
 
 // ---------------------------------------------------------------------------------------------------- means from sums
 
-// The means of entry `i` over one mask, to entry.anchors; of entries without anchors[1] the student's minus the
-// teacher's. These may be the first of the sums that they are computed from. All threads call it.
+// Writes the means of entry `i` over one mask to entry.anchors. Entries without anchors[1] get the student's minus the
+// teacher's. The output may be the memory of the first of the sums. All threads call it.
 template <class T, class E>
 __device__ inline void write_means(const Pyramid<E>& pyramid, int64_t i, const Masks& masks,
                                    const T* sums,  // [slices + entries, sides, masks, max_channels]
@@ -64,7 +63,7 @@ __device__ inline void write_means(const Pyramid<E>& pyramid, int64_t i, const M
 
 // ------------------------------------------------------------------------------------------------------- unit anchors
 
-// Writes one anchor at length 1, in parts where the type asks for them, and returns 1 / length, or 0 where it has no
+// Writes one anchor at length 1, in parts if the type requires them. Returns 1 / length, or 0 if the anchor has no
 // direction. All threads of the block call it.
 template <class X, class T>
 __device__ inline T write_unit(const T* anchor,  // [channels]; null: zero

@@ -1,6 +1,6 @@
 // The gradient of the student's maps from all losses at once: each map is read once, and its gradient is written once.
 //
-// A pixel receives a gradient from the anchors of its masks (of the anchor loss, and of the distances through the
+// A pixel receives a gradient from the anchors of its masks (from the anchor loss, and from the distances through the
 // student's anchors), from the softmax over positions, and directly from the distances. Maps without distances go
 // through backward(); maps with distances go through distance_backward(), which computes the cosines again, since
 // saving them would take more memory than the maps.
@@ -18,7 +18,7 @@ struct Upstream {
   T distance_exponent, localization_exponent;  // scales of the Exponentials
 };
 
-// What the kernels of this file read for one map besides the map.
+// What the kernels of this file read for one map, besides the map itself.
 struct SavedEntry {
   const void* difference;       // T [masks, pitch] student's anchors - teacher's
   const void* anchor_gradient;  // T [masks, pitch] of the student's anchors; null: none
@@ -33,7 +33,7 @@ struct SavedEntry {
         pitch(pair.table_pitch) {}
 };
 
-// What a pixel of a map receives from its anchors and from the softmax over positions.
+// The gradient that a pixel of a map receives from its anchors and from the softmax over positions.
 template <class T>
 struct Sources {
   const Entry* of = nullptr;

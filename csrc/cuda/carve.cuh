@@ -1,5 +1,6 @@
 // Memory handed out piece by piece, on the host and on the device. A struct of shared memory takes its pieces from a
-// Carver in its constructor: with a null base that counts the bytes of a launch, in a kernel it yields the pointers.
+// Carver in its constructor. With a null base, this counts the bytes that a launch needs. In a kernel, it gives the
+// pointers.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -19,7 +20,7 @@ class Carver {
     return out;
   }
 
-  // What is taken after rewind(used) lies over what was taken since used() had that value.
+  // After rewind(used), new pieces overlap those that were taken since used() had that value.
   __host__ __device__ int64_t used() const { return used_; }
   __host__ __device__ void rewind(int64_t used) { used_ = used; }
 

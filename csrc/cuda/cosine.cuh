@@ -1,6 +1,6 @@
-// anchor_cosine: the cosine of every pixel with every anchor, valid pixel or not, and its gradients. It is the main
-// loop of the distance loss with the cosines stored; their gradient takes the place of the difference of two softmaxes.
-// Everything is computed from float32 or float64 copies of the tiles, whatever the maps are.
+// anchor_cosine: the cosine of every pixel with every anchor, valid pixel or not, and its gradients. It uses the main
+// loop of the distance loss, and stores the cosines. In backward, their gradient takes the place of the difference of
+// two softmaxes. Everything is computed from float32 or float64 copies of the tiles, whatever the dtype of the maps.
 #pragma once
 #include "backward.cuh"
 
@@ -103,9 +103,9 @@ __global__ void __launch_bounds__(kAnchorThreads)
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
-// pairs: the features as students, with cosines; with anchors and for the backward pass with anchor_gradient, [masks,
-// channels] each. Forward writes the cosines, backward (where the pairs have gradients) reads their gradient there. A
-// counting Carver launches nothing.
+// pairs: the features as students, with cosines and with anchors [masks, channels]; for backward also with
+// anchor_gradient [masks, channels]. Forward writes the cosines. Backward (if the pairs have gradients) reads the
+// gradient of the cosines from the same place. A counting Carver launches nothing.
 template <class T>
 void run_cosine(std::vector<Pair> all_pairs, const Masks& masks, int slices, bool backward, Carver& scratch,
                 cudaStream_t stream) {

@@ -6,8 +6,8 @@
 // and D_p = sum_u (e_p / |F|) F are the moments of
 //   da_p = w / temperature (D_p - (D_p . h_p) h_p) / |a_p|.
 //
-// distance() reads the maps once for both: divergence and moments need the same cosines. Only where the anchors do not
-// fit into one chunk, a pixel's softmax is complete after the last chunk, and moments() is a second pass.
+// distance() reads the maps once for both: divergence and moments need the same cosines. If the anchors do not fit into
+// one chunk, a pixel's softmax is complete only after the last chunk, and moments() is a second pass.
 #pragma once
 #include "mainloop.cuh"
 #include "softmax.cuh"
@@ -15,7 +15,8 @@
 namespace sea {
 
 // The softmax of one pixel as it is saved for backward: q = exp(cosine - shift) * scale, of student and teacher. For
-// 16-bit maps the logarithm of the sum is part of the shift, which is accurate enough for them and half the memory.
+// 16-bit maps the logarithm of the sum is part of the shift, which is accurate enough for them and takes half the
+// memory.
 template <class X>
 struct PixelSoftmax {
   using T = Compute<X>;

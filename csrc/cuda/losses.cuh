@@ -1,4 +1,4 @@
-// The losses, step by step: which kernels run, in which order, and where what they hand each other lies.
+// The losses, step by step: which kernels run, in which order, and where their intermediate results lie.
 //
 //   pool:      pool, pool_finish                         maps -> anchors, softmax of the channels
 //   compare:   compare, distance, (moments,) finish      maps, anchors -> losses, gradient of the student's anchors
@@ -10,8 +10,8 @@
 
 namespace sea {
 
-// The pairs of sets of maps with the same number of levels each; losses: flags of each set. Of teacher and gradient
-// there are as many as of student, or none.
+// The pairs of sets of maps, which all have the same number of levels. losses: the loss flags of each set. teacher and
+// gradient have as many maps as student, or none.
 inline std::vector<Pair> make_pairs(const std::vector<Map>& student, const std::vector<Map>& teacher,
                                     const std::vector<Map>& gradient, const std::vector<int64_t>& losses) {
   std::vector<Pair> pairs;
@@ -41,8 +41,8 @@ struct LossOptions {
   int slices;
 };
 
-// Elements of T that the operators hand each other. They follow from shapes alone, and Python computes the same
-// numbers.
+// Numbers of elements of T that the operators pass to each other. They follow from shapes alone, and Python computes
+// the same numbers.
 //   anchors: of each set with distances [2 sides, levels, masks, channels], of others with anchors their difference,
 //     [levels, masks, channels].
 //   saved: of each pair with distances the unit anchors of both sides, of each pair with anchors their difference; then
@@ -58,8 +58,8 @@ struct LossMemory {
   T *anchors = nullptr, *saved = nullptr, *gradients = nullptr, *softmax = nullptr;
 };
 
-// Points the pairs to their shares of memory; what is null is only counted. Without for_backward the pixels' softmax is
-// not saved.
+// Points the pairs to their shares of memory. If the memory is null, its elements are only counted. Without
+// for_backward the pixels' softmax is not saved.
 template <class X>
 LossSizes lay_out(std::vector<Pair>& pairs, int64_t levels, int64_t masks, bool for_backward,
                   LossMemory<Compute<X>> memory = {}) {

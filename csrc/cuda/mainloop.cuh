@@ -1,14 +1,15 @@
 // The main loop of all kernels that compare pixels with anchors: tiles of pixels stream through shared memory, and
 // their cosines with the unit anchors are matrix products.
 //
-// In the terms of a matrix product, M is pixels, N anchors and K channels. A block has one slice of the tiles (block M
-// pixels each); unit anchors of the current map stay in shared memory, block N of them and block K channels at a time,
-// while the next tile loads. Where there are more anchors than block N (several chunks) or more channels than block K
-// (several groups), both are loaded piece by piece. A block writes the gradients of one group only, its own, and visits
-// it last, so that the tile of this group is in shared memory when the cosines are complete.
+// In the terms of a matrix product, M is pixels, N anchors and K channels. A thread block has one slice of the tiles,
+// each of block M pixels. The unit anchors of the current map stay in shared memory, block N anchors and block K
+// channels at a time, while the next tile loads. If there are more anchors than block N (several chunks) or more
+// channels than block K (several groups), both are loaded piece by piece. A thread block writes the gradients of one
+// group only, its own. It visits this group last, so that the group's tile is in shared memory when the cosines are
+// complete.
 //
-// What a kernel does with the cosines of a chunk is a function that it hands to each_chunk(): online softmax
-// (distance.cuh), moments and directions (their gradients), or a store (cosine.cuh).
+// Each kernel passes each_chunk() a function that processes the cosines of a chunk: online softmax (distance.cuh),
+// moments and directions (their gradients), or a store (cosine.cuh).
 #pragma once
 #include "anchors.cuh"
 #include "mma.cuh"
@@ -20,7 +21,7 @@ constexpr int kMainThreads = 256, kMaxBlockN = 64, kMaxBlockK = 256;
 template <class X>
 constexpr int kBlockM = sizeof(X) == 2 ? 32 : 16;
 
-// Unit anchors that are in shared memory at once, and channels.
+// Block N and block K: the unit anchors, and their channels, that are in shared memory at once.
 struct BlockShape {
   int n, k;
 };

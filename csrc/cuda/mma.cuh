@@ -1,15 +1,15 @@
-// Matrix products of a warp, operands in shared memory, 16 x 16 outputs at a time, on the tensor cores for every type
-// that they know (all but float64).
+// Matrix products of a warp, with operands in shared memory and 16 x 16 outputs at a time. All types except float64 use
+// the tensor cores.
 //
-// Tensor cores multiply 16-bit operands or tf32. An operand that was computed would lose accuracy when it is rounded to
-// 16 bits, so it may come in two parts, rounded and rest (x = rounded + rest to 16 bits of mantissa), which are
-// multiplied separately. float32 operands are split into two tf32 parts on the way, which is as exact as float32.
+// Tensor cores multiply 16-bit operands or tf32. A computed operand would lose accuracy if it were rounded to 16 bits,
+// so it may come in two parts, rounded and rest (x = rounded + rest to 16 bits of mantissa), which are multiplied
+// separately. float32 operands are split into two tf32 parts on the way, which is as exact as float32.
 #pragma once
 #include "tile.cuh"
 
 namespace sea {
 
-// An operand: kCount matrices that add up to it. kTransposed: the rows in memory are those of the inner dimension.
+// An operand, as the sum of kCount matrices. kTransposed: the rows in memory are those of the inner dimension.
 template <class X, int kCount, bool kTransposed>
 struct Operand {
   Matrix<X> parts[kCount];

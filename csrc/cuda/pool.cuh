@@ -1,9 +1,9 @@
 // Pooling: masked sums of all maps, and in the same pass over memory the online softmax of the box maps.
 //
 // pool(): a block takes one slice of the tiles, for kPoolChannels channels; a thread has one channel and walks over the
-// pixels. It adds up runs of pixels with the same masks, and adds the sum of each run to every mask of the run: to a
-// row in shared memory, of which kPoolRows masks have one at a time, so that global memory is written once for many
-// tiles. pool_finish(): adds up the slices, for the means a mask at a time, for the softmax 256 channels at a time.
+// pixels. It sums runs of pixels with the same masks, and adds the sum of each run to every mask of the run. The sums
+// of kPoolRows masks at a time are rows in shared memory, so that global memory is written once for many tiles.
+// pool_finish() adds up the slices: the means one mask at a time, the softmax 256 channels at a time.
 #pragma once
 #include "anchors.cuh"
 #include "softmax.cuh"
@@ -14,7 +14,7 @@ constexpr int kPoolChannels = 128, kPoolThreads = kPoolChannels, kPoolRows = 16;
 template <class X>
 constexpr int kPoolPixels = 128 / sizeof(X);
 
-// What lies in shared memory if there is room for it. With very many masks there is not.
+// Tables that lie in shared memory if there is room. With very many masks there is none.
 struct PoolPlacement {
   bool words;  // the bitmasks of the tile; else they are read where the regions have them
   bool rows;   // the row of every mask; else a mask is searched for in the list of those that have rows

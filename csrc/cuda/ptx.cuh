@@ -1,5 +1,5 @@
-// The instructions that C++ has no words for. The emulator of the tests has a file of this name, which does the same on
-// the CPU.
+// The instructions that C++ cannot express. The emulator (tests/emulator) has a file of the same name, which does the
+// same on the CPU.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -43,8 +43,8 @@ __device__ inline void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements: lane i gives the address of row i % 8 (16 bytes, aligned) of matrix i / 8,
-// and gets of each matrix row lane / 4, columns 2 (lane % 4) and the next.
+// Four 8 x 8 matrices of 16-bit elements: lane i gives the address of row i % 8 (16 bytes, aligned) of matrix i / 8.
+// From each matrix it gets columns 2 (lane % 4) and the next, of row lane / 4.
 __device__ inline void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])

@@ -59,9 +59,9 @@ struct Pair : Entry {
   void* softmax;          // T [4, batch, channels] the channels' softmax over positions, saved for backward
 };
 
-// What one launch covers. Its tiles, map by map and image by image, are divided into `slices` of equal length, one for
-// each block. What a block adds up for one entry is stored at index slice + entry, which is a different number for
-// every slice and entry that meet.
+// The maps that one launch covers. Their tiles, map by map and image by image, are divided into `slices` of equal
+// length, one for each block. A block stores its sums for an entry at index slice + entry, which is unique for every
+// slice and entry that meet.
 constexpr int kMaxEntries = 48;
 template <class E>
 struct Pyramid {
@@ -142,7 +142,7 @@ Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int sli
   return make_pyramid<E>(pairs, tile_pixels, slices, [](const Pair&) { return true; });
 }
 
-// Calls f(pairs of one launch) for as many launches as it takes.
+// Calls f(pairs of one launch) for as many launches as are needed.
 template <class F>
 void each_launch(const std::vector<Pair>& pairs, F f) {
   for (size_t i = 0; i < pairs.size(); i += kMaxEntries) {

@@ -1,4 +1,4 @@
-// Reductions in a fixed order: the same bits every time.
+// Reductions in a fixed order, so that results are bitwise reproducible.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -1,7 +1,7 @@
 // Regions from boxes: the categories present, a bitmask for every pixel, areas; bit for bit the same as on the CPU.
 //
 // Three launches (more where lists are long): categories, masks, areas. Nothing waits for the host: launches are sized
-// by shapes, and how many categories there are stays on the device, where the kernels read it.
+// by shapes, and the number of categories stays on the device, where the kernels read it.
 #pragma once
 #include <cuda/launch.h>
 #include <map.h>
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_con
         mark(2 + 2 * box.rank, box.columns & ~center);
       }
     };
-    // The first words hold the background, which all boxes have a say in; later words need those with bits in them.
+    // The first words hold the background, which every box affects. Later words need only the boxes with bits in them.
 #pragma unroll 1
     for (int ignored = 0; ignored < (first == 0 ? 2 : 1); ++ignored) {
       const BoxList<T>& list = params.lists[ignored];

@@ -1,9 +1,9 @@
 // Localization: the softmax of each channel over the positions of its image.
 //
-// It needs no pass over memory of its own. pool() keeps an online softmax of each channel while it has the tile in
-// shared memory (FlashAttention's: where a larger maximum comes, what was summed up so far is rescaled), with the
-// teacher's weighted sum of differences beside it, from which the divergence follows. Each slice leaves what it has;
-// merge_softmax() puts the slices together, and backward computes the gradient from maximum and sum.
+// It needs no extra pass over memory. pool() updates an online softmax of each channel while it has the tile in shared
+// memory. As in FlashAttention, the sums so far are rescaled when a larger maximum is found. pool() also keeps the
+// teacher's weighted sum of differences, which gives the divergence. Each slice stores its state, merge_softmax()
+// combines the slices, and backward computes the gradient from the maximum and the sum.
 #pragma once
 #include "reduce.cuh"
 #include "runs.cuh"
@@ -11,8 +11,8 @@
 
 namespace sea {
 
-// Of student and teacher the maximum and the sum of exponentials; and the teacher's weighted sum of differences. Maxima
-// and differences are those of the maps, before the temperature: as such, subtracting them is exact.
+// The maximum and the sum of exponentials of student and teacher, and the teacher's weighted sum of differences. Maxima
+// and differences are those of the maps, before the temperature is applied, so that subtracting them is exact.
 template <class X>
 struct OnlineSoftmax {
   using T = Compute<X>;

@@ -2,7 +2,7 @@
 //
 // A tile keeps the order of its map: a row for each channel (NCHW) or a row for each pixel (channels_last), so that
 // both are copied asynchronously, 16 bytes at a time where the strides allow it. The chunks of 16 bytes are swizzled
-// within their row: the tensor cores read 8 rows at one column, and these then lie in different banks.
+// within their row, so that the 8 rows that the tensor cores read at one column lie in different banks.
 #pragma once
 #include <cuda/ptx.cuh>
 

@@ -1,4 +1,4 @@
-// Elements: the types of maps, widened to what is computed in and narrowed back; 16 bytes of them at once.
+// Elements of maps: widened to the type that is computed in and narrowed back, 16 bytes at a time.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,7 +10,7 @@
 
 namespace sea {
 
-// What maps of X are computed in.
+// The type that maps of X are computed in.
 template <class X>
 using Compute = std::conditional_t<std::is_same_v<X, double>, double, float>;
 
@@ -29,7 +29,8 @@ __device__ inline X narrow(T x) {
     return static_cast<X>(x);
 }
 
-// In how many parts a computed value is stored in X: rounded, and for 16-bit types also the rest (value - rounded).
+// The number of parts in which a computed value is stored as X: the rounded value, and for 16-bit types also the rest
+// (value - rounded).
 template <class X>
 constexpr int kParts = sizeof(X) == 2 ? 2 : 1;
 
@@ -102,7 +103,7 @@ struct Exponential {
 };
 
 __host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-// How many of `left` things (maybe less than none) fit into a block of `most`.
+// How many of `left` items (which may be negative) fit into a block of `most`.
 __host__ __device__ inline int part_of(int64_t left, int most) {
   return static_cast<int>(left < 0 ? 0 : left < most ? left : most);
 }

@@ -60,8 +60,8 @@ double anchor_loss(const std::vector<int32_t>& present, int64_t channels,
   return present.empty() || channels == 0 ? 0 : sum / static_cast<double>(present.size() * channels);
 }
 
-// What a pixel receives from each mask it is in: the gradient of the mask's anchor over its area. The gradient is that
-// of the anchor loss, and the distance loss's that passes through the anchors.
+// The gradient that a pixel receives from each mask it is in: the gradient of the mask's anchor divided by the mask's
+// area. It comes from the anchor loss, and from the distance loss through the anchors.
 template <class T>
 void anchor_gradients(const std::vector<int32_t>& present, int64_t channels,
                       const float* area,       // [P]

@@ -1,5 +1,5 @@
-// Which instruction set runs, and the report of what was built. SEA_BUILD_INFO: what setup.py says of CUDA, members in
-// JSON.
+// Which instruction set runs, and the report of what was built. SEA_BUILD_INFO: what setup.py says about CUDA, as
+// members of a JSON object.
 #include <cpu/kernels.h>
 #include <torch/csrc/stable/library.h>
 

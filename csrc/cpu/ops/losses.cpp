@@ -2,9 +2,9 @@
 //
 // pool: anchors of student and teacher, and the localization loss, from one pass over the maps.
 // compare: the anchor loss from the anchors, and the distance loss from a second pass over its maps, which also sums up
-// the gradient of the anchors. Between the two the ranks of a group add up their anchors.
-// sea_loss is both. It takes one set after the other through all steps, so that what they need in between is held for
-// one set alone and is still near the processor.
+// the gradient of the anchors. Between the two, the ranks of a group add up their anchors.
+// sea_loss is both. It takes one set after the other through all steps, so that intermediate results are held for one
+// set only and are still in the cache.
 #include "losses.h"
 
 namespace sea {
@@ -15,7 +15,7 @@ struct Totals {
   double anchor = 0, distance = 0, localization = 0;
 };
 
-// The tensors that hold what is saved, as far as it is; `needed` elements where it is.
+// A tensor that is saved for backward: of `needed` elements, or empty where it is not saved.
 template <class T>
 Tensor make_saved(const char* name, int64_t elements, int64_t needed) {
   check_elements(name, elements, needed, true);

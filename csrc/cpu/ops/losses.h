@@ -1,4 +1,4 @@
-// What forward and backward of the losses share: sets of maps, and where each keeps what is saved for backward.
+// Shared by forward and backward of the losses: sets of maps, and the layout of the tensors saved for backward.
 #pragma once
 #include "anchors.h"
 
@@ -34,8 +34,8 @@ inline std::vector<Set> make_sets(const std::vector<Tensor>& student, const std:
   return sets;
 }
 
-// Where the share of each set lies in the tensors that all sets share, one set after the other; and their sizes. They
-// depend on shapes alone; sea_kernels computes the same in Python.
+// The place of each set in the tensors that all sets share, one set after the other, and the sizes of these tensors.
+// They depend on shapes alone. Python computes the same sizes (sea_kernels/native/saved.py).
 struct SavedLayout {
   struct Offsets {
     // saved: the coefficients of the distances, then the anchors of both sides. Both have a row more than there are
@@ -117,7 +117,7 @@ std::vector<Distance<T>> make_distances(const Set& set, const Masks& masks, cons
   return out;
 }
 
-// Gradients of the losses; one that nothing was computed from has none.
+// Gradients of the losses. A loss that nothing was computed from has none.
 struct Upstream {
   std::optional<Tensor> anchor, distance, localization;
 };

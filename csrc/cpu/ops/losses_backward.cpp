@@ -1,5 +1,5 @@
 // The gradient of the student's maps from all losses at once, one set after the other: each map is read once and its
-// gradient written once. What forward did not save is computed again.
+// gradient written once. Anchors and coefficients that forward did not save are computed again.
 #include "losses.h"
 
 namespace sea {

@@ -1,4 +1,4 @@
-// Memory from torch's allocator: outputs, and what a call needs until it returns.
+// Memory from torch's allocator: outputs, and buffers that a call needs until it returns.
 #pragma once
 #include <tensors.h>
 

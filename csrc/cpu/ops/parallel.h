@@ -1,5 +1,5 @@
-// Work in torch's thread pool: tasks, and the blocks of pixels that most of them are. Work is cut by the size of the
-// maps, never by the number of threads, so that the results do not depend on it.
+// Work in torch's thread pool: tasks, most of which are blocks of pixels. Work is cut by the size of the maps, never by
+// the number of threads, so that the results do not depend on it.
 #pragma once
 #include <cpu/kernels.h>
 

@@ -44,7 +44,7 @@ Tensor anchor_pool(std::vector<Tensor> features, std::vector<Tensor> regions) {
   return with_compute_type(any_double(features), [&](auto zero) { return pool<decltype(zero)>(levels, masks); });
 }
 
-// The maps lend their shapes, strides and dtype alone.
+// Only the shapes, strides and dtype of the maps are used.
 std::vector<Tensor> anchor_pool_backward(Tensor gradient, std::vector<Tensor> features, std::vector<Tensor> regions) {
   std::vector<Tensor> out;
   for (const Tensor& map : features) out.push_back(make_gradient(map));

@@ -1,4 +1,4 @@
-// anchor_cosine: tensors to pointers, and torch's memory.
+// The operators of anchor_cosine: they turn tensors into pointers and allocate memory with torch.
 #include <cuda/cosine.cuh>
 #include <cuda/losses.cuh>
 
@@ -7,8 +7,8 @@
 namespace sea {
 namespace {
 
-// Forward: cosines is written. Backward, with gradients of the features and of the anchors to write: it is their
-// gradient.
+// Forward writes `cosines`. In backward, which writes the gradients of the features and of the anchors, `cosines` holds
+// the gradient of the cosines.
 template <class T>
 void run(const std::vector<Tensor>& features, const Tensor& anchors, const std::vector<Tensor>& regions,
          const std::vector<Tensor>& cosines, const std::vector<Tensor>& gradients, const Tensor* anchor_gradient) {

@@ -1,4 +1,4 @@
-// The losses, fused: tensors to pointers, and torch's memory.
+// The operators of the fused losses: they turn tensors into pointers and allocate memory with torch.
 #include <cuda/losses.cuh>
 
 #include "tensors.h"
@@ -12,7 +12,7 @@ Tensor make_saved(const char* name, int64_t elements, int64_t needed, ScalarType
   return make({elements}, type, like);
 }
 
-// What all operators are handed, and what the forward ones allocate.
+// The arguments of all operators, and the tensors that the forward operators allocate.
 struct Call {
   const std::vector<Tensor>&student, &teacher;
   const std::vector<int64_t>& losses;
@@ -51,7 +51,7 @@ Outputs forward(const Call& call, Steps steps, double distance_temperature, doub
       steps == Steps::pool ? empty()
                            : make_saved("gradient_elements", elements.gradients, needed.gradients, type, like),
       steps == Steps::compare ? empty() : make_saved("softmax_elements", elements.softmax, needed.softmax, type, like)};
-  // What is not saved is needed all the same until the call ends.
+  // Tensors that are not saved are still needed until the call ends.
   const Tensor own_saved = steps != Steps::pool && !save ? make({needed.saved}, type, like) : out.saved;
   const Tensor own_softmax =
       steps != Steps::compare && elements.softmax == 0 ? make({needed.softmax}, type, like) : out.softmax;

@@ -1,4 +1,4 @@
-// anchor_pool: tensors to pointers, and torch's memory.
+// The operators of anchor_pool: they turn tensors into pointers and allocate memory with torch.
 #include <cuda/losses.cuh>
 
 #include "tensors.h"
@@ -24,7 +24,7 @@ Tensor anchor_pool(std::vector<Tensor> features, std::vector<Tensor> regions) {
   });
 }
 
-// The features lend their shapes, strides and dtype only.
+// Only the shapes, strides and dtype of the features are used.
 std::vector<Tensor> anchor_pool_backward(Tensor gradient, std::vector<Tensor> features, std::vector<Tensor> regions) {
   const OnDevice on(gradient);
   const Masks masks = make_masks(regions);

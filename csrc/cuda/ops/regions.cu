@@ -1,4 +1,4 @@
-// From boxes on a GPU to regions.
+// The operator rasterize: regions from boxes on a GPU.
 #include <cuda/regions.cuh>
 
 #include "tensors.h"

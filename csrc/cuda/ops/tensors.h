@@ -1,4 +1,4 @@
-// From torch's tensors to what the host functions of the CUDA kernels are given.
+// Converts torch's tensors to the arguments of the CUDA kernels' host functions.
 #pragma once
 #include <cuda/device.h>
 #include <tensors.h>
@@ -24,8 +24,8 @@ inline std::vector<Tensor> make_gradients(const std::vector<Tensor>& maps) {
   return out;
 }
 
-// Calls f with a zero of the type that maps have in shared memory: their own if all have the same, else the type
-// computed in.
+// Calls f with a zero of the type that maps have in shared memory: their own type if it is the same for all, else the
+// type that is computed in.
 template <class F>
 auto with_held_type(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher, F f) {
   const ScalarType type = student[0].scalar_type();
