@@ -14,8 +14,8 @@ say = @echo "=== $(1)"
 .PHONY: test bench lint format clean
 
 test: install-test
-	$(call say,Running the tests)
-	@$(VENV)/bin/pytest -q $(PYTEST_ARGS) tests
+	$(call say,Running the tests: about ten minutes on two cores)
+	@$(VENV)/bin/pytest -q -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS) tests
 
 bench: install-benchmark
 	$(call say,Running the benchmark: about three minutes on two cores)
@@ -33,7 +33,7 @@ install-%: | $(VENV)/bin/python
 # By the build backend itself, because pip would hide the compiler's progress.
 .PHONY: $(VENV)/wheel
 $(VENV)/wheel:
-	$(call say,Compiling the kernels: a minute; with nvcc ten or more)
+	$(call say,Compiling the kernels: a minute; with nvcc some more)
 	@rm -rf build/lib* $@ && mkdir $@
 	@$(VENV)/bin/python -c 'import build_backend; build_backend.build_wheel("$@", {"--global-option": ["-q"]})'
 

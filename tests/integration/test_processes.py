@@ -256,8 +256,8 @@ def test_ranks_that_differ_get_the_same_error(tmp_path):
         "device": ("device", "cuda", "cpu"),
         "channels of anchor_pool": ("channels", "8", "24"),
         "backend": ("the call", "Regions of the reference backend", "Regions of the native backend"),
-        "channels of the reference": ("channels[0]", "8", "24"),
-        "channels of the compiled reference": ("channels[0]", "8", "24"),
+        "channels of the reference": ("channels", "8", "24"),
+        "channels of the compiled reference": ("channels", "8", "24"),
         "channels": ("channels[0]", "8", "24"),
         "dtype": (
             "the call",
