@@ -142,6 +142,9 @@ def test_sizes_of_what_is_saved(dtypes, detach, kernels):
     assert (sizes[1] == 0) == detach
     given = *maps, losses, regions.tensors(), 0.1, 1.0
     assert [x.numel() for x in torch.ops.sea_kernels.sea_loss(*given, *sizes)[3]] == sizes
+    if not detach:
+        with pytest.raises(RuntimeError, match=r"gradient_elements without saved_elements is \d+; expected 0"):
+            torch.ops.sea_kernels.sea_loss(*given, 0, *sizes[1:])
     for i in range(3):
         for wrong in (sizes[i] - 1, sizes[i] + 1):
             with pytest.raises(RuntimeError, match=r"_elements is -?\d+; expected "):
