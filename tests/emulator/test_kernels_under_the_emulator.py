@@ -176,12 +176,12 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator t
         "const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count;",
         "const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count + 1;",
     ),
-    "operator, stride: the bitmasks have one word more than there are": (
+    "operator, stride: the anchors of a level lie over those of the level before": (
         "pool",
         "anchor_pool",
-        "cuda/ops/tensors.h",
-        "divide_up(masks, 32)",
-        "divide_up(masks + 32, 32)",
+        "cuda/ops/pool.cu",
+        "data<T>(anchors) + pair.level * masks.masks * pair.channels",
+        "data<T>(anchors) + pair.level * pair.channels",
     ),
     "operator, size: the areas have one mask less than there are": (
         "regions",
