@@ -204,8 +204,8 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator t
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
 def test_the_emulator_sees_mistakes(mutation, kernels):
     source, variant, *edit = mutation
-    regions = make_regions(levels=2, number=60, num_classes=40, shapes=[(20, 28), (5, 5)], strides=[8, 40])
-    assert (regions.classes >= 0).sum() > 16  # more masks than one word has bits
+    # All anchors fit into one chunk: else the barriers around the next chunk would stand in for a missing one.
+    regions = make_regions(levels=2, shapes=[(20, 28), (5, 5)], strides=[8, 40])
     try:
         mutated = operators.install(sources=[source], edits=[edit])
         failed = []
