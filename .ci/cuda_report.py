@@ -25,7 +25,7 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120", "compute_80"]  # compute:
 MATRIX_KERNELS = ["distance", "moments", "distance_backward"]
 MULTIPLY = {  # by a kernel's first template argument: the products that it must have, then others that it may have
     "__nv_bfloat16": ["F32.BF16"],
-    "__half": ["F32", "F32.BF16"],  # factors that are computed are bfloat16
+    "__half": ["F32", "F32.BF16"],  # operands that are computed are bfloat16
     "float": ["F32.TF32"],
 }
 COLUMNS = ["registers", "stack", "stored", "loaded", "shared", "constants", "HMMA", "LDGSTS.128"]

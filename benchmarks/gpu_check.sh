@@ -94,9 +94,7 @@ install() { # into a folder of its own; carried wheels of other packages where t
 kernels() { # what was built; on a GPU every operator must have a kernel
   "$python" -m sea_kernels && "$python" - "${1-}" <<'EOF'
 import sys, torch
-from sea_kernels import backends
 from sea_kernels.native import library, schemas
-from sea_kernels.native import saved as sizes_of_saved
 missing = [name for name in schemas.OPERATORS if not library.has_kernel(name, "CPU" if sys.argv[1] else "CUDA")]
 assert sys.argv[1] or torch.cuda.is_available(), "torch sees no GPU"
 assert not missing, f"no kernel: {missing}"

@@ -1,5 +1,6 @@
 // Converts torch's tensors to the arguments of kernels, on every kind of device.
 #pragma once
+#include <dlfcn.h>
 #include <map.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,9 +14,6 @@
 #include <string>
 #include <tuple>
 #include <vector>
-
-// From torch 2.13 on: why the last call of this thread failed. Null before.
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace sea {
 
@@ -94,7 +92,11 @@ inline bool is_dense(const Tensor& tensor) {
 // ------------------------------------------------------------------------------------------------------------- memory
 
 [[noreturn]] __attribute__((noinline, cold)) inline void fail_allocation(int64_t bytes, const char* error) {
-  const auto what = torch_exception_get_what_without_backtrace;
+  // From torch 2.13 on: why the last call of this thread failed. It is looked up, because even a weak reference would
+  // make that the oldest torch of the library.
+  void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* found = library ? dlsym(library, "torch_exception_get_what_without_backtrace") : nullptr;
+  const auto what = reinterpret_cast<const char* (*)()>(found);
   throw std::runtime_error("sea_kernels: cannot allocate " + std::to_string(bytes) +
                            " bytes: " + (what ? what() : error));
 }

@@ -45,7 +45,7 @@ def center_ratio(value: object) -> float:
 
 def temperature(name: str, value: object) -> float:
     """A Python number from 1e-6 to 1e6."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not is_number(value):
         raise TypeError(f"{name} is a {_type(value)}; expected a number")
     if not 1e-6 <= value <= 1e6:  # beyond, scaled features leave the range of float32
         raise ValueError(f"{name} is {value}; expected a number from 1e-6 to 1e6")

@@ -119,6 +119,39 @@ def test_operators_for_localization_without_regions(device):
     opcheck("sea_loss_backward", None, None, one, *maps, saved, 0.1, 2.0)
 
 
+@pytest.mark.parametrize("change", [-1, 1])
+def test_other_sizes_of_what_is_saved_are_refused(change, device):
+    """Python computes them, for sets with every combination of losses."""
+    regions, losses = make_regions(device, levels=2), [3, 7, 5, 1, 4]
+    masks, one = regions.area.shape[1], torch.ones((), device=device)
+    student, teacher = (
+        [x for c in (40, 24, 7, 8, 9) for x in make_maps(regions.level_shapes, 2, c, seed, F32, device)]
+        for seed in (1, 2)
+    )
+    call = (student, teacher, losses, regions.tensors())
+    sizes = sizes_of_saved.elements(student, teacher, losses, masks, False, (1000, 1))
+    pooled = sizes_of_saved.anchor_elements(student, losses, masks), sizes.softmax
+    saved = torch.ops.sea_kernels.sea_loss(*call, 0.1, 1.0, *sizes)[3]
+    assert [x.numel() for x in saved] == list(sizes)
+    anchors = torch.ops.sea_kernels.sea_loss_pool(*call, 1.0, *pooled)[0]
+
+    def wrong(good, i):
+        """The numbers, or the numbers of elements of the tensors, but for one."""
+        other = good[i] + change if isinstance(good[i], int) else one.new_zeros(good[i].numel() + change)
+        return [*good[:i], other, *good[i + 1 :]]
+
+    calls = [
+        *(("sea_loss", *call, 0.1, 1.0, *wrong(sizes, i)) for i in range(3)),
+        *(("sea_loss_pool", *call, 1.0, *wrong(pooled, i)) for i in range(2)),
+        *(("sea_loss_compare", *call, anchors, 0.1, *wrong(sizes[:2], i)) for i in range(2)),
+        ("sea_loss_compare", *call, *wrong([anchors], 0), 0.1, *sizes[:2]),
+        *(("sea_loss_backward", one, one, one, *call, wrong(saved, i), 0.1, 1.0) for i in range(3)),
+    ]
+    for name, *arguments in calls:
+        with pytest.raises(RuntimeError, match=r"sea_kernels: .* is \d+; expected \d+"):
+            getattr(torch.ops.sea_kernels, name)(*arguments)
+
+
 def test_every_operator_has_a_kernel_and_a_fake(device):
     for name in schemas.OPERATORS:
         assert library.has_kernel(name, device.upper()), name

@@ -123,6 +123,10 @@ void losses_backward(std::vector<Set> sets, const std::vector<Map>& gradients, c
                      const Masks& masks, const Saved& saved, double distance_temperature,
                      double localization_temperature, bool wide) {
   const SavedLayout layout(sets, masks.count());
+  check_elements("saved[0]", saved.saved.numel(), layout.saved, true);
+  check_elements("saved[1]", saved.gradients.numel(), layout.gradients, true);
+  check_elements("saved[2]", saved.softmax.numel(), layout.softmax, false);
+  if (saved.anchors) check_elements("saved[3]", saved.anchors->numel(), layout.pooled, false);
   const int64_t given = (upstream.anchor ? kAnchor : 0) | (upstream.distance ? kDistance : 0) |
                         (upstream.localization ? kLocalization : 0);
   with_compute_type(wide, [&](auto zero) {
