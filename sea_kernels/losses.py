@@ -57,8 +57,8 @@ def anchor_pool(backend: Backend, features: Sequence[Tensor], regions: Regions) 
     check_fit("regions", regions, "features", [features])
     if regions.group is not None:
         call = f"anchor_pool of the {backend.name} backend in {checks.compute_dtype(features)}"
-        regions = regions.consistent(call, {"channels": features[0].shape[1]})
-    return regions.sum(backend.anchor_pool(features, regions))
+        regions = regions._consistent(call, {"channels": features[0].shape[1]})
+    return regions._sum(backend.anchor_pool(features, regions))
 
 
 @on_current_backend
@@ -282,11 +282,11 @@ def _losses(
     if regions is None or regions.group is None:
         return SEALoss(*backend.losses(student, teacher, regions, options))
     dtype = checks.compute_dtype(*student, *teacher)
-    regions = regions.consistent(
+    regions = regions._consistent(
         f"sea_loss of the {backend.name} backend with the loss flags {list(options.losses)} in {dtype}",
         {f"channels[{i}]": maps[0].shape[1] for i, maps in enumerate(student)}
         | {"detach_anchors": int(options.detach_anchors)},
         {name: getattr(options, name) for name in ("distance_temperature", "localization_temperature")},
     )
     anchor, distance, localization = backend.losses(student, teacher, regions, options)
-    return SEALoss(anchor, *regions.share(distance, localization))
+    return SEALoss(anchor, *regions._share(distance, localization))

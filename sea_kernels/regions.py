@@ -84,7 +84,7 @@ class Regions:
 
     # ------------------------------------------------------------------------------------------------- what ranks share
 
-    def consistent(self, call: str, integers: dict[str, int], numbers: dict[str, float] | None = None) -> "Regions":
+    def _consistent(self, call: str, integers: dict[str, int], numbers: dict[str, float] | None = None) -> "Regions":
         """The same regions, after the ranks have checked that they all make this call with the same arguments.
 
         The result depends on the check, so that compiled code cannot remove the check.
@@ -94,14 +94,14 @@ class Regions:
         token = ranks.compare(self.group, self.area, call, integers, numbers or {})
         return replace(self, area=self.area + token)
 
-    def sum(self, x: Tensor) -> Tensor:
+    def _sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks, differentiable.
 
         Each rank divides what it pools by the area of all ranks, so that the sum of its anchors is the mean.
         """
         return ranks.differentiable_sum(x, self.group)
 
-    def share(self, distance: Tensor, localization: Tensor) -> tuple[Tensor, Tensor]:
+    def _share(self, distance: Tensor, localization: Tensor) -> tuple[Tensor, Tensor]:
         """The losses of this rank's pixels and images, scaled so that their mean over the ranks is the batch's loss.
 
         `distance` is divided by the valid pixels of all ranks, `localization` by the images of this rank.

@@ -8,7 +8,7 @@ from .. import losses as public
 from ..losses import SEALoss
 from ..regions import Regions
 from . import losses as specification
-from .raster import mask_rasterizer, rasterize, rasterizer
+from .raster import mask_rasterizer, rasterizer
 
 __all__ = [
     "Regions",
@@ -17,7 +17,6 @@ __all__ = [
     "anchor_loss",
     "anchor_pool",
     "localization_alignment_loss",
-    "rasterize",
     "sea_loss",
     "topological_distance_loss",
 ]

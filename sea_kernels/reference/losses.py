@@ -42,7 +42,7 @@ def losses(
         masks = masks or _masks(regions, dtype)
         s, t = _pixels(s, masks, dtype), _pixels(t, masks, dtype)
         # Pool, sum over the ranks, compare.
-        anchors_s, anchors_t = regions.sum(_pool(s, masks, regions)), regions.sum(_pool(t, masks, regions))
+        anchors_s, anchors_t = regions._sum(_pool(s, masks, regions)), regions._sum(_pool(t, masks, regions))
         if flags & ANCHOR:
             anchor = anchor + _anchor_term(anchors_s, anchors_t, regions)
         if flags & DISTANCE:

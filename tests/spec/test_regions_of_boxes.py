@@ -190,7 +190,7 @@ def test_unchecked_bad_rows_are_skipped(row, backend, device):
         return by_reference(*args)
 
     def by_reference(*args):
-        return reference.rasterize(RasterInput(*args, None, [], 2, [6, 8], [8.0, 8.0], 5, 0.5))
+        return reference.raster.rasterize(RasterInput(*args, None, [], 2, [6, 8], [8.0, 8.0], 5, 0.5))
 
     def flat(found):
         """The reference's masks of each level among the other tensors."""
