@@ -1,4 +1,4 @@
-"""The examples in sea_kernels/README.md, each run as it stands there."""
+"""The examples in both READMEs for users, each run as it stands there."""
 
 import ast
 import math
@@ -9,6 +9,7 @@ from pathlib import Path
 import programs
 import pytest
 import torch
+from cases import make_maps
 from detectors import (
     mmdet_batch,
     mmdet_config,
@@ -21,11 +22,12 @@ from toy_detector import Toy, batch
 
 import sea_kernels as sk
 
-README = Path(__file__).parents[2] / "sea_kernels" / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
 def example(name):
-    return re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", README.read_text(), re.S)[1]
+    text = (ROOT / "README.md").read_text() + (ROOT / "sea_kernels" / "README.md").read_text()
+    return re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", text, re.S)[1]
 
 
 def moved(model, before):
@@ -46,6 +48,20 @@ def test_the_example_of_plain_pytorch(tmp_path, monkeypatch):
     towers = {f"head.{name}.weight" for name in ("cls_tower.0", "cls_tower.2", "box_tower.0", "predict")}
     assert towers | {"backbone.0.weight"} <= set(moved(student, before)) and names["distiller"].step == 2
     Toy().load_state_dict(torch.load("student.pth"))
+
+
+def test_the_example_of_the_losses_alone():
+    shapes = [(math.ceil(160 / s), math.ceil(224 / s)) for s in (8, 16, 32, 64, 128)]
+    cls, box = make_maps(shapes), make_maps(shapes, channels=24, seed=1)
+    names = {
+        "sk": sk, "student_cls": [x.requires_grad_() for x in cls], "teacher_cls": make_maps(shapes, seed=2),
+        "student_box": box, "teacher_box": make_maps(shapes, channels=24, seed=3), "image_sizes": [(160, 224)] * 2,
+        "boxes": [torch.tensor([[8.0, 8.0, 90.0, 70.0]])] * 2, "labels": [torch.tensor([3]), torch.tensor([79])],
+        "detection_loss": 1.0, "alpha": 0.02, "beta": 0.02, "gamma": 0.02,
+    }  # fmt: skip
+    exec(example("losses"), names)
+    names["loss"].backward()
+    assert all(x.grad.abs().sum() > 0 for x in cls)
 
 
 @pytest.mark.processes
@@ -72,6 +88,14 @@ def test_the_example_of_several_processes(tmp_path):
         assert list(first)[-3:] == list(second)[-3:] == names
         assert all(math.isfinite(x) and x > 0 for losses in (first, second) for x in losses.values())
         assert [first[n] == second[n] for n in names] == [True, False, False]
+
+
+def test_the_example_of_two_lines_in_a_trainer():
+    student, teacher = torchvision_detector("FCOS").train(), torchvision_detector("FCOS", 50, seed=1)
+    before = snapshot(student)
+    names = {"torch": torch, "student": student, "teacher": teacher, "data_loader": [torchvision_batch("FCOS")]}
+    exec(example("trainer"), names)
+    assert moved(student, before) and names["distiller"].step == 1
 
 
 def test_the_example_of_torchvision():
