@@ -66,8 +66,10 @@ def load(name, sources, sanitize=False, defines=(), edits=None, races=False, pla
     """
     if sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         raise BuildError("sanitize=True needs a process started with build.sanitizer_environment()")
-    torch = Path(importlib.util.find_spec("torch").origin).parent
-    includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{_pybind11()}", "-isystem", f"{torch}/include"]
+    import torch  # and with it the library that modules are linked to
+
+    installed = Path(torch.__file__).parent
+    includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{_pybind11()}", "-isystem", f"{installed}/include"]
     flags = FLAGS + [f"-D{define}" for define in defines]
     flags += ["-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else []
     flags += ["-DRACES"] if races else []
@@ -85,7 +87,13 @@ def load(name, sources, sanitize=False, defines=(), edits=None, races=False, pla
         jobs += [(HERE / source, [*flags, *unchecked, "-O0"]) for source in plain]
         jobs += [(source, [*flags, *unchecked, "-O3"]) for source in runtime]
         link = ["-fsanitize=address"] if sanitize else []
-        link += ["-lboost_context", "-Wl,--as-needed", f"-L{torch}/lib", "-ltorch_cpu", "-Wl,--no-undefined-version"]
+        link += [
+            "-lboost_context",
+            "-Wl,--as-needed",
+            f"-L{installed}/lib",
+            "-ltorch_cpu",
+            "-Wl,--no-undefined-version",
+        ]
         with open(CACHE / "lock", "w") as lock:  # of several processes that want the same, one compiles it
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not library.exists():

@@ -284,7 +284,7 @@ def test_edits():
     with pytest.raises(build.BuildError, match="#error edited"):
         load(edits=[("map.h", "#pragma once", "#error edited")])
     for old in "no such text", "int64_t":
-        with pytest.raises(build.BuildError, match=r"pyramid\.h has \d+ times, not once"):
+        with pytest.raises(build.BuildError, match=r"map\.h has \d+ times, not once"):
             load(edits=[("map.h", old, "")])
 
 
