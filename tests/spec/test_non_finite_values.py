@@ -1,5 +1,6 @@
 """NaN and infinity come out where they went in, pixels of no mask are not read, and zero norms have no direction."""
 
+import functools
 import math
 
 import oracle
@@ -35,19 +36,26 @@ def losses(inputs, regions):
     return {name: run(name, inputs, regions) for name in VARIANTS if name != "anchor_cosine"}
 
 
+@functools.cache
+def finite(device, backend, number, channels, layout):
+    """(regions, inputs, their losses), the same for every test that puts something into the inputs."""
+    regions = make_regions(device, number, levels=2, num_classes=20)
+    inputs = make_inputs(regions, channels, 19, device=device).layout(layout)
+    return regions, inputs, losses(inputs, regions)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 @pytest.mark.parametrize("kind", ["counted", "crowd", "beyond"])
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_nan_shows_where_it_counts_and_nowhere_else(who, kind, layout, backend, device):
     """Loss and gradient, for every way through the code: what backward needs is saved, or computed again."""
     for number, channels, level in ((3, 96, 0), (3, 96, 1), (30, 24, 0)):
-        regions = make_regions(device, number, levels=2, num_classes=20)
-        clean = make_inputs(regions, channels, 19, device=device).layout(layout)
+        regions, clean, wanted = finite(device, backend, number, channels, layout)
         dirty = clean.map(torch.clone)
         for maps in (dirty.cls, dirty.box) if who == "student" else (dirty.cls_teacher, dirty.box_teacher):
             b, y, x = pixels(regions, level)[kind]
             maps[0][level][b, 1, y, x] = nan
-        wanted, got = losses(clean, regions), losses(dirty, regions)
+        got = losses(dirty, regions)
         for name in got:
             (outputs, gradients), (clean_outputs, clean_gradients) = got[name], wanted[name]
             parts = list(zip(outputs, clean_outputs))
