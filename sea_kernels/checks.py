@@ -52,18 +52,22 @@ def temperature(name: str, value: object) -> float:
     return float(value)
 
 
+def _height_and_width(name: str, pair: object, least: int) -> None:
+    if not isinstance(pair, (list, tuple)):
+        raise TypeError(f"{name} is a {_type(pair)}; expected (height, width)")
+    if len(pair) != 2:
+        raise ValueError(f"{name} has {len(pair)} entries; expected (height, width)")
+    integer(f"{name}[0]", pair[0], least)
+    integer(f"{name}[1]", pair[1], least)
+
+
 def level_shapes(shapes: object) -> tuple[tuple[int, int], ...]:
     if not isinstance(shapes, (list, tuple)):
         raise TypeError(f"level_shapes is a {_type(shapes)}; expected a list of (height, width)")
     if len(shapes) == 0:
         raise ValueError("level_shapes is empty; expected (height, width) of every level")
     for i, shape in enumerate(shapes):
-        if not isinstance(shape, (list, tuple)):
-            raise TypeError(f"level_shapes[{i}] is a {_type(shape)}; expected (height, width)")
-        if len(shape) != 2:
-            raise ValueError(f"level_shapes[{i}] has {len(shape)} entries; expected (height, width)")
-        integer(f"level_shapes[{i}][0]", shape[0], 1)
-        integer(f"level_shapes[{i}][1]", shape[1], 1)
+        _height_and_width(f"level_shapes[{i}]", shape, 1)
     return tuple((h, w) for h, w in shapes)
 
 
@@ -137,12 +141,7 @@ def image_sizes(sizes: object, batch_size: int, device: torch.device, like: str)
     if len(sizes) != batch_size:
         raise ValueError(f"image_sizes has {len(sizes)} entries; expected {batch_size}, one for each image")
     for b, size in enumerate(sizes):
-        if not isinstance(size, (list, tuple)):
-            raise TypeError(f"image_sizes[{b}] is a {_type(size)}; expected (height, width)")
-        if len(size) != 2:
-            raise ValueError(f"image_sizes[{b}] has {len(size)} entries; expected (height, width)")
-        integer(f"image_sizes[{b}][0]", size[0], 0)
-        integer(f"image_sizes[{b}][1]", size[1], 0)
+        _height_and_width(f"image_sizes[{b}]", size, 0)
     return None, [n for size in sizes for n in size]
 
 

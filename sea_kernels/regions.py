@@ -85,12 +85,10 @@ class Regions:
     # ------------------------------------------------------------------------------------------------- what ranks share
 
     def _consistent(self, call: str, integers: dict[str, int], numbers: dict[str, float] | None = None) -> "Regions":
-        """The same regions, after the ranks have checked that they all make this call with the same arguments.
+        """The same regions, after the ranks of the group checked that they all make this call with the same arguments.
 
         The result depends on the check, so that compiled code cannot remove the check.
         """
-        if self.group is None:
-            return self
         token = ranks.compare(self.group, self.area, call, integers, numbers or {})
         return replace(self, area=self.area + token)
 
@@ -102,12 +100,10 @@ class Regions:
         return ranks.differentiable_sum(x, self.group)
 
     def _share(self, distance: Tensor, localization: Tensor) -> tuple[Tensor, Tensor]:
-        """The losses of this rank's pixels and images, scaled so that their mean over the ranks is the batch's loss.
+        """The losses of this rank's pixels and images, scaled so that their mean over the group is the batch's loss.
 
         `distance` is divided by the valid pixels of all ranks, `localization` by the images of this rank.
         """
-        if self.group is None:
-            return distance, localization
         images = (self.group.size * self.batch_size / self.images.clamp(min=1)).to(localization.dtype)
         return distance * self.group.size, localization * images
 

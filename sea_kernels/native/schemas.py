@@ -4,12 +4,11 @@ Schemas are defined here and only implemented in C++ and CUDA, so names and fake
 They have no defaults: with `Tensor[]`, defaults break the registration of autograd in some versions of torch.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..boxes import RasterInput, check_values
+from ..checks import compute_dtype
 
 _TYPES = {
     Tensor: "Tensor",
@@ -98,10 +97,6 @@ def _(*arguments):
     return _fake_rasterize(*arguments[:-1], None)
 
 
-def _compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
 def _gradient(x: Tensor) -> Tensor:
     """A gradient for a map: with its strides if it is dense, else contiguous."""
     expected = 1
@@ -115,7 +110,7 @@ def _gradient(x: Tensor) -> Tensor:
 @_fake("anchor_pool")
 def _(features, regions):
     return features[0].new_empty(
-        len(features), regions[1].shape[1], features[0].shape[1], dtype=_compute_dtype(features)
+        len(features), regions[1].shape[1], features[0].shape[1], dtype=compute_dtype(features)
     )
 
 
@@ -135,7 +130,7 @@ def _(gradients, features, anchors, regions):
 
 
 def _new(student, teacher, *shapes):
-    dtype = _compute_dtype([*student, *teacher])
+    dtype = compute_dtype(student, teacher)
     return [student[0].new_empty(shape, dtype=dtype) for shape in shapes]
 
 
