@@ -34,7 +34,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--emulate", type=int, metavar="ORDER", help="run the CUDA kernels on the CPU, threads in that order"
     )
-    parser.addoption("--emulate-with", choices=["races", "sanitize"], help="an option of load() in emulator/build.py")
+    parser.addoption(
+        "--emulate-with",
+        choices=["races", "sanitize", "sm_80", "sm_90"],
+        help="an option of load() in emulator/build.py; or the architecture whose PTX is run (tests/ptx)",
+    )
 
 
 def pytest_configure(config):
@@ -43,7 +47,9 @@ def pytest_configure(config):
         from emulator import operators
 
         option = config.getoption("--emulate-with")
-        operators.install(**({option: True} if option else {})).settings(seed=order)
+        ptx = option and option.startswith("sm_")
+        options = {"architecture": int(option[3:])} if ptx else {option: True} if option else {}
+        operators.install(**options).settings(seed=order)
 
 
 def pytest_report_header(config):

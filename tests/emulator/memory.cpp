@@ -44,7 +44,7 @@ void* allocate(size_t bytes) {
   if (!all) throw std::bad_alloc();
   unsigned char* begin = all + kGuardBytes;
   fill_guard(all);
-  std::memset(begin, 0xFF, bytes);
+  if (bytes <= largest_filled) std::memset(begin, 0xFF, bytes);
   fill_guard(begin + bytes);
   const std::lock_guard<std::mutex> lock(mutex);
   allocations.push_back({begin, bytes, false});

@@ -2,7 +2,7 @@
 // again.
 #include <cuda/device.h>
 
-#include "bind.h"
+#include <bind.h>
 
 PYBIND11_MODULE(operators, module) {
   using torch::stable::detail::StableLibrary;

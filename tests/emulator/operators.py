@@ -16,17 +16,23 @@ def _elements_on_cuda(student, teacher, *rest):
     return _elements(*maps, *rest)
 
 
-def install(sources=None, **options):
+def install(sources=None, architecture=None, **options):
     """Compiles csrc/cuda/ops/*.cu and registers their operators for the CPU; returns the module.
 
     sources: the names of some of the files (default: all); other operators remain those of the CPU.
-    options: of build.load
+    architecture: 80 or 90: the kernels are the PTX that nvcc makes of them for it (tests/ptx), not the emulator's
+    options: of build.load, the emulator's or that of tests/ptx
     """
     global _installed
     uninstall()
     files = sorted(build.CSRC.glob("cuda/ops/*.cu"))
     files = [file for file in files if sources is None or file.stem in sources]
-    _installed = build.load("operators", files, plain=["operators.cpp"], **options)
+    if architecture:
+        from ptx import build as ptx
+
+        _installed = ptx.load(architecture, [file.stem for file in files], **options)
+    else:
+        _installed = build.load("operators", files, plain=["operators.cpp"], **options)
     _installed.install()
     if any(file.stem == "losses" for file in files):
         saved.elements = _elements_on_cuda
