@@ -136,7 +136,9 @@ def main():
     parser.add_argument("--device", choices=report.DEVICES, default="H200")
     parser.add_argument("--architecture", type=int, choices=(80, 90), help="default: the device's")
     parser.add_argument("--kernels", type=lambda x: x.split(","), help="only these, e.g. pool,backward")
-    parser.add_argument("--columns", type=int, help="of the grid, about so many are run; 0: all (default: W1 0, else 6)")
+    parser.add_argument(
+        "--columns", type=int, help="of the grid, about so many are run; 0: all (default: W1 0, else 6)"
+    )
     parser.add_argument("--products", action="store_true", help="matrix products are computed: results are right")
     parser.add_argument("--no-sass", action="store_true", help="PTX is counted alone")
     parser.add_argument("--lines", type=int, default=10, help="of the sources, in each table of lines")

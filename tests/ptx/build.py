@@ -69,14 +69,23 @@ class Build:
         units = sorted(Path(csrc[0][2:]).glob("cuda/ops/*.cu"))
         units = [unit for unit in units if sources is None or unit.stem in sources]
         nvcc = ["nvcc", "-std=c++17", "-O3", "-lineinfo", *defines, f"-I{HERE}", *csrc, *torch_flags]
-        nvcc += [f"-arch=compute_{self.architecture}", f"-code=compute_{self.architecture}", "-Xcompiler", ",".join(HOST)]
+        nvcc += [
+            f"-arch=compute_{self.architecture}",
+            f"-code=compute_{self.architecture}",
+            "-Xcompiler",
+            ",".join(HOST),
+        ]
         version = output(["nvcc", "--version"])
         python = [f"-I{sysconfig.get_paths()['include']}", f"-I{_pybind11()}"]
         counting = ["-DPTXRUN_COUNT"] if self.count else []
         plain = ["g++", *TRANSLATED, *defines, *counting, f"-I{HERE}"]
         host = ["nvcc", "-std=c++17", *defines, *counting, "-Xcompiler", ",".join([*HOST, "-O0"]), f"-I{HERE}"]
         host += [f"-I{CSRC}", *torch_flags, *python]
-        runtime = [HERE / "ptxrun.cpp", HERE.parent / "emulator" / "memory.cpp", *([HERE / "ptxcount.cpp"] * self.count)]
+        runtime = [
+            HERE / "ptxrun.cpp",
+            HERE.parent / "emulator" / "memory.cpp",
+            *([HERE / "ptxcount.cpp"] * self.count),
+        ]
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = [pool.submit(self.unit, unit, nvcc, version) for unit in units]

@@ -1,5 +1,5 @@
-// Counts of warps. Whenever all lanes of a warp stand at one place (a barrier, an instruction of the whole warp, the end),
-// what they did since the last such place is put together:
+// Counts of warps. Whenever all lanes of a warp stand at one place (a barrier, an instruction of the whole warp, the
+// end), what they did since the last such place is put together:
 //   - basic blocks: where all lanes entered the same ones in the same order, exactly so; else of each block the most
 //     often that any one lane entered it.
 //   - memory: the k-th execution of an instruction by one lane is one request with the k-th of the others.
@@ -267,9 +267,12 @@ void fold(int, int lanes) {
       const Group& g = s.groups[k];
       ++s.requests;
       s.lanes += __builtin_popcount(g.mask);
-      if (s.kind >= kMatrices) finish_matrices(s, g);
-      else if (s.kind >= kGlobal) finish_global(l, s, g);
-      else finish_shared(s, g);
+      if (s.kind >= kMatrices)
+        finish_matrices(s, g);
+      else if (s.kind >= kGlobal)
+        finish_global(l, s, g);
+      else
+        finish_shared(s, g);
     }
     s.used = 0;
   }
@@ -327,11 +330,16 @@ PTXRUN_EXPORT int ptxrun_count_write(const char* path) {
   fprintf(f, "[");
   for (size_t i = 0; i < launches.size(); ++i) {
     const Launch& l = launches[i];
-    fprintf(f, "%s{\"kernel\": \"%s\", \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], \"shared\": %llu, \"folds\": %llu, \"divergent\": %llu,\n",
+    fprintf(f,
+            "%s{\"kernel\": \"%s\", \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], \"shared\": %llu, \"folds\": "
+            "%llu, \"divergent\": %llu,\n",
             i ? ",\n" : "", l.kernel.c_str(), l.grid[0], l.grid[1], l.grid[2], l.block[0], l.block[1], l.block[2],
             (unsigned long long)l.shared, (unsigned long long)l.folds, (unsigned long long)l.divergent);
-    fprintf(f, " \"sectors\": {\"read\": %llu, \"read_once\": %llu, \"written\": %llu, \"written_once\": %llu},\n \"lanes\": [",
-            (unsigned long long)l.read_sectors, (unsigned long long)l.read_once, (unsigned long long)l.written_sectors, (unsigned long long)l.written_once);
+    fprintf(f,
+            " \"sectors\": {\"read\": %llu, \"read_once\": %llu, \"written\": %llu, \"written_once\": %llu},\n "
+            "\"lanes\": [",
+            (unsigned long long)l.read_sectors, (unsigned long long)l.read_once, (unsigned long long)l.written_sectors,
+            (unsigned long long)l.written_once);
     for (size_t k = 0; k < l.lanes.size(); ++k) fprintf(f, "%s%llu", k ? "," : "", (unsigned long long)l.lanes[k]);
     fprintf(f, "],\n \"kinds\": [");
     for (size_t k = 0; k < l.kinds.size(); ++k) {
@@ -350,8 +358,9 @@ PTXRUN_EXPORT int ptxrun_count_write(const char* path) {
     for (size_t k = 0; k < l.sites.size(); ++k) {
       const Site& s = l.sites[k];
       fprintf(f, "%s[%u,%d,%d,%llu,%llu,%llu,%llu,%llu,%llu,%llu]", k ? ",\n  " : "", s.line, s.kind, s.size,
-              (unsigned long long)s.requests, (unsigned long long)s.lanes, (unsigned long long)s.wavefronts, (unsigned long long)s.ideal,
-              (unsigned long long)s.sectors, (unsigned long long)s.bytes, (unsigned long long)s.again);
+              (unsigned long long)s.requests, (unsigned long long)s.lanes, (unsigned long long)s.wavefronts,
+              (unsigned long long)s.ideal, (unsigned long long)s.sectors, (unsigned long long)s.bytes,
+              (unsigned long long)s.again);
     }
     fprintf(f, "]}");
   }
@@ -364,7 +373,8 @@ PTXRUN_EXPORT int ptxrun_count_write(const char* path) {
 namespace {
 struct AtExit {  // with PTXRUN_COUNT_FILE: of any run, the project's tests for example
   ~AtExit() {
-    if (const char* const path = getenv("PTXRUN_COUNT_FILE"); path && !ptx::counts::launches.empty()) ptxrun_count_write(path);
+    if (const char* const path = getenv("PTXRUN_COUNT_FILE"); path && !ptx::counts::launches.empty())
+      ptxrun_count_write(path);
   }
 } at_exit;
 }  // namespace

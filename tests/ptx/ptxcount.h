@@ -1,5 +1,5 @@
-// What is noted while kernels run (PTXRUN_COUNT): the basic blocks that a thread enters, and what it accesses in memory.
-// ptxcount.cpp makes warps' counts of it, count.py a report.
+// What is noted while kernels run (PTXRUN_COUNT): the basic blocks that a thread enters, and what it accesses in
+// memory. ptxcount.cpp makes warps' counts of it, count.py a report.
 #pragma once
 #include <cstdint>
 #include <string>

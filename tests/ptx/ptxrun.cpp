@@ -93,7 +93,7 @@ char* stacks;
 void* scheduler_stack;
 Thread* threads;  // [kMostThreads]
 int thread_count;
-int running;      // its index
+int running;  // its index
 const Kernel* current;
 const char* current_name;
 std::string error;  // of the launch; the last one is also what cudaGetErrorString says
@@ -125,7 +125,7 @@ void resume(int index) {
 void start(int index) {
   Thread& t = threads[index];
   uint64_t* top = reinterpret_cast<uint64_t*>(stacks + (index + 1) * kStack);
-  *--top = 0;                                             // a return address for ptxrun_thread, so that its frame is aligned
+  *--top = 0;  // a return address for ptxrun_thread, so that its frame is aligned
   *--top = reinterpret_cast<uint64_t>(&ptxrun_thread);
   for (int i = 0; i < 6; ++i) *--top = 0;
   t.stack_pointer = top;
@@ -143,10 +143,11 @@ void wait(State state, Meeting& mine) {
 }
 
 const char* name_of(int operation) {
-  static const char* const names[] = {
-      "bar.sync", "bar.red.popc", "bar.red.or", "bar.red.and", "vote.ballot", "vote.any", "vote.all", "redux.or", "redux.and",
-      "redux.xor", "redux.add", "redux.min", "redux.max", "redux.min", "redux.max", "shfl.up", "shfl.down", "shfl.bfly",
-      "shfl.idx", "bar.warp.sync", "ldmatrix", "ldmatrix.trans", "mma bf16", "mma f16", "mma tf32"};
+  static const char* const names[] = {"bar.sync",  "bar.red.popc",   "bar.red.or", "bar.red.and", "vote.ballot",
+                                      "vote.any",  "vote.all",       "redux.or",   "redux.and",   "redux.xor",
+                                      "redux.add", "redux.min",      "redux.max",  "redux.min",   "redux.max",
+                                      "shfl.up",   "shfl.down",      "shfl.bfly",  "shfl.idx",    "bar.warp.sync",
+                                      "ldmatrix",  "ldmatrix.trans", "mma bf16",   "mma f16",     "mma tf32"};
   return names[operation];
 }
 
@@ -175,8 +176,9 @@ bool is_race(uint64_t offset, unsigned size, int access, int by, int line) {
     if (written || read) {
       report("a race: byte " + std::to_string(i) + " of shared memory is " + (access == kRead ? "read" : "written") +
              " by warp " + std::to_string(warp) + " in PTX line " + std::to_string(line) + " and was " +
-             (written ? "written" : "read") + " by " + (!written && s.several ? "several warps, the last one " : "") + "warp " +
-             std::to_string(written ? s.write_warp : s.read_warp) + " in line " + std::to_string(written ? s.write_line : s.read_line) + ", with no barrier between");
+             (written ? "written" : "read") + " by " + (!written && s.several ? "several warps, the last one " : "") +
+             "warp " + std::to_string(written ? s.write_warp : s.read_warp) + " in line " +
+             std::to_string(written ? s.write_line : s.read_line) + ", with no barrier between");
       return true;
     }
     if (access == kRead) {
@@ -198,9 +200,9 @@ float exact_sum(const double* products, int n, float c) {
   return static_cast<float>(sum);
 }
 
-// As published for the tensor cores (a model, not NVIDIA's word): products exact; they and the sum so far are cut, toward
-// zero, to `fraction` bits below the largest exponent among them (of products as they come, in [1, 4)), added exactly,
-// and the sum is cut to float.
+// As published for the tensor cores (a model, not NVIDIA's word): products exact; they and the sum so far are cut,
+// toward zero, to `fraction` bits below the largest exponent among them (of products as they come, in [1, 4)), added
+// exactly, and the sum is cut to float.
 float cut_sum(const double* products, const int* exponents, int n, float c, int fraction) {
   int largest = -100000;
   for (int k = 0; k < n; ++k)
@@ -292,42 +294,75 @@ void perform(Meeting* const* lanes, uint32_t mask, int first) {
     case kAll: {
       uint32_t ballot = 0;
       each([&](int i, Meeting& m) { ballot |= (m.in[0] & 1) << i; });
-      const uint32_t result = any->operation == kBallot ? ballot : any->operation == kAny ? ballot != 0 : ballot == mask;
+      const uint32_t result = any->operation == kBallot ? ballot
+                              : any->operation == kAny  ? ballot != 0
+                                                        : ballot == mask;
       each([&](int, Meeting& m) { m.out[0] = result; });
       break;
     }
-    case kReduxOr: case kReduxAnd: case kReduxXor: case kReduxAdd:
-    case kReduxMin: case kReduxMax: case kReduxMinSigned: case kReduxMaxSigned: {
+    case kReduxOr:
+    case kReduxAnd:
+    case kReduxXor:
+    case kReduxAdd:
+    case kReduxMin:
+    case kReduxMax:
+    case kReduxMinSigned:
+    case kReduxMaxSigned: {
       uint32_t result = any->in[0];
       each([&](int, Meeting& m) {
         if (&m == any) return;
         const uint32_t x = m.in[0];
         const int32_t s = static_cast<int32_t>(x), r = static_cast<int32_t>(result);
         switch (any->operation) {
-          case kReduxOr: result |= x; break;
-          case kReduxAnd: result &= x; break;
-          case kReduxXor: result ^= x; break;
-          case kReduxAdd: result += x; break;
-          case kReduxMin: result = std::min(result, x); break;
-          case kReduxMax: result = std::max(result, x); break;
-          case kReduxMinSigned: result = static_cast<uint32_t>(std::min(r, s)); break;
-          default: result = static_cast<uint32_t>(std::max(r, s));
+          case kReduxOr:
+            result |= x;
+            break;
+          case kReduxAnd:
+            result &= x;
+            break;
+          case kReduxXor:
+            result ^= x;
+            break;
+          case kReduxAdd:
+            result += x;
+            break;
+          case kReduxMin:
+            result = std::min(result, x);
+            break;
+          case kReduxMax:
+            result = std::max(result, x);
+            break;
+          case kReduxMinSigned:
+            result = static_cast<uint32_t>(std::min(r, s));
+            break;
+          default:
+            result = static_cast<uint32_t>(std::max(r, s));
         }
       });
       each([&](int, Meeting& m) { m.out[0] = result; });
       break;
     }
-    case kUp: case kDown: case kBfly: case kIdx:
+    case kUp:
+    case kDown:
+    case kBfly:
+    case kIdx:
       each([&](int i, Meeting& m) {
         const int b = m.in[1] & 31, c = m.in[2] & 31, segment = m.in[2] >> 8 & 31;
         const int most = (i & segment) | (c & ~segment), least = i & segment;
         int from;
         bool valid;
         switch (m.operation) {
-          case kUp: from = i - b, valid = from >= most; break;
-          case kDown: from = i + b, valid = from <= most; break;
-          case kBfly: from = i ^ b, valid = from <= most; break;
-          default: from = least | (b & ~segment), valid = from <= most;
+          case kUp:
+            from = i - b, valid = from >= most;
+            break;
+          case kDown:
+            from = i + b, valid = from <= most;
+            break;
+          case kBfly:
+            from = i ^ b, valid = from <= most;
+            break;
+          default:
+            from = least | (b & ~segment), valid = from <= most;
         }
         if (!valid) from = i;
         if (!(mask >> from & 1))
@@ -337,7 +372,8 @@ void perform(Meeting* const* lanes, uint32_t mask, int first) {
         m.out[1] = valid;
       });
       break;
-    case kLdmatrix: case kLdmatrixTrans: {
+    case kLdmatrix:
+    case kLdmatrixTrans: {
       const int count = static_cast<int>(any->in[0]);
       const unsigned char* rows[32] = {};
       for (int i = 0; i < 8 * count; ++i) {
@@ -428,7 +464,8 @@ void run_warp(int first, int lanes, const std::vector<int>& lane_order) {
     std::string text = "a warp waits for lanes that do not come";
     int shown = 0;
     for (int i = 0; i < lanes && shown < 4; ++i)
-      if (i == 0 || where(first + i).substr(8) != where(first + i - 1).substr(8)) text += "; " + where(first + i), ++shown;
+      if (i == 0 || where(first + i).substr(8) != where(first + i - 1).substr(8))
+        text += "; " + where(first + i), ++shown;
     return report(text);
   }
 }
@@ -600,8 +637,14 @@ std::map<const void*, Function>& functions() {
 std::mutex mutex;
 std::string last_error;
 
-enum { kSuccess = 0, kInvalidValue = 1, kInvalidDeviceFunction = 98, kLaunchFailure = 719, kLaunchOutOfResources = 701,
-       kInvalidConfiguration = 9 };
+enum {
+  kSuccess = 0,
+  kInvalidValue = 1,
+  kInvalidDeviceFunction = 98,
+  kLaunchFailure = 719,
+  kLaunchOutOfResources = 701,
+  kInvalidConfiguration = 9
+};
 
 int refuse(int code, const std::string& why) {
   last_error = "ptxrun: " + why;
@@ -617,10 +660,11 @@ int launch(const void* function, Dim grid, Dim block, void** arguments, size_t s
   if (kernel == kernels().end() && leave_out) return kSuccess;
   if (kernel == kernels().end()) return refuse(kInvalidDeviceFunction, "no translated kernel " + name);
   const uint64_t count = uint64_t(block.x) * block.y * block.z;
-  if (count == 0 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 ||
-      block.x > 1024 || block.y > 1024 || block.z > 64 || count > 1024)
-    return refuse(kInvalidConfiguration, name + ": grid " + std::to_string(grid.x) + "," + std::to_string(grid.y) + "," +
-                                             std::to_string(grid.z) + " of " + std::to_string(count) + " threads");
+  if (count == 0 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 ||
+      grid.z > 65535 || block.x > 1024 || block.y > 1024 || block.z > 64 || count > 1024)
+    return refuse(kInvalidConfiguration, name + ": grid " + std::to_string(grid.x) + "," + std::to_string(grid.y) +
+                                             "," + std::to_string(grid.z) + " of " + std::to_string(count) +
+                                             " threads");
   if (count > static_cast<uint64_t>(kernel->second.most_threads))
     return refuse(kLaunchOutOfResources, name + ": " + std::to_string(count) + " threads, and its launch bounds say " +
                                              std::to_string(kernel->second.most_threads));
@@ -679,7 +723,8 @@ std::vector<Configuration> configurations;
 }  // namespace
 }  // namespace ptx
 
-// ---- The CUDA runtime's functions that a program of nvcc asks for (more: add them here; the linker names what is missing)
+// ---- The CUDA runtime's functions that a program of nvcc asks for (more: add them here; the linker names what is
+// missing)
 
 extern "C" {
 
@@ -689,7 +734,8 @@ void** __cudaRegisterFatBinary(void*) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, void*, void*, void*, void*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, void*, void*, void*, void*,
+                            int*) {
   ptx::functions()[host].name = device;
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}  // of torch's headers; none is used
@@ -715,10 +761,12 @@ int __cudaLaunchKernel(const void* function, ptx::Dim grid, ptx::Dim block, void
 }
 int cudaFuncSetAttribute(const void* function, int attribute, int value) {
   const auto found = ptx::functions().find(function);
-  if (found == ptx::functions().end()) return ptx::refuse(ptx::kInvalidDeviceFunction, "an attribute of what is no kernel");
+  if (found == ptx::functions().end())
+    return ptx::refuse(ptx::kInvalidDeviceFunction, "an attribute of what is no kernel");
   if (attribute != 8) return ptx::refuse(ptx::kInvalidValue, "function attribute " + std::to_string(attribute));
   if (value < 0 || value > ptx::settings.shared_memory_limit)
-    return ptx::refuse(ptx::kInvalidValue, "cudaFuncSetAttribute: " + std::to_string(value) + " bytes of shared memory");
+    return ptx::refuse(ptx::kInvalidValue,
+                       "cudaFuncSetAttribute: " + std::to_string(value) + " bytes of shared memory");
   found->second.shared_limit = value;
   return 0;
 }
@@ -729,13 +777,26 @@ int cudaGetDevice(int* device) {
 int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   if (device != 0) return ptx::refuse(101, "device " + std::to_string(device));
   switch (attribute) {
-    case 1: *value = 1024; return 0;                                // threads of a block
-    case 8: *value = 48 << 10; return 0;                            // shared memory of a block
-    case 16: *value = 4; return 0;                                  // multiprocessors
-    case 75: *value = ptx::settings.architecture / 10; return 0;    // compute capability
-    case 76: *value = ptx::settings.architecture % 10; return 0;
-    case 97: *value = ptx::settings.shared_memory_limit; return 0;  // shared memory of a block that asks for it
-    default: return ptx::refuse(ptx::kInvalidValue, "device attribute " + std::to_string(attribute));
+    case 1:
+      *value = 1024;
+      return 0;  // threads of a block
+    case 8:
+      *value = 48 << 10;
+      return 0;  // shared memory of a block
+    case 16:
+      *value = 4;
+      return 0;  // multiprocessors
+    case 75:
+      *value = ptx::settings.architecture / 10;
+      return 0;  // compute capability
+    case 76:
+      *value = ptx::settings.architecture % 10;
+      return 0;
+    case 97:
+      *value = ptx::settings.shared_memory_limit;
+      return 0;  // shared memory of a block that asks for it
+    default:
+      return ptx::refuse(ptx::kInvalidValue, "device attribute " + std::to_string(attribute));
   }
 }
 int cudaGetLastError() { return 0; }

@@ -16,11 +16,63 @@ from .translate import translate
 # multiprocessor; a clock and multiprocessor: matrix products (mma m16n8k16 of 16-bit types, mma.sync), special functions (of a warp).
 # L2 rates and the share that mma.sync reaches of the peak on sm_90 (0.62) are others' measurements, not NVIDIA's word.
 DEVICES = {
-    "H100": dict(sms=132, ghz=1.755, hbm=3.0, l2_mb=50, l2=5.5, registers=65536, shared=228 << 10, threads=2048, blocks=32, mma=0.62, mufu=0.5),
-    "H200": dict(sms=132, ghz=1.755, hbm=4.3, l2_mb=60, l2=5.5, registers=65536, shared=228 << 10, threads=2048, blocks=32, mma=0.62, mufu=0.5),
-    "A100": dict(sms=108, ghz=1.41, hbm=1.5, l2_mb=40, l2=4.0, registers=65536, shared=164 << 10, threads=2048, blocks=32, mma=0.5, mufu=0.5),
+    "H100": dict(
+        sms=132,
+        ghz=1.755,
+        hbm=3.0,
+        l2_mb=50,
+        l2=5.5,
+        registers=65536,
+        shared=228 << 10,
+        threads=2048,
+        blocks=32,
+        mma=0.62,
+        mufu=0.5,
+    ),
+    "H200": dict(
+        sms=132,
+        ghz=1.755,
+        hbm=4.3,
+        l2_mb=60,
+        l2=5.5,
+        registers=65536,
+        shared=228 << 10,
+        threads=2048,
+        blocks=32,
+        mma=0.62,
+        mufu=0.5,
+    ),
+    "A100": dict(
+        sms=108,
+        ghz=1.41,
+        hbm=1.5,
+        l2_mb=40,
+        l2=4.0,
+        registers=65536,
+        shared=164 << 10,
+        threads=2048,
+        blocks=32,
+        mma=0.5,
+        mufu=0.5,
+    ),
 }
-CLASSES = ["int", "fp32", "fp64", "cvt", "mufu", "mma", "shared", "ldmatrix", "global", "cp.async", "branch", "barrier", "shuffle", "param", "mov"]
+CLASSES = [
+    "int",
+    "fp32",
+    "fp64",
+    "cvt",
+    "mufu",
+    "mma",
+    "shared",
+    "ldmatrix",
+    "global",
+    "cp.async",
+    "branch",
+    "barrier",
+    "shuffle",
+    "param",
+    "mov",
+]
 PTX_CLASS = [
     (r"mma\.", "mma"), (r"ldmatrix", "ldmatrix"), (r"cp\.async", "cp.async"), (r"(ld|st|atom)\.shared", "shared"), (r"ld\.param", "param"),
     (r"(ld|st|atom|red)\b", "global"), (r"(ex2|lg2|sin|cos|tanh)\.|(rcp|rsqrt|sqrt)\.approx", "mufu"), (r"(sqrt|rcp|div)\.rn", "mufu"),
@@ -36,7 +88,9 @@ SASS_CLASS = [
 ]  # fmt: skip
 
 # Pipes beneath the issue slots, as Nsight Compute's guide has them: ALU (half rate) and XU (special functions, conversions).
-ALU = re.compile(r"(IADD3|VIADD|LOP3|SHF|LEA|ISETP|FSETP|SEL|FSEL|PRMT|FMNMX|V?I?MNMX|VIADDMNMX|VIMNMX|PLOP3|LOP|IABS|BMSK|SGXT|F2FP|P2R|R2P|MOV|VOTE|FSET|HMNMX2)\b")
+ALU = re.compile(
+    r"(IADD3|VIADD|LOP3|SHF|LEA|ISETP|FSETP|SEL|FSEL|PRMT|FMNMX|V?I?MNMX|VIADDMNMX|VIMNMX|PLOP3|LOP|IABS|BMSK|SGXT|F2FP|P2R|R2P|MOV|VOTE|FSET|HMNMX2)\b"
+)
 XU = re.compile(r"(MUFU|I2F|F2I|F2F|FRND|POPC|FLO|BREV|I2I)")
 
 
@@ -144,7 +198,11 @@ def make(about, launches, texts, device_name, architecture=None, folder=None):
     device = DEVICES[device_name]
     kernels = list(dict.fromkeys(launch["kernel"] for launch in launches))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        codes = dict(zip(kernels, pool.map(lambda k: machine.disassemble(texts[k], architecture, folder), kernels))) if folder else {}
+        codes = (
+            dict(zip(kernels, pool.map(lambda k: machine.disassemble(texts[k], architecture, folder), kernels)))
+            if folder
+            else {}
+        )
     report = {"about": about, "device": device_name, "kernels": {}}
     worst_lines, plain, again = [], defaultdict(float), defaultdict(lambda: np.zeros(4))
     for mangled in kernels:
@@ -237,7 +295,9 @@ def make(about, launches, texts, device_name, architecture=None, folder=None):
         k["largest at"] = int(np.argmax(block_loads))
         per_sm, limit = occupancy(device, k.get("registers", 0), k["shared"], k["threads"])
         k["blocks a multiprocessor"], k["waves"] = per_sm, k["blocks"] / k["launches"] / max(per_sm * device["sms"], 1)
-        k["imbalance"] = schedule(np.tile(block_loads, rows), device["sms"], max(per_sm, 1)) if k["blocks"] <= 20000 else 1.0
+        k["imbalance"] = (
+            schedule(np.tile(block_loads, rows), device["sms"], max(per_sm, 1)) if k["blocks"] <= 20000 else 1.0
+        )
         # Memory
         shared = [(key, v) for key, v in sites.items() if key[1] < 8 or key[1] >= 16]
         for (line, kind, bytes_), v in shared:
@@ -266,7 +326,13 @@ def make(about, launches, texts, device_name, architecture=None, folder=None):
         }  # fmt: skip
         balanced = {b: t * (k["imbalance"] if b not in ("l2", "hbm") else 1) for b, t in bounds.items()}
         k["bound by"] = max(balanced, key=balanced.get)
-        report["kernels"][name] = defaultdict(float, k) | {"ms": bounds, "ms balanced": balanced, "ptx classes": dict(classes), "sass classes": k_classes, "tile costs": tile_costs}
+        report["kernels"][name] = defaultdict(float, k) | {
+            "ms": bounds,
+            "ms balanced": balanced,
+            "ptx classes": dict(classes),
+            "sass classes": k_classes,
+            "tile costs": tile_costs,
+        }
     report["lines"] = worst_lines, plain, again
     return report
 
@@ -278,21 +344,47 @@ def show(report, most_lines=10):
     device, (worst_lines, plain, again) = DEVICES[report["device"]], report["lines"]
     print(about.get("text", ""), "|", about.get("anchors"), "anchors |", report["device"])
     print("\nWarp instructions, in millions (PTX as executed; SASS by flow fit); % of the SASS by class")
-    head = ["int", "mov", "param", "branch", "fp32", "cvt", "mufu", "mma", "ldmatrix", "shared", "global", "cp.async", "shuffle", "barrier", "fp64"]
+    head = [
+        "int",
+        "mov",
+        "param",
+        "branch",
+        "fp32",
+        "cvt",
+        "mufu",
+        "mma",
+        "ldmatrix",
+        "shared",
+        "global",
+        "cp.async",
+        "shuffle",
+        "barrier",
+        "fp64",
+    ]
     print(f"{'kernel':28}{'PTX':>9}{'SASS':>9}{'ratio':>6}{'off':>5}{'lanes':>6} " + "".join(f"{h:>9}" for h in head))
     for name, k in kernels.items():
         total = sum(k["sass classes"].values()) or 1
-        print(f"{name:28}{k['ptx'] / 1e6:9.2f}{k['sass'] / 1e6:9.2f}{k['sass'] / k['ptx']:6.2f}{100 * k.get('anchors off', 0):4.0f}%{k['lanes']:6.1f} "
-              + "".join(f"{100 * k['sass classes'].get(h, 0) / total:9.1f}" for h in head))
+        print(
+            f"{name:28}{k['ptx'] / 1e6:9.2f}{k['sass'] / 1e6:9.2f}{k['sass'] / k['ptx']:6.2f}{100 * k.get('anchors off', 0):4.0f}%{k['lanes']:6.1f} "
+            + "".join(f"{100 * k['sass classes'].get(h, 0) / total:9.1f}" for h in head)
+        )
     print("\nShared and global memory, balance")
-    print(f"{'kernel':28}{'wavefr. M':>10}{'conflict':>9}{'L2 MB':>9}{'once MB':>9}{'used':>6}{'req M':>8}{'sect/req':>9}{'blocks':>8}{'a SM':>5}{'waves':>7}{'max/mean':>9}{'at':>5}{'imbal.':>7}")
+    print(
+        f"{'kernel':28}{'wavefr. M':>10}{'conflict':>9}{'L2 MB':>9}{'once MB':>9}{'used':>6}{'req M':>8}{'sect/req':>9}{'blocks':>8}{'a SM':>5}{'waves':>7}{'max/mean':>9}{'at':>5}{'imbal.':>7}"
+    )
     for name, k in kernels.items():
         requests = k["read requests"] + k["written requests"] + k["copied requests"] + k["atomic requests"]
-        print(f"{name:28}{k['wavefronts'] / 1e6:10.2f}{k['wavefronts'] / max(k['ideal wavefronts'], 1):9.2f}{k['l2 bytes'] / 1e6:9.1f}{k['hbm bytes'] / 1e6:9.1f}"
-              f"{100 * k['used of moved']:5.0f}%{requests / 1e6:8.2f}{k['l2 bytes'] / 32 / max(requests, 1):9.1f}{int(k['blocks']):8}{k['blocks a multiprocessor']:5}{k['waves']:7.2f}"
-              f"{k['largest over mean']:9.2f}{k['largest at']:5}{k['imbalance']:7.2f}")
+        print(
+            f"{name:28}{k['wavefronts'] / 1e6:10.2f}{k['wavefronts'] / max(k['ideal wavefronts'], 1):9.2f}{k['l2 bytes'] / 1e6:9.1f}{k['hbm bytes'] / 1e6:9.1f}"
+            f"{100 * k['used of moved']:5.0f}%{requests / 1e6:8.2f}{k['l2 bytes'] / 32 / max(requests, 1):9.1f}{int(k['blocks']):8}{k['blocks a multiprocessor']:5}{k['waves']:7.2f}"
+            f"{k['largest over mean']:9.2f}{k['largest at']:5}{k['imbalance']:7.2f}"
+        )
     print("\nLower bounds, ms; in brackets what bounds a multiprocessor times the imbalance")
-    print(f"{'kernel':28}" + "".join(f"{b:>9}" for b in ("issue", "alu", "shared", "xu", "tensor", "l2", "hbm")) + f"{'largest':>9}  bound by")
+    print(
+        f"{'kernel':28}"
+        + "".join(f"{b:>9}" for b in ("issue", "alu", "shared", "xu", "tensor", "l2", "hbm"))
+        + f"{'largest':>9}  bound by"
+    )
     sums = defaultdict(float)
     for name, k in kernels.items():
         largest = max(k["ms balanced"].values())
@@ -301,12 +393,28 @@ def show(report, most_lines=10):
         sums["even"] += even
         for b, t in k["ms"].items():
             sums[b] += t
-        print(f"{name:28}" + "".join(f"{k['ms'][b]:9.3f}" for b in ("issue", "alu", "shared", "xu", "tensor", "l2", "hbm")) + f"{largest:9.3f}  {k['bound by']} ({even:.3f} were all blocks alike)")
-    print(f"{'together':28}" + "".join(f"{sums[b]:9.3f}" for b in ("issue", "alu", "shared", "xu", "tensor", "l2", "hbm")) + f"{sums['largest']:9.3f}  ({sums['even']:.3f})")
-    print("\nA tile of each level, both sides and all channels: warp instructions (SASS; columns of blocks by least squares); waits: if every")
-    print("plain load of global memory of the block with the most took 600 clocks and none overlapped within a warp, ms (an upper end)")
+        print(
+            f"{name:28}"
+            + "".join(f"{k['ms'][b]:9.3f}" for b in ("issue", "alu", "shared", "xu", "tensor", "l2", "hbm"))
+            + f"{largest:9.3f}  {k['bound by']} ({even:.3f} were all blocks alike)"
+        )
+    print(
+        f"{'together':28}"
+        + "".join(f"{sums[b]:9.3f}" for b in ("issue", "alu", "shared", "xu", "tensor", "l2", "hbm"))
+        + f"{sums['largest']:9.3f}  ({sums['even']:.3f})"
+    )
+    print(
+        "\nA tile of each level, both sides and all channels: warp instructions (SASS; columns of blocks by least squares); waits: if every"
+    )
+    print(
+        "plain load of global memory of the block with the most took 600 clocks and none overlapped within a warp, ms (an upper end)"
+    )
     shapes = about["shapes"]
-    print(f"{'kernel':28}{'losses':>9}{'tiles':>8}{'mean':>9}{'off':>5}" + "".join(f"{f'{h}x{w}':>11}" for h, w in shapes) + f"{'waits':>7}")
+    print(
+        f"{'kernel':28}{'losses':>9}{'tiles':>8}{'mean':>9}{'off':>5}"
+        + "".join(f"{f'{h}x{w}':>11}" for h, w in shapes)
+        + f"{'waits':>7}"
+    )
     for name, k in kernels.items():
         ratio, costs = k["sass"] / k["ptx"], k["tile costs"]
         for i, losses in enumerate(sorted({kind[0] for kind, _, _ in costs})):
@@ -318,12 +426,21 @@ def show(report, most_lines=10):
             row += "".join(f"{at.get(tuple(s), 0) * ratio:11.0f}" for s in shapes)
             print(row + (f"{k['waits of a warp'] * 600 / device['ghz'] / 1e6:7.2f}" if i == 0 else ""))
     if plain:
-        print("\nPlain loads of global memory, executions by each warp of the block with the most; the lines with the most")
-        for (name, column, chain), n in sorted(plain.items(), key=lambda x: -x[1])[: most_lines]:
+        print(
+            "\nPlain loads of global memory, executions by each warp of the block with the most; the lines with the most"
+        )
+        for (name, column, chain), n in sorted(plain.items(), key=lambda x: -x[1])[:most_lines]:
             print(f"{n:12.0f}  {name}  column {column}  " + " < ".join(f"{f}:{l}" for f, l in chain))
-    print("\nGlobal memory touched again by the same launch, MB (of all that the line moves), sectors a request, bytes used; the lines with the most")
-    for (name, what, chain), (requests, sectors, used, more) in sorted(again.items(), key=lambda x: -x[1][3])[: most_lines]:
-        print(f"{32e-6 * more:10.1f} ({32e-6 * sectors:.1f})  {sectors / max(requests, 1):5.1f}  {100 * used / max(32 * sectors, 1):3.0f}%  {name}  {what}  " + " < ".join(f"{f}:{l}" for f, l in chain))
+    print(
+        "\nGlobal memory touched again by the same launch, MB (of all that the line moves), sectors a request, bytes used; the lines with the most"
+    )
+    for (name, what, chain), (requests, sectors, used, more) in sorted(again.items(), key=lambda x: -x[1][3])[
+        :most_lines
+    ]:
+        print(
+            f"{32e-6 * more:10.1f} ({32e-6 * sectors:.1f})  {sectors / max(requests, 1):5.1f}  {100 * used / max(32 * sectors, 1):3.0f}%  {name}  {what}  "
+            + " < ".join(f"{f}:{l}" for f, l in chain)
+        )
     print(f"\nThe {most_lines} lines with the most wavefronts beyond the ideal")
     merged = defaultdict(lambda: [0.0, 0.0, 0.0, ""])
     for extra, wave, ideal, name, line, block, chain in worst_lines:
@@ -331,7 +448,9 @@ def show(report, most_lines=10):
         key = name, " < ".join(f"{f}:{n}" for f, n in chain[:3]), re.sub(r"^@!?%\w+\s+", "", text).split()[0]
         m = merged[key]
         m[0], m[1], m[2] = m[0] + extra, m[1] + wave, m[2] + ideal
-    for key, m in sorted(merged.items(), key=lambda x: -x[1][0])[: most_lines]:
+    for key, m in sorted(merged.items(), key=lambda x: -x[1][0])[:most_lines]:
         if m[0] > 0:
-            print(f"{m[0] / 1e6:9.3f} M beyond {m[2] / 1e6:8.3f} M ({m[1] / max(m[2], 1):.1f}x)  {key[0]}  {key[2]}  {key[1]}")
+            print(
+                f"{m[0] / 1e6:9.3f} M beyond {m[2] / 1e6:8.3f} M ({m[1] / max(m[2], 1):.1f}x)  {key[0]}  {key[2]}  {key[1]}"
+            )
     return sums["largest"], sums["even"], about["floor_bytes"] / device["hbm"] / 1e9

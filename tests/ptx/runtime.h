@@ -8,7 +8,11 @@
 
 namespace ptx {
 
-enum Mma { kFloat, kExact, kHardware };  // sums of tensor-core products: float in the order of k; exact; cut as published
+enum Mma {
+  kFloat,
+  kExact,
+  kHardware
+};  // sums of tensor-core products: float in the order of k; exact; cut as published
 
 struct Settings {
   uint64_t seed = 0;  // order of blocks, warps and lanes. 0: forward; 1: backward; else shuffled
@@ -16,7 +20,8 @@ struct Settings {
   int slices = 3;  // slices() of csrc/cuda/device.h
   int architecture = PTX_ARCHITECTURE;
   int mma = kFloat;
-  bool races = false;  // looks for accesses of two warps to a byte of shared memory, one a write, with no barrier between
+  bool races =
+      false;  // looks for accesses of two warps to a byte of shared memory, one a write, with no barrier between
   bool rough = false;  // ex2.approx and the like as far off as the ISA allows
 };
 extern Settings settings;

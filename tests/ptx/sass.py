@@ -198,7 +198,9 @@ def fit(code, ptx_blocks, executed, chains, warps, tell=False):
     for key, places in have.items():
         if key in wanted:
             target = wanted[key] / scale
-            terms.append((places, target, (0.1 if predicated[key] else 1.0) / np.sqrt(target + 0.1 + 0.001 * guess.max())))
+            terms.append(
+                (places, target, (0.1 if predicated[key] else 1.0) / np.sqrt(target + 0.1 + 0.001 * guess.max()))
+            )
     terms += [({b: 1.0}, guess[b], 0.01 / np.sqrt(guess[b] + 0.1 + 0.05 * guess.max())) for b in range(n)]
     m = len(terms)
     equal_terms = lil_matrix((m, columns))

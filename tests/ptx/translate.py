@@ -18,7 +18,9 @@ WIDTH = {"pred": 1, "b8": 8, "u8": 8, "s8": 8}
 WIDTH |= {f"{k}{n}": n for k in "bus" for n in (16, 32, 64)}
 WIDTH |= {"f16": 16, "bf16": 16, "f32": 32, "f64": 64}
 STORED = {1: "bool", 8: "uint8_t", 16: "uint16_t", 32: "uint32_t", 64: "uint64_t"}
-SPECIAL = {f"%{name}.{d}": f"ptx::now.{name}[{i}]" for name in ("tid", "ntid", "ctaid", "nctaid") for i, d in enumerate("xyz")}
+SPECIAL = {
+    f"%{name}.{d}": f"ptx::now.{name}[{i}]" for name in ("tid", "ntid", "ctaid", "nctaid") for i, d in enumerate("xyz")
+}
 SPECIAL["%laneid"] = "ptx::now.laneid"
 
 
@@ -53,6 +55,7 @@ def split_operands(text):
 
 class Kernel:
     count = False  # whether executed basic blocks are noted
+
     def __init__(self, name, params, directives, body, first_line, shared, contract):
         self.name, self.body, self.first_line, self.shared, self.contract = name, body, first_line, shared, contract
         self.params, offset = {}, 0  # name -> (offset, bytes)
@@ -160,7 +163,11 @@ class Kernel:
             width = self.width(base)
             if width == 32 and space != "shared":
                 self.fail(f"a 32-bit address {text} in .{space}")
-            base = f"(uint64_t)(uint32_t)({self.variable(base)} + ({offset}u))" if width == 32 else f"({self.variable(base)} + ({offset}ll))"
+            base = (
+                f"(uint64_t)(uint32_t)({self.variable(base)} + ({offset}u))"
+                if width == 32
+                else f"({self.variable(base)} + ({offset}ll))"
+            )
             return base
         return f"({self.read(base, 'u64')} + ({offset}ll))"
 
@@ -294,9 +301,12 @@ class Kernel:
             names = self.elements(d, len(split_operands(d[1:-1])))
             part = WIDTH[t] // len(names)
             x = f"const {ctype(bits)} x = {self.read(a, bits)}; "
-            return "{ " + x + " ".join(
-                self.write(n, f"x >> {part * i}", f"b{part}") for i, n in enumerate(names) if n != "_"
-            ) + " }"
+            return (
+                "{ "
+                + x
+                + " ".join(self.write(n, f"x >> {part * i}", f"b{part}") for i, n in enumerate(names) if n != "_")
+                + " }"
+            )
         if a.startswith("{"):
             names = self.elements(a, len(split_operands(a[1:-1])))
             part = WIDTH[t] // len(names)
@@ -305,7 +315,9 @@ class Kernel:
         return self.write(d, self.read(a, t if re.match("0[fFdD]", a) else bits), t if re.match("0[fFdD]", a) else bits)
 
     def op_cvta(self, m, d, a):
-        self.only(m, ["to", "global", "u64"], ["to", "shared", "u64"], ["global", "u64"], ["shared", "u64"], ["param", "u64"])
+        self.only(
+            m, ["to", "global", "u64"], ["to", "shared", "u64"], ["global", "u64"], ["shared", "u64"], ["param", "u64"]
+        )
         x = self.read(a, "u64")
         if "shared" in m:
             x = f"ptx::{'to_shared' if m[0] == 'to' else 'from_shared'}({x}, {self.line})"
@@ -352,7 +364,11 @@ class Kernel:
             wide = t[0] + str(2 * WIDTH[t])
             return self.write(d, f"({ctype(wide)}){self.read(a, t)} * ({ctype(wide)}){self.read(b, t)}", wide)
         if m[0] == "hi" and WIDTH[t] in (32, 64):
-            wide = {32: "int64_t", 64: "__int128"}[WIDTH[t]] if t[0] == "s" else {32: "uint64_t", 64: "unsigned __int128"}[WIDTH[t]]
+            wide = (
+                {32: "int64_t", 64: "__int128"}[WIDTH[t]]
+                if t[0] == "s"
+                else {32: "uint64_t", 64: "unsigned __int128"}[WIDTH[t]]
+            )
             return self.write(d, f"(({wide}){self.read(a, t)} * ({wide}){self.read(b, t)}) >> {WIDTH[t]}", t)
         self.fail(f"mul {m}")
 
@@ -407,7 +423,9 @@ class Kernel:
         if is_float(t):
             b = "b" + t[1:]
             return self.write(d, f"{self.read(a, b)} & {hex((1 << WIDTH[t] - 1) - 1)}ull", b)
-        return self.write(d, f"{self.read(a, t)} < 0 ? 0 - {self.read(a, 'u' + t[1:])} : {self.read(a, 'u' + t[1:])}", t)
+        return self.write(
+            d, f"{self.read(a, t)} < 0 ? 0 - {self.read(a, 'u' + t[1:])} : {self.read(a, 'u' + t[1:])}", t
+        )
 
     def op_neg(self, m, d, a):
         (t,) = m
@@ -461,7 +479,9 @@ class Kernel:
 
     def op_prmt(self, m, d, a, b, c):
         self.only(m, ["b32"])
-        return self.write(d, f"ptx::permute({self.read(a, 'u32')}, {self.read(b, 'u32')}, {self.read(c, 'u32')})", "b32")
+        return self.write(
+            d, f"ptx::permute({self.read(a, 'u32')}, {self.read(b, 'u32')}, {self.read(c, 'u32')})", "b32"
+        )
 
     def op_lop3(self, m, d, a, b, c, table):
         self.only(m, ["b32"])
@@ -470,16 +490,24 @@ class Kernel:
     def op_bfe(self, m, d, a, b, c):
         self.only(m, ["u32"], ["s32"], ["u64"], ["s64"])
         (t,) = m
-        return self.write(d, f"ptx::extract<{ctype(t)}>({self.read(a, t)}, {self.read(b, 'u32')}, {self.read(c, 'u32')})", t)
+        return self.write(
+            d, f"ptx::extract<{ctype(t)}>({self.read(a, t)}, {self.read(b, 'u32')}, {self.read(c, 'u32')})", t
+        )
 
     def op_bfi(self, m, f, a, b, c, d):
         self.only(m, ["b32"], ["b64"])
         (t,) = m
-        return self.write(f, f"ptx::insert<{ctype(t)}>({self.read(a, t)}, {self.read(b, t)}, {self.read(c, 'u32')}, {self.read(d, 'u32')})", t)
+        return self.write(
+            f,
+            f"ptx::insert<{ctype(t)}>({self.read(a, t)}, {self.read(b, t)}, {self.read(c, 'u32')}, {self.read(d, 'u32')})",
+            t,
+        )
 
     def op_bfind(self, m, d, a):
         self.only(m, ["shiftamt", "u32"], ["u32"])
-        return self.write(d, f"ptx::find_high({self.read(a, 'u32')}, {'true' if m[0] == 'shiftamt' else 'false'})", "u32")
+        return self.write(
+            d, f"ptx::find_high({self.read(a, 'u32')}, {'true' if m[0] == 'shiftamt' else 'false'})", "u32"
+        )
 
     def op_brev(self, m, d, a):
         self.only(m, ["b32"], ["b64"])
@@ -584,7 +612,11 @@ class Kernel:
             self.fail(f"{known} {m}")
         t = m[0]
         size = WIDTH[t] // 8 * count
-        return count, t, f"ptx::{space}_at<{size}>({self.address(address, space)}, {'ptx::kRead' if known == 'ld' else 'ptx::kWrite'}, {self.line})"
+        return (
+            count,
+            t,
+            f"ptx::{space}_at<{size}>({self.address(address, space)}, {'ptx::kRead' if known == 'ld' else 'ptx::kWrite'}, {self.line})",
+        )
 
     def op_ld(self, m, d, address):
         count, t, pointer = self.access(m, address, "ld")
@@ -601,9 +633,12 @@ class Kernel:
         count, t, pointer = self.access(m, address, "st")
         raw = "b" + str(WIDTH[t])
         values = self.elements(a, count)
-        stores = " ".join(f"ptx::store<{STORED[WIDTH[t]]}>(at, {i}, {self.read(x, t if re.match('0[fFdD]', x) else raw)});" if not re.match("0[fFdD]", x)
-                          else f"ptx::store<{STORED[WIDTH[t]]}>(at, {i}, ptx::bits<{STORED[WIDTH[t]]}>({self.read(x, t)}));"
-                          for i, x in enumerate(values))
+        stores = " ".join(
+            f"ptx::store<{STORED[WIDTH[t]]}>(at, {i}, {self.read(x, t if re.match('0[fFdD]', x) else raw)});"
+            if not re.match("0[fFdD]", x)
+            else f"ptx::store<{STORED[WIDTH[t]]}>(at, {i}, ptx::bits<{STORED[WIDTH[t]]}>({self.read(x, t)}));"
+            for i, x in enumerate(values)
+        )
         return f"{{ void* const at = {pointer}; {stores} }}"
 
     def op_atom(self, m, d, address, a):
@@ -612,10 +647,18 @@ class Kernel:
         if space not in ("global", "shared", "generic") or t not in known.get(operation, ()):
             self.fail(f"atom {m}")
         c = ctype(t)
-        after = {"add": "old + x", "or": "old | x", "and": "old & x", "max": "old > x ? old : x", "min": "old < x ? old : x"}[operation]
+        after = {
+            "add": "old + x",
+            "or": "old | x",
+            "and": "old & x",
+            "max": "old > x ? old : x",
+            "min": "old < x ? old : x",
+        }[operation]
         pointer = f"ptx::{space}_at<{WIDTH[t] // 8}>({self.address(address, space)}, ptx::kAtomic, {self.line})"
-        return (f"{{ void* const at = {pointer}; const {c} x = {self.read(a, t)}; const {c} old = ptx::load<{c}>(at, 0); "
-                f"ptx::store<{c}>(at, 0, {after}); {self.write(d, 'old', t)} }}")
+        return (
+            f"{{ void* const at = {pointer}; const {c} x = {self.read(a, t)}; const {c} old = ptx::load<{c}>(at, 0); "
+            f"ptx::store<{c}>(at, 0, {after}); {self.write(d, 'old', t)} }}"
+        )
 
     def op_red(self, m, address, a):
         self.fail("red")
@@ -634,8 +677,12 @@ class Kernel:
             return f"ptx::copy_wait({int(operands[0])});"
         if m == ["async", "wait_all"]:
             return "ptx::copy_commit(); ptx::copy_wait(0);"
-        if m not in (["async", "ca", "shared", "global"], ["async", "cg", "shared", "global"],
-                     ["async", "cg", "shared", "global", "L2::128B"], ["async", "ca", "shared", "global", "L2::128B"]):
+        if m not in (
+            ["async", "ca", "shared", "global"],
+            ["async", "cg", "shared", "global"],
+            ["async", "cg", "shared", "global", "L2::128B"],
+            ["async", "ca", "shared", "global", "L2::128B"],
+        ):
             self.fail(f"cp {m}")
         to, source, size = operands[:3]
         size = int(size)
@@ -654,11 +701,15 @@ class Kernel:
             return f"ptx::barrier({int(number)}, {self.line});"
         if m == ["red", "popc", "u32"]:
             d, number, p = operands
-            return self.write(d, f"ptx::barrier_red<ptx::kPopc>({int(number)}, {self.read(p, 'pred')}, {self.line})", "u32")
+            return self.write(
+                d, f"ptx::barrier_red<ptx::kPopc>({int(number)}, {self.read(p, 'pred')}, {self.line})", "u32"
+            )
         if m[:1] == ["red"] and m[1] in ("or", "and") and m[2:] == ["pred"]:
             d, number, p = operands
             kind = {"or": "kOr", "and": "kAnd"}[m[1]]
-            return self.write(d, f"ptx::barrier_red<ptx::{kind}>({int(number)}, {self.read(p, 'pred')}, {self.line})", "pred")
+            return self.write(
+                d, f"ptx::barrier_red<ptx::{kind}>({int(number)}, {self.read(p, 'pred')}, {self.line})", "pred"
+            )
         self.fail(f"bar {m}")
 
     def op_barrier(self, m, *operands):
@@ -669,12 +720,20 @@ class Kernel:
     def op_vote(self, m, d, p, mask):
         self.only(m, ["sync", "ballot", "b32"], ["sync", "any", "pred"], ["sync", "all", "pred"])
         t = "b32" if m[1] == "ballot" else "pred"
-        return self.write(d, f"ptx::vote<ptx::k{m[1].capitalize()}>({self.read(p, 'pred')}, {self.read(mask, 'u32')}, {self.line})", t)
+        return self.write(
+            d, f"ptx::vote<ptx::k{m[1].capitalize()}>({self.read(p, 'pred')}, {self.read(mask, 'u32')}, {self.line})", t
+        )
 
     def op_redux(self, m, d, a, mask):
-        self.only(m, *(["sync", x, "b32"] for x in ("or", "and", "xor")), *(["sync", x, t] for x in ("add", "min", "max") for t in ("u32", "s32")))
+        self.only(
+            m,
+            *(["sync", x, "b32"] for x in ("or", "and", "xor")),
+            *(["sync", x, t] for x in ("add", "min", "max") for t in ("u32", "s32")),
+        )
         name = m[1].capitalize() + ("Signed" if m[2] == "s32" else "")
-        return self.write(d, f"ptx::redux<ptx::kRedux{name}>({self.read(a, 'u32')}, {self.read(mask, 'u32')}, {self.line})", "u32")
+        return self.write(
+            d, f"ptx::redux<ptx::kRedux{name}>({self.read(a, 'u32')}, {self.read(mask, 'u32')}, {self.line})", "u32"
+        )
 
     def op_shfl(self, m, d, a, b, c, mask):
         self.only(m, *(["sync", x, "b32"] for x in ("up", "down", "bfly", "idx")))
@@ -686,7 +745,11 @@ class Kernel:
     def op_ldmatrix(self, m, d, address):
         turned = "trans" in m
         rest = [x for x in m if x != "trans"]
-        if rest[:3] != ["sync", "aligned", "m8n8"] or rest[4:] != ["shared", "b16"] or rest[3] not in ("x1", "x2", "x4"):
+        if (
+            rest[:3] != ["sync", "aligned", "m8n8"]
+            or rest[4:] != ["shared", "b16"]
+            or rest[3] not in ("x1", "x2", "x4")
+        ):
             self.fail(f"ldmatrix {m}")
         count = int(rest[3][1])
         names = split_operands(d[1:-1])
@@ -696,8 +759,19 @@ class Kernel:
         return code + " ".join(self.write(n, f"x[{i}]", "b32") for i, n in enumerate(names)) + " }"
 
     def op_mma(self, m, d, a, b, c):
-        kinds = {("m16n8k16", "bf16"): ("kBfloat16", 4, 2), ("m16n8k16", "f16"): ("kHalf", 4, 2), ("m16n8k8", "tf32"): ("kTf32", 4, 2)}
-        if m[:2] != ["sync", "aligned"] or m[3:5] != ["row", "col"] or len(m) != 9 or m[5] != "f32" or m[8] != "f32" or m[6] != m[7]:
+        kinds = {
+            ("m16n8k16", "bf16"): ("kBfloat16", 4, 2),
+            ("m16n8k16", "f16"): ("kHalf", 4, 2),
+            ("m16n8k8", "tf32"): ("kTf32", 4, 2),
+        }
+        if (
+            m[:2] != ["sync", "aligned"]
+            or m[3:5] != ["row", "col"]
+            or len(m) != 9
+            or m[5] != "f32"
+            or m[8] != "f32"
+            or m[6] != m[7]
+        ):
             self.fail(f"mma {m}")
         if (m[2], m[6]) not in kinds:
             self.fail(f"mma {m}")

@@ -27,14 +27,13 @@ auto describe(const Params& params, int) -> decltype(first_tile(params.pyramid, 
   for (int i = 0; i < pyramid.count; ++i) {
     const auto& entry = pyramid.entries[i];
     const auto added = kinds.try_emplace({entry.losses, entry.level}, static_cast<int>(all.size()));
-    if (added.second)
-      all.push_back({entry.losses, entry.height, entry.width, std::vector<int64_t>(pyramid.slices), 0});
+    if (added.second) all.push_back({entry.losses, entry.height, entry.width, std::vector<int64_t>(pyramid.slices), 0});
     ptx::TileKind& kind = all[added.first->second];
     const int64_t end = i + 1 < pyramid.count ? pyramid.entries[i + 1].first_tile : pyramid.tiles;
     kind.total += end - entry.first_tile;
     for (int64_t s = 0; s < pyramid.slices; ++s)
-      kind.tiles[s] += std::max<int64_t>(0, std::min(first_tile(pyramid, s + 1), end) -
-                                                std::max(first_tile(pyramid, s), entry.first_tile));
+      kind.tiles[s] += std::max<int64_t>(
+          0, std::min(first_tile(pyramid, s + 1), end) - std::max(first_tile(pyramid, s), entry.first_tile));
   }
 }
 template <class Params>
