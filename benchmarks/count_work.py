@@ -35,7 +35,7 @@ import sea_kernels as sk
 
 PERIOD = 32 << 20  # bytes
 ARCHITECTURES = {"A100": 80, "H100": 90, "H200": 90}
-COLUMNS = {"W1": 0}  # where not given: all of W1's, 6 of the others'
+COLUMNS = {"W1": 0, "W4": 2}  # where not given: all of W1, 6 of the others
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -137,7 +137,7 @@ def main():
     parser.add_argument("--architecture", type=int, choices=(80, 90), help="default: the device's")
     parser.add_argument("--kernels", type=lambda x: x.split(","), help="only these, e.g. pool,backward")
     parser.add_argument(
-        "--columns", type=int, help="of the grid, about so many are run; 0: all (default: W1 0, else 6)"
+        "--columns", type=int, help="of the grid, about so many are run; 0: all (default: W1 0, W4 2, else 6)"
     )
     parser.add_argument("--products", action="store_true", help="matrix products are computed: results are right")
     parser.add_argument("--no-sass", action="store_true", help="PTX is counted alone")

@@ -78,7 +78,8 @@ class Code:
                 self.blocks[-1].append((op, predicate is not None and "PT" not in predicate, chain))
                 target = re.search(r"`\(([^)]+)\)", rest)
                 if re.match(r"(BRA|EXIT|RET|CALL|BRX|JMP)\b", op):
-                    targets.append((len(self.blocks) - 1, op, predicate is not None, target[1] if target else None))
+                    conditional = predicate is not None or re.match(r"BRA\.(DIV|CONV)", op) is not None
+                    targets.append((len(self.blocks) - 1, op, conditional, target[1] if target else None))
                     self.blocks.append([])
         if not self.blocks[-1]:
             self.blocks.pop()
@@ -89,7 +90,8 @@ class Code:
         n = len(self.blocks)
         for b in range(n):
             op, predicated, target = special.get(b, (None, False, None))
-            if op and op.startswith("BRA"):
+            # On sm_80 a call of a place within the kernel is a jump.
+            if op and (op.startswith("BRA") or (op.startswith("CALL") and str(target).startswith(".L_x"))):
                 if target in self.labels:
                     self.edges.append((b, self.labels[target]))
                 if predicated and b + 1 < n:
@@ -134,7 +136,7 @@ def disassemble(text, architecture, folder):
     spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill", used))
     lines, inside = [], False
     for line in listing.read_text().split("\n"):
-        if line.lstrip().startswith(".section"):
+        if re.match(r"\s*\.section\s", line):
             inside = ".text." in line
         elif inside:
             lines.append(line)
