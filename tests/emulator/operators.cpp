@@ -1,8 +1,7 @@
 // The operators of csrc/cuda/ops as a Python module, which puts them in the place of the CPU's and takes them away
 // again.
-#include <cuda/device.h>
-
 #include <bind.h>
+#include <cuda/device.h>
 
 PYBIND11_MODULE(operators, module) {
   using torch::stable::detail::StableLibrary;
