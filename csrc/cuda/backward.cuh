@@ -93,13 +93,13 @@ struct Sources {
 // -------------------------------------------------------------------------------------------------- without distances
 
 struct BackwardEntry : Entry {
-  Map maps[2];  // student, teacher
-  Map gradient;
+  TileMap maps[2];  // student, teacher
+  TileMap gradient;
   SavedEntry saved;
 
   BackwardEntry() = default;
   explicit BackwardEntry(const Pair& pair)
-      : Entry(pair), maps{pair.student, pair.teacher}, gradient(pair.gradient), saved(pair) {}
+      : Entry(pair), maps{TileMap(pair.student), TileMap(pair.teacher)}, gradient(pair.gradient), saved(pair) {}
 };
 
 template <class T>
@@ -138,9 +138,10 @@ __global__ void __launch_bounds__(kPoolThreads, 3) backward(const __grid_constan
   const auto load = [&](int64_t tile, int stage) {
     next.seek(pyramid, tile, kPixels);
     const BackwardEntry& entry = pyramid.entries[next.entry];
+#pragma unroll 1
     for (int side = 0; side < 2 && reads(entry); ++side)
       load_tile(memory.tile(stage, side), entry.maps[side], next.image, next.first, next.count, kPixels, c0,
-                channels_of(entry), kPoolChannels);
+                channels_of(entry), kPoolChannels, kPoolThreads);
     copy_async_commit();
   };
   if (begin < end) load(begin, 0);
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kPoolThreads, 3) backward(const __grid_constan
           tiles, memory.masks, at, column, c0 + column, [](int) { return T(0); },
           [&](int u, T value) { *tiles[0].at(column, u) = narrow<X>(value); });
     __syncthreads();
-    if (channels > 0) store_tile(tiles[0], entry.gradient, at.image, at.first, at.count, c0, channels);
+    if (channels > 0) store_tile(tiles[0], entry.gradient, at.image, at.first, at.count, c0, channels, kPoolThreads);
     __syncthreads();
   }
 }
@@ -230,13 +231,13 @@ __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scal
     __syncthreads();
     if (channels > 0)
       store_tile(loop.tile[0], loop.entry().gradient, loop.at.image, loop.at.first, loop.at.count, loop.own_channel(),
-                 channels);
+                 channels, kMainThreads);
   };
   loop.each_tile(work, [] {});
 }
 
 struct DistanceBackwardEntry : DistanceEntry {
-  Map gradient;
+  TileMap gradient;
   SavedEntry saved;
 
   DistanceBackwardEntry() = default;

@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(kAnchorThreads) unit_anchors(const __grid_cons
 }
 
 struct CosineEntry : MainEntry {
-  Map cosines;   // [batch, masks, height, width]; in backward their gradient
-  Map gradient;  // of the features
+  TileMap cosines;   // [batch, masks, height, width]; in backward their gradient
+  TileMap gradient;  // of the features
 
   CosineEntry() = default;
   explicit CosineEntry(const Pair& pair) : MainEntry(pair), cosines(pair.cosines), gradient(pair.gradient) {}
@@ -42,11 +42,11 @@ __global__ void __launch_bounds__(kMainThreads, 1) cosine(const __grid_constant_
     loop.each_chunk(
         t, 0, loop.chunks, T(1), [] {},
         [&](int p0, int rows) {
-          const Map& out = loop.entry().cosines;
+          const TileMap& out = loop.entry().cosines;
           for (int i = threadIdx.x; i < rows * loop.kM; i += kMainThreads) {
             const int row = i / loop.kM, u = i % loop.kM;
             if (u < loop.at.count && p0 + row < loop.count)
-              static_cast<T*>(out.data)[offset_of(out, loop.at.image, p0 + row, loop.at.first + u)] =
+              static_cast<T*>(out.data)[out.offset_of(loop.at.image, p0 + row, loop.at.first + u)] =
                   loop.memory.nonempty[row] ? *loop.cosine(0, u, row) : T(0);
           }
         });
@@ -59,9 +59,8 @@ template <class T>
 __device__ inline auto cosine_gradient(const MainLoop<T, CosineEntry>& loop) {
   return [&loop](bool) {
     return [&loop](int, int mask) {
-      const Map& gradient = loop.entry().cosines;
-      return load_as<T>(gradient.data, gradient.dtype,
-                        offset_of(gradient, loop.at.image, mask, loop.at.first + loop.pixel));
+      const TileMap& gradient = loop.entry().cosines;
+      return static_cast<const T*>(gradient.data)[gradient.offset_of(loop.at.image, mask, loop.at.first + loop.pixel)];
     };
   };
 }

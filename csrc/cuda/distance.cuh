@@ -65,6 +65,9 @@ struct DistanceEntry : MainEntry {
   explicit DistanceEntry(const Pair& pair) : MainEntry(pair), pixel_softmax(pair.pixel_softmax) {}
 };
 
+// What the kernels of the distances do for the tiles of a pair.
+inline TileWork distance_work(const Pair& pair) { return {static_cast<int32_t>(pair.channels + 64), 256}; }
+
 // Where the softmax of this thread's pixel is saved.
 template <class X, class E>
 __device__ inline Compute<X>* saved_softmax(const MainLoop<X, E>& loop) {  // [PixelSoftmax<X>::kSize]

@@ -175,7 +175,7 @@ void forward_launch(std::vector<Pair> pairs, const Masks& masks, const LossOptio
       pair.localization_terms = std::exchange(localization_terms, localization_terms + last.localization_blocks);
   }
   const auto has_distances = [&](const Pair& pair) { return compares && pair.losses & kDistance; };
-  const auto distances = make_pyramid<DistanceEntry>(pairs, kBlockM<X>, options.slices, has_distances);
+  const auto distances = make_pyramid<DistanceEntry>(pairs, kBlockM<X>, options.slices, has_distances, distance_work);
   double* distance_terms = scratch.take<double>(distances.slices + distances.count);
 
   const int64_t start = scratch.used();
@@ -184,8 +184,9 @@ void forward_launch(std::vector<Pair> pairs, const Masks& masks, const LossOptio
                 stream);
   if (compares && !scratch.counts()) {
     const CompareParams params{
-        make_pyramid<CompareEntry>(pairs, kPoolPixels<X>, options.slices,
-                                   [](const Pair& pair) { return pair.losses & (kAnchor | kDistance); }),
+        make_pyramid<CompareEntry>(
+            pairs, kPoolPixels<X>, options.slices, [](const Pair& pair) { return pair.losses & (kAnchor | kDistance); },
+            [](const Pair&) { return TileWork{}; }),
         masks};
     launch(compare<X>, "compare", dim3(static_cast<unsigned>(masks.masks), params.pyramid.count), kAnchorThreads,
            kReduceBytes, stream, params);
@@ -206,7 +207,7 @@ void forward_launch(std::vector<Pair> pairs, const Masks& masks, const LossOptio
     if (gradient && grid.z > 1)
       launch(moments<X>, "moments", grid, kMainThreads, bytes, stream,
              MomentsParams<X>{distances, masks, block, scale, sums});
-    last.pyramid = make_pyramid<ProjectEntry>(pairs, kBlockM<X>, options.slices, has_distances);
+    last.pyramid = make_pyramid<ProjectEntry>(pairs, kBlockM<X>, options.slices, has_distances, distance_work);
     last.distance = distance_terms;
     last.moments = sums;
     last.inverse_temperature = static_cast<T>(1 / options.distance_temperature);
@@ -249,13 +250,14 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
                           Exponential<X>::scale(options.distance_temperature),
                           Exponential<X>::scale(options.localization_temperature)};
   each_launch(pairs, [&](const std::vector<Pair>& part) {
-    run_backward<X>({make_pyramid<BackwardEntry>(part, kPoolPixels<X>, 2 * options.slices,
-                                                 [](const Pair& pair) { return !(pair.losses & kDistance); }),
+    run_backward<X>({make_pyramid<BackwardEntry>(
+                         part, kPoolPixels<X>, 2 * options.slices,
+                         [](const Pair& pair) { return !(pair.losses & kDistance); }, pool_work),
                      masks, false, given},
                     stream);
     DistanceBackwardParams<T> params{
-        make_pyramid<DistanceBackwardEntry>(part, kBlockM<X>, options.slices,
-                                            [](const Pair& pair) { return pair.losses & kDistance; }),
+        make_pyramid<DistanceBackwardEntry>(
+            part, kBlockM<X>, options.slices, [](const Pair& pair) { return pair.losses & kDistance; }, distance_work),
         masks,
         {},
         given};

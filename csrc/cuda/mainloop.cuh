@@ -78,11 +78,12 @@ using Wide = std::conditional_t<std::is_same_v<X, __half>, __nv_bfloat16, X>;
 
 // An entry of the kernels that use the main loop.
 struct MainEntry : Entry {
-  Map maps[2];        // student, teacher; of one side: the features
+  TileMap maps[2];    // student, teacher; of one side: the features
   const void* units;  // X [sides, parts, masks, pitch]
 
   MainEntry() = default;
-  explicit MainEntry(const Pair& pair) : Entry(pair), maps{pair.student, pair.teacher}, units(pair.units) {}
+  explicit MainEntry(const Pair& pair)
+      : Entry(pair), maps{TileMap(pair.student), TileMap(pair.teacher)}, units(pair.units) {}
 };
 
 // All methods are called by all threads of the block. E derives from MainEntry.
@@ -283,9 +284,10 @@ class MainLoop {
   __device__ void load(int stage, int64_t t, int group) {
     next_.seek(pyramid, t, kM);
     const E& e = pyramid.entries[next_.entry];
+#pragma unroll 1
     for (int side = 0; side < sides; ++side)
-      load_tile(tile_data(stage, side), side ? e.maps[1] : e.maps[0], next_.image, next_.first, next_.count, kM,
-                static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k);
+      load_tile(tile_data(stage, side), e.maps[side], next_.image, next_.first, next_.count, kM,
+                static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k, kMainThreads);
     copy_async_commit();
   }
 
@@ -320,8 +322,8 @@ class MainLoop {
     }
     for (int i = 0; i < sides * kParts<X>; ++i) {
       const X* source = static_cast<const X*>(e.units) + (i * masks.masks + p0) * pitch + c0;
-      copy_rows<16>(units(i / kParts<X>, i % kParts<X>), rows, block.k, source, pitch, part_of(masks.masks - p0, rows),
-                    part_of(pitch - c0, block.k));
+      copy_rows<16>(units(i / kParts<X>, i % kParts<X>), kMainThreads, rows, source, pitch,
+                    part_of(masks.masks - p0, rows), part_of(pitch - c0, block.k));
     }
     copy_async_commit();
     copy_async_wait<0>();

@@ -129,11 +129,17 @@ struct PoolMemory {
   __device__ X* tile(int stage, int side) const { return tiles + (2 * stage + side) * kTile; }
 };
 
+// What pool() and backward() do for the tiles of a pair.
+inline TileWork pool_work(const Pair& pair) {
+  const int32_t channels = static_cast<int32_t>(pair.channels);
+  return {(pair.losses & kLocalization ? 5 : 2) * channels, 12 * channels};
+}
+
 struct PoolEntry : Entry {
-  Map maps[2];  // student, teacher
+  TileMap maps[2];  // student, teacher
 
   PoolEntry() = default;
-  explicit PoolEntry(const Pair& pair) : Entry(pair), maps{pair.student, pair.teacher} {}
+  explicit PoolEntry(const Pair& pair) : Entry(pair), maps{TileMap(pair.student), TileMap(pair.teacher)} {}
 };
 
 template <class T>
@@ -169,9 +175,10 @@ __global__ void __launch_bounds__(kPoolThreads, 2) pool(const __grid_constant__ 
     next.seek(pyramid, tile, kPixels);
     const PoolEntry& entry = pyramid.entries[next.entry];
     const int channels = channels_of(entry);
+#pragma unroll 1
     for (int side = 0; channels > 0 && side < params.sides; ++side)
       load_tile(memory.tile(stage, side), entry.maps[side], next.image, next.first, next.count, kPixels, c0, channels,
-                kPoolChannels);
+                kPoolChannels, kPoolThreads);
     copy_async_commit();
   };
 
@@ -317,7 +324,8 @@ template <class X>
 void run_pool(std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X> scale, int slices, Carver& scratch,
               cudaStream_t stream) {
   using T = Compute<X>;
-  PoolParams<T> params{make_pyramid<PoolEntry>(pairs, kPoolPixels<X>, slices), masks, {}, sides, scale};
+  const auto all = [](const Pair&) { return true; };
+  PoolParams<T> params{make_pyramid<PoolEntry>(pairs, kPoolPixels<X>, slices, all, pool_work), masks, {}, sides, scale};
   const auto& pyramid = params.pyramid;
   const int64_t table = masks.masks * pyramid.max_channels;
   const bool softmax = std::any_of(pairs.begin(), pairs.end(), [](const Pair& p) { return p.losses & kLocalization; });
@@ -327,13 +335,17 @@ void run_pool(std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X
   if (scratch.counts()) return;
   for (size_t i = 0; i < pairs.size(); ++i)
     if (pairs[i].losses & (kAnchor | kDistance) && !pairs[i].anchors[0]) {
-      const int64_t slice = slice_of(pyramid, pyramid.entries[i].first_tile);
+      const int64_t slice = slice_of(pyramid, static_cast<int64_t>(i), pyramid.entries[i].first_tile);
       for (int side = 0; side < (pairs[i].losses & kDistance ? 2 : 1); ++side)
         pairs[i].anchors[side] = params.sums + ((slice + static_cast<int64_t>(i)) * sides + side) * table;
       pairs[i].anchor_pitch = pyramid.max_channels;
     }
-  const PoolFinishParams<T> finish{
-      make_pyramid<PoolFinishEntry>(pairs, kPoolPixels<X>, slices), masks, sides, scale, params.sums, params.softmax};
+  const PoolFinishParams<T> finish{make_pyramid<PoolFinishEntry>(pairs, kPoolPixels<X>, slices, all, pool_work),
+                                   masks,
+                                   sides,
+                                   scale,
+                                   params.sums,
+                                   params.softmax};
 
   const auto bytes = [&] { return bytes_of<PoolMemory<X>>(static_cast<int64_t>(masks.masks), params.placement); };
   for (const PoolPlacement placement : {PoolPlacement{true, true}, {false, true}, {false, false}}) {

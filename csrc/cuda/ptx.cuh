@@ -15,6 +15,13 @@ __device__ inline unsigned char* shared_memory() {
   return memory;
 }
 
+// threadIdx.x, read anew. What is computed from it is not moved out of loops, where it would take registers for long.
+__device__ inline int thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -33,6 +33,8 @@ struct Entry {
   int64_t batch, channels, height, width;
   int64_t first_pixel;  // of the level in Masks::bits
   int64_t first_tile;   // of the map in this launch
+  int64_t first_work;   // what comes before its first tile, in units of TileWork
+  int32_t tile_work;    // of each of its tiles
   int32_t level;
   int32_t losses;  // flags
 
@@ -59,87 +61,127 @@ struct Pair : Entry {
   void* softmax;          // T [4, batch, channels] the channels' softmax over positions, saved for backward
 };
 
-// The maps that one launch covers. Their tiles, map by map and image by image, are divided into `slices` of equal
-// length, one for each block. A block stores its sums for an entry at index slice + entry, which is unique for every
-// slice and entry that meet.
+// What a block does for one tile of a map, and before the first one, in any unit. A function of shapes and loss flags
+// alone, since it decides where sums are cut.
+struct TileWork {
+  int32_t tile = 1, first = 0;
+};
+
+// The maps that one launch covers. Their tiles, map by map and image by image, are divided into `slices` of equal work,
+// one for each block. A block stores its sums for an entry at index slice + entry, which is unique for every slice and
+// entry that meet.
 constexpr int kMaxEntries = 48;
 template <class E>
 struct Pyramid {
   E entries[kMaxEntries];
   int32_t count, slices;
-  int64_t tiles, batch, max_channels;
+  int64_t tiles, work, batch, max_channels;
 };
 
 // ------------------------------------------------------------------------------------------------------ tile scheduler
 
+// A slice has the tiles whose work begins within its share of all work.
 template <class E>
 __host__ __device__ inline int64_t first_tile(const Pyramid<E>& pyramid, int64_t slice) {
-  return slice * pyramid.tiles / pyramid.slices;
+  const int64_t at = slice * pyramid.work / pyramid.slices;
+  int32_t i = pyramid.count - 1;
+  while (i > 0 && pyramid.entries[i].first_work > at) --i;
+  const Entry& entry = pyramid.entries[i];
+  const int64_t end = i + 1 < pyramid.count ? pyramid.entries[i + 1].first_tile : pyramid.tiles;
+  if (at <= entry.first_work) return entry.first_tile;
+  const int64_t tile = entry.first_tile + divide_up(at - entry.first_work, entry.tile_work);
+  return tile < end ? tile : end;
 }
 
 template <class E>
-__host__ __device__ inline int64_t slice_of(const Pyramid<E>& pyramid, int64_t tile) {
-  return pyramid.tiles == 0 ? 0 : ((tile + 1) * pyramid.slices - 1) / pyramid.tiles;
+__host__ __device__ inline int64_t slice_of(const Pyramid<E>& pyramid, int64_t entry, int64_t tile) {
+  const Entry& e = pyramid.entries[entry];
+  const int64_t at = e.first_work + (tile - e.first_tile) * e.tile_work;
+  return pyramid.tiles == 0 ? 0 : ((at + 1) * pyramid.slices - 1) / pyramid.work;
 }
 
-// The slices first .. last that meet the tiles begin .. end - 1; none where last < first.
+// The slices first .. last that meet the tiles begin .. end - 1 of an entry; none where last < first.
 struct SliceRange {
   int64_t first, last;
 };
 
 template <class E>
-__host__ __device__ inline SliceRange slices_of(const Pyramid<E>& pyramid, int64_t begin, int64_t end) {
+__host__ __device__ inline SliceRange slices_of(const Pyramid<E>& pyramid, int64_t entry, int64_t begin, int64_t end) {
   if (begin == end) return {0, -1};
-  return {slice_of(pyramid, begin), slice_of(pyramid, end - 1)};
+  return {slice_of(pyramid, entry, begin), slice_of(pyramid, entry, end - 1)};
 }
 
-// Those of an entry.
+// Those of all its tiles.
 template <class E>
 __host__ __device__ inline SliceRange slices_of(const Pyramid<E>& pyramid, int64_t entry) {
   const int64_t end = entry + 1 < pyramid.count ? pyramid.entries[entry + 1].first_tile : pyramid.tiles;
-  return slices_of(pyramid, pyramid.entries[entry].first_tile, end);
+  return slices_of(pyramid, entry, pyramid.entries[entry].first_tile, end);
 }
 
 // The tile of a launch that a block works on.
 struct WorkTile {
-  int entry, image;
-  int first, count;  // pixels of the image
+  int entry = 0, image = 0;
+  int first = 0, count = 0;  // pixels of the image
+  int64_t tile = -1;
 
-  // Moves on to `tile`, which is not before the current one.
+  // Moves on to `to`, which is not before the current tile. The next tile costs no division.
   template <class E>
-  __device__ void seek(const Pyramid<E>& pyramid, int64_t tile, int tile_pixels) {
-    while (entry + 1 < pyramid.count && tile >= pyramid.entries[entry + 1].first_tile) ++entry;
+  __device__ void seek(const Pyramid<E>& pyramid, int64_t to, int tile_pixels) {
+    const bool next = count > 0 && to == tile + 1;
+    if (next) {
+      first += count;
+      if (first == pyramid.entries[entry].image()) {
+        first = 0;
+        ++image;
+      }
+    }
+    const int before = entry;
+    while (entry + 1 < pyramid.count && to >= pyramid.entries[entry + 1].first_tile) ++entry;
     const Entry& e = pyramid.entries[entry];
-    const unsigned at = static_cast<unsigned>(tile - e.first_tile);
-    const int pixels = static_cast<int>(e.image()), per_image = (pixels + tile_pixels - 1) / tile_pixels;
-    image = static_cast<int>(at / per_image);
-    first = static_cast<int>(at % per_image) * tile_pixels;
+    const int pixels = static_cast<int>(e.image());
+    if (next && entry != before) image = 0;
+    if (!next && to != tile) {
+      const unsigned at = static_cast<unsigned>(to - e.first_tile);
+      const int per_image = (pixels + tile_pixels - 1) / tile_pixels;
+      image = static_cast<int>(at / per_image);
+      first = static_cast<int>(at % per_image) * tile_pixels;
+    }
+    tile = to;
     count = pixels - first < tile_pixels ? pixels - first : tile_pixels;
   }
 };
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
-// The table of those pairs (kMaxEntries at most) that takes(pair) accepts.
-template <class E, class Takes>
-Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int slices, Takes takes) {
+// The table of those pairs (kMaxEntries at most) that takes(pair) accepts. work(pair) returns their TileWork.
+template <class E, class Takes, class Work>
+Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int slices, Takes takes, Work work) {
   Pyramid<E> out{};
+  int32_t most = 1;
   for (const Pair& pair : pairs) {
     if (!takes(pair)) continue;
     if (pair.image() > INT32_MAX - 128) throw std::runtime_error("sea_kernels: a map of 2^31 pixels or more");
+    const TileWork of_pair = work(pair);
+    const int64_t tiles = pair.batch * divide_up(pair.image(), tile_pixels);
     E& entry = out.entries[out.count++] = E(pair);
     entry.first_tile = out.tiles;
+    entry.tile_work = of_pair.tile;
+    entry.first_work = out.work + of_pair.first;
     out.batch = pair.batch;
-    out.tiles += pair.batch * divide_up(pair.image(), tile_pixels);
+    out.tiles += tiles;
+    out.work += tiles == 0 ? 0 : of_pair.first + tiles * of_pair.tile;
     out.max_channels = std::max(out.max_channels, pair.channels);
+    most = std::max(most, of_pair.tile);
   }
-  out.slices = static_cast<int32_t>(std::min<int64_t>(out.tiles, slices));
+  // No slice between the first and the last one of an entry may be empty: each has room for any tile.
+  out.slices = static_cast<int32_t>(out.tiles == 0 ? 0 : std::clamp<int64_t>(out.work / most, 1, slices));
   return out;
 }
 
 template <class E>
 Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int slices) {
-  return make_pyramid<E>(pairs, tile_pixels, slices, [](const Pair&) { return true; });
+  return make_pyramid<E>(
+      pairs, tile_pixels, slices, [](const Pair&) { return true; }, [](const Pair&) { return TileWork{}; });
 }
 
 // Calls f(pairs of one launch) for as many launches as are needed.

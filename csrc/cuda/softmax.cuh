@@ -140,7 +140,7 @@ __device__ inline void merge_softmax(const Pyramid<E>& pyramid, int64_t i,
   if (channel < entry.channels) {
     OnlineSoftmax<X> all;
     const int64_t tiles = divide_up(entry.image(), tile_pixels), tile = entry.first_tile + image * tiles;
-    const SliceRange range = slices_of(pyramid, tile, tile + tiles);
+    const SliceRange range = slices_of(pyramid, i, tile, tile + tiles);
     for (int64_t s = range.first; s <= range.last; ++s) {
       OnlineSoftmax<X> one;
       one.read(slices + (s + i * pyramid.batch + image) * OnlineSoftmax<X>::kSize * pyramid.max_channels + channel,

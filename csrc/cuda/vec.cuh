@@ -40,43 +40,22 @@ constexpr Dtype kDtype = std::is_same_v<X, double>   ? Dtype::float64
                          : std::is_same_v<X, __half> ? Dtype::float16
                                                      : Dtype::bfloat16;
 
-// Element `i` of a map of any type.
-template <class X>
-__device__ inline X load_as(const void* data, Dtype dtype, int64_t i) {
-  switch (dtype) {
-    case Dtype::float64:
-      return narrow<X>(static_cast<const double*>(data)[i]);
-    case Dtype::float16:
-      return narrow<X>(widen(static_cast<const __half*>(data)[i]));
-    case Dtype::bfloat16:
-      return narrow<X>(widen(static_cast<const __nv_bfloat16*>(data)[i]));
-    default:
-      return narrow<X>(static_cast<const float*>(data)[i]);
-  }
+template <class To, class From>
+__device__ inline To convert(From x) {
+  if constexpr (std::is_same_v<To, From>)
+    return x;
+  else
+    return narrow<To>(widen(x));
 }
 
-template <class X>
-__device__ inline void store_as(void* data, Dtype dtype, int64_t i, X x) {
-  switch (dtype) {
-    case Dtype::float64:
-      static_cast<double*>(data)[i] = widen(x);
-      break;
-    case Dtype::float16:
-      static_cast<__half*>(data)[i] = narrow<__half>(widen(x));
-      break;
-    case Dtype::bfloat16:
-      static_cast<__nv_bfloat16*>(data)[i] = narrow<__nv_bfloat16>(widen(x));
-      break;
-    default:
-      static_cast<float*>(data)[i] = narrow<float>(widen(x));
-  }
-}
-
-// Elements that are moved at once: 16 bytes.
-template <class X>
-struct alignas(16) Packed {
-  static constexpr int kSize = 16 / sizeof(X);
-  X x[kSize];
+// Elements that are moved at once: 16 bytes, or fewer.
+template <class X, int kCount = 16 / sizeof(X)>
+struct alignas(kCount * sizeof(X)) Packed {
+  static constexpr int kSize = kCount;
+  union {
+    X x[kSize];
+    uint32_t words[kSize * sizeof(X) / 4];
+  };
 };
 
 // Exponentials of differences over a temperature. For 16-bit maps they are powers of two, exp2(difference * scale),

@@ -173,8 +173,8 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator t
         "losses",
         EVERYTHING,
         "cuda/tile.cuh",
-        "const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count;",
-        "const int rows = layout.pixel_rows ? count : channels, columns = layout.pixel_rows ? channels : count + 1;",
+        "const int valid = part_of((tile.pixel_rows ? channels : count) - share.column, kSize);",
+        "const int valid = part_of((tile.pixel_rows ? channels : count + 1) - share.column, kSize);",
     ),
     "operator, stride: the anchors of a level lie over those of the level before": (
         "pool",

@@ -10,6 +10,8 @@ using emulator::copy_async_commit;
 using emulator::shared_address;
 using emulator::shared_memory;
 
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
+
 template <int kBytes>
 void copy_async(void* shared, const void* global, int valid, emulator::Site site = emulator::Site::here()) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
