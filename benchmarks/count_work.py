@@ -16,7 +16,6 @@ import ctypes
 import json
 import mmap
 import os
-import re
 import sys
 import tempfile
 import time
@@ -94,8 +93,8 @@ def count(name, w, options, tell):
     module = operators.install(
         ["losses", "regions"], architecture, count=True, dtypes=[w.dtype], kernels=kernels, tell=tell
     )
-    slices = re.search(r"int slices\(\) { return (\d+); }", (ROOT / "csrc/cuda/device.h").read_text())
-    module.settings(slices=int(slices[1]), largest_filled=1 << 20)
+    slices = report.DEVICES[options.device]["sms"]  # csrc/cuda/device.h
+    module.settings(slices=slices, largest_filled=1 << 20)
     library = ctypes.CDLL(str(module.library))
     library.ptxrun_count(columns, options.products, kernels is not None)
 
@@ -118,7 +117,7 @@ def count(name, w, options, tell):
         "workload": name,
         "text": str(w),
         "columns": columns,
-        "slices": int(slices[1]),
+        "slices": slices,
         "floor_bytes": w.least_bytes,
         "anchors": 1 + 2 * int((regions.classes >= 0).sum()),
         "rows": regions.area.shape[1],

@@ -50,6 +50,7 @@ __device__ inline void write_means(const Pyramid<E>& pyramid, int64_t i, const M
   const T* first = sums + (range.first + i) * step + mask * pyramid.max_channels;  // [slices, channels]
   const auto mean = [&](int side, int64_t channel) {
     T sum = 0;
+#pragma unroll 8  // for so many loads under way at once
     for (int64_t s = 0; s <= range.last - range.first; ++s) sum += first[s * step + side * side_step + channel];
     return sum / max(static_cast<T>(area), T(1));
   };
@@ -183,6 +184,7 @@ __device__ inline void project(const Pyramid<ProjectEntry>& pyramid,  // the one
   T along = 0;
   for (int64_t c = threadIdx.x; c < entry.channels; c += blockDim.x) {
     T sum = 0;
+#pragma unroll 8
     for (int64_t s = range.first; s <= range.last; ++s)
       sum += moments[((s + i) * masks.masks + mask) * pyramid.max_channels + c];
     out[c] = sum;

@@ -121,9 +121,12 @@ struct BackwardMemory {
   __device__ X* tile(int stage, int side) const { return tiles + (2 * stage + side) * PoolMemory<X>::kTile; }
 };
 
+constexpr int kBackwardBlocks = 3;  // of a multiprocessor
+
 // Grid: slices, blocks of channels.
 template <class X>
-__global__ void __launch_bounds__(kPoolThreads, 3) backward(const __grid_constant__ BackwardParams<Compute<X>> params) {
+__global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks)
+    backward(const __grid_constant__ BackwardParams<Compute<X>> params) {
   using T = Compute<X>;
   constexpr int kPixels = kPoolPixels<X>;
   const Pyramid<BackwardEntry>& pyramid = params.pyramid;
@@ -174,12 +177,17 @@ __global__ void __launch_bounds__(kPoolThreads, 3) backward(const __grid_constan
   }
 }
 
+// slices: blocks for a multiprocessor each
 template <class X>
-void run_backward(BackwardParams<Compute<X>> params, cudaStream_t stream) {
-  const int64_t masks = params.masks.masks;
+void run_backward(BackwardParams<Compute<X>> params, int slices, cudaStream_t stream) {
+  const int64_t masks = params.masks.masks, columns = divide_up(params.pyramid.max_channels, kPoolChannels);
   params.words = bytes_of<BackwardMemory<X>>(masks, true) <= shared_memory_limit();
-  const dim3 grid(params.pyramid.slices, static_cast<unsigned>(divide_up(params.pyramid.max_channels, kPoolChannels)));
-  launch(backward<X>, "backward", grid, kPoolThreads, bytes_of<BackwardMemory<X>>(masks, params.words), stream, params);
+  const int64_t bytes = bytes_of<BackwardMemory<X>>(masks, params.words);
+  // One wave: as many blocks as have room at once. 1 KB of a block is the system's.
+  const int64_t room = std::clamp<int64_t>((shared_memory_limit() + 1024) / (bytes + 1024), 1, kBackwardBlocks);
+  cut(params.pyramid, static_cast<int>(std::max<int64_t>(slices * room / std::max<int64_t>(columns, 1), 1)));
+  const dim3 grid(params.pyramid.slices, static_cast<unsigned>(columns));
+  launch(backward<X>, "backward", grid, kPoolThreads, bytes, stream, params);
 }
 
 // ----------------------------------------------------------------------------------------------------- with distances
@@ -223,7 +231,7 @@ __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scal
           [&](int u) {
             if (!loop.valid(u)) return T(0);
             const T inverse = loop.memory.inverse_norm[u];
-            const T direct = loop.memory.out[column * MainMemory<X>::kOutPitch + u];
+            const T direct = *loop.direction(column, u);
             return w * inverse *
                    (direct - loop.memory.along[u] * inverse * static_cast<T>(widen(*loop.tile[0].at(column, u))));
           },

@@ -19,9 +19,9 @@
 
 namespace sea {
 
-// How many slices the tiles of a launch are divided into, a block each (times the blocks of channels). One number for
-// every GPU, since it decides where sums are cut: one block for each multiprocessor of an H100.
-inline int slices() { return 132; }
+// How many slices the tiles of a launch are divided into, a block each (times the blocks of channels): one for each
+// multiprocessor of the current device. It decides where sums are cut, so results are those of one kind of GPU.
+inline int slices() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // torch's functions for streams exist only where torch has CUDA, in a library that was loaded without exporting its
 // symbols: this one is looked up there at first use.

@@ -22,17 +22,19 @@ inline int current_device() {
   return device;
 }
 
-// Bytes of shared memory that a block may have on the current device.
-inline int shared_memory_limit() {
+// An attribute of the current device, none of which is 0.
+inline int device_attribute(cudaDeviceAttr attribute) {
   static std::mutex mutex;
-  static std::map<int, int> limits;
+  static std::map<std::pair<int, cudaDeviceAttr>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
   const int device = current_device();
-  int& bytes = limits[device];
-  if (bytes == 0)
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return bytes;
+  int& value = known[{device, attribute}];
+  if (value == 0) check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
 }
+
+// Bytes of shared memory that a block may have on the current device.
+inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 // Lets a kernel have all of it, once for each kernel and device. Always all of it, since a smaller limit for one launch
 // could fail the launch of another thread.

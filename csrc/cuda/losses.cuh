@@ -112,18 +112,15 @@ template <class X>
 __device__ inline void sum_losses(const FinishParams<X>& params) {
   double sum[3] = {0, 0, 0};
   const int64_t masks = params.masks.masks;
-  for (int i = 0; i < params.anchor_count; ++i)
-    for (int64_t p = threadIdx.x; p < masks; p += blockDim.x) sum[0] += params.anchor[i * masks + p];
-  for (int i = 0; i < params.pyramid.count; ++i) {
+  for (int64_t i = threadIdx.x; i < params.anchor_count * masks; i += kAnchorThreads) sum[0] += params.anchor[i];
+  for (int i = threadIdx.x / 32; i < params.pyramid.count; i += kAnchorThreads / 32) {  // a warp for each entry
     const float pixels = params.masks.valid_pixels[params.pyramid.entries[i].level];
-    if (!(pixels > 0)) continue;
     const SliceRange range = slices_of(params.pyramid, i);
-    for (int64_t s = range.first + threadIdx.x; s <= range.last; s += blockDim.x)
+    for (int64_t s = range.first + threadIdx.x % 32; s <= range.last && pixels > 0; s += 32)
       sum[1] += params.distance[s + i] / pixels;
   }
-  for (int i = 0; i < params.localization_count; ++i)
-    for (int64_t k = threadIdx.x; k < params.localization_blocks; k += blockDim.x)
-      sum[2] += params.localization[i * params.localization_blocks + k];
+  for (int64_t i = threadIdx.x; i < params.localization_count * params.localization_blocks; i += kAnchorThreads)
+    sum[2] += params.localization[i];
   for (int i = 0; i < 3; ++i) {
     const double total = sum_over_block(sum[i], reinterpret_cast<double*>(shared_memory()));
     if (threadIdx.x == 0 && params.losses[i])
@@ -251,10 +248,10 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
                           Exponential<X>::scale(options.localization_temperature)};
   each_launch(pairs, [&](const std::vector<Pair>& part) {
     run_backward<X>({make_pyramid<BackwardEntry>(
-                         part, kPoolPixels<X>, 2 * options.slices,
+                         part, kPoolPixels<X>, options.slices,
                          [](const Pair& pair) { return !(pair.losses & kDistance); }, pool_work),
                      masks, false, given},
-                    stream);
+                    options.slices, stream);
     DistanceBackwardParams<T> params{
         make_pyramid<DistanceBackwardEntry>(
             part, kBlockM<X>, options.slices, [](const Pair& pair) { return pair.losses & kDistance; }, distance_work),
@@ -287,7 +284,7 @@ void run_anchor_pool(const std::vector<Pair>& pairs, const Masks& masks, int sli
 template <class X>
 void run_anchor_pool_backward(const std::vector<Pair>& pairs, const Masks& masks, int slices, cudaStream_t stream) {
   each_launch(pairs, [&](const std::vector<Pair>& part) {
-    run_backward<X>({make_pyramid<BackwardEntry>(part, kPoolPixels<X>, 2 * slices), masks}, stream);
+    run_backward<X>({make_pyramid<BackwardEntry>(part, kPoolPixels<X>, slices), masks}, slices, stream);
   });
 }
 

@@ -29,13 +29,13 @@ struct BlockShape {
 template <class X>
 struct MainMemory {
   using T = Compute<X>;
-  static constexpr int kM = kBlockM<X>, kOutPitch = kM + 1;
+  static constexpr int kM = kBlockM<X>;
   X* units;           // [2 sides, parts, n, k]
   X* tiles;           // [2 stages, 2 sides, k, kM]
-  T* cosines;         // [2 sides, kM, n + 8]
+  T* cosines;         // [2 sides, kM, n + 8]: without bank conflicts where 4 lanes store 2 neighbors each of 8 rows
   X* coefficients;    // [parts, kM, kMaxBlockN], after the cosines
-  T* squares;         // [2 sides, kMainThreads], in the place of the coefficients
-  T* out;             // [k, kOutPitch], in the place of all three
+  T* squares;         // [2 sides, warps, kM], in the place of the coefficients
+  T* out;             // [kM, k + 8], in the place of all three
   double* scratch;    // [32]
   T* inverse_norm;    // [2 sides, kM] of the pixels
   T* along;           // [kM] a pixel's gradient along the pixel itself
@@ -55,9 +55,9 @@ struct MainMemory {
     const int64_t after = carver.used();
     coefficients = carver.take<X>(kParts<X> * kM * kMaxBlockN);
     carver.rewind(after);
-    squares = carver.take<T>(2 * kMainThreads);
+    squares = carver.take<T>(2 * kMainThreads / 32 * kM);
     carver.rewind(start);
-    out = carver.take<T>(block.k * kOutPitch);
+    out = carver.take<T>(kM * (block.k + 8));
   }
 };
 
@@ -158,16 +158,16 @@ class MainLoop {
     for (int chunk = first; chunk < last; ++chunk) {
       const int p0 = chunk * block.n, rows = static_cast<int>(round_up(part_of(count - p0, block.n), 16));
       T products[kRowTiles][1][2][4] = {};
-      T square[2] = {0, 0};
+      Squares squares{};
       for (int i = 0; i < groups; ++i) {
         const int group = group_at(i);
         if (groups > 1 || chunk == first) consumer_wait(t, chunk + 1 < last, i);
         load_units(chunk, group, rows);
         if (chunk == first && i + 1 == groups) ready();
-        add_squares(square, group);
+        if (chunk == first) add_squares(squares);
         multiply_units(products, rows);
       }
-      if (groups > 1 || chunk == first) write_norms(square);
+      if (chunk == first) write_norms(squares);
       __syncthreads();
       write_cosines(products, rows, scale);
       __syncthreads();
@@ -253,11 +253,16 @@ class MainLoop {
 #pragma unroll
       for (int n = 0; n < 2; ++n)
         if (16 * (warp + 8 * n) < block.k)
-          each(directions[m][n], [&](int row, int column, T& value) {
-            memory.out[(16 * (warp + 8 * n) + column) * MainMemory<X>::kOutPitch + 16 * m + row] = value;
-            value = 0;
+          each_pair(directions[m][n], [&](int row, int column, Packed<T, 2> values) {
+            *reinterpret_cast<Packed<T, 2>*>(direction(16 * (warp + 8 * n) + column, 16 * m + row)) = values;
           });
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < 2; ++n) each(directions[m][n], [](int, int, T& value) { value = 0; });
   }
+
+  __device__ T* direction(int channel, int u) const { return memory.out + u * (block.k + 8) + channel; }
 
  private:
   int step_;                                            // tiles waited for so far
@@ -330,28 +335,57 @@ class MainLoop {
     __syncthreads();
   }
 
-  // Each thread adds up the squares of some channels of one pixel.
-  __device__ void add_squares(T (&square)[2], int group) {
-    const int u = threadIdx.x % kM, channels = channels_of(entry(), group);
+  // Each thread adds up the squares of some channels of one pixel, or of two neighbors.
+  static constexpr int kPair = sizeof(X) == 2 ? 2 : 1, kColumns = kM / kPair;
+  using Squares = T[2][kPair];
+
+  __device__ void add_squares(Squares& squares) {
 #pragma unroll
-    for (int side = 0; side < 2; ++side)
-      for (int c = threadIdx.x / kM; side < sides && c < channels; c += kLanes) {
-        const T x = widen(*tile[side].at(c, u));
-        square[side] += x * x;
+    for (int side = 0; side < 2; ++side) {
+      if (side >= sides) break;
+      const Matrix<X>& matrix = tile[side].matrix;
+      if (tile[side].pixel_rows) {
+        constexpr int kSize = Packed<X>::kSize;
+        for (int c = lane * kSize; c < block.k; c += kLanes * kSize) {
+          const Packed<X> x = *reinterpret_cast<const Packed<X>*>(matrix.at(pixel, c));
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) squares[side][0] += static_cast<T>(widen(x.x[k])) * widen(x.x[k]);
+        }
+      } else {
+#pragma unroll 4
+        for (int c = threadIdx.x / kColumns; c < block.k; c += kMainThreads / kColumns) {
+          const auto x = *reinterpret_cast<const Packed<X, kPair>*>(matrix.at(c, threadIdx.x % kColumns * kPair));
+#pragma unroll
+          for (int k = 0; k < kPair; ++k) squares[side][k] += static_cast<T>(widen(x.x[k])) * widen(x.x[k]);
+        }
       }
+    }
   }
 
-  __device__ void write_norms(const T (&square)[2]) {
+  __device__ void write_norms(Squares& squares) {
+    constexpr int kWarps = kMainThreads / 32;
 #pragma unroll
-    for (int side = 0; side < 2; ++side)
-      if (side < sides) memory.squares[side * kMainThreads + threadIdx.x] = square[side];
-    __syncthreads();
-    for (int i = threadIdx.x; i < sides * kM; i += kMainThreads) {
-      const int side = i / kM, u = i % kM;
-      T sum = 0;
-      for (int k = 0; k < kLanes; ++k) sum += memory.squares[side * kMainThreads + k * kM + u];
-      memory.inverse_norm[i] = inverse_or_zero(sqrt(sum));
+    for (int side = 0; side < 2; ++side) {
+      if (side >= sides) break;
+      if (tile[side].pixel_rows) {
+        const T sum = sum_over_lanes<kLanes>(squares[side][0]);
+        if (lane == 0) memory.inverse_norm[side * kM + pixel] = inverse_or_zero(sqrt(sum));
+      } else {
+#pragma unroll
+        for (int k = 0; k < kPair; ++k) {
+          const T sum = squares[side][k] + __shfl_xor_sync(kAllLanes, squares[side][k], kColumns);
+          if (threadIdx.x % 32 < kColumns)
+            memory.squares[(side * kWarps + warp) * kM + threadIdx.x % kColumns * kPair + k] = sum;
+        }
+      }
     }
+    __syncthreads();
+    const int side = threadIdx.x / kM, u = threadIdx.x % kM;
+    if (side >= sides || (side ? tile[1] : tile[0]).pixel_rows) return;
+    T sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += memory.squares[(side * kWarps + w) * kM + u];
+    memory.inverse_norm[side * kM + u] = inverse_or_zero(sqrt(sum));
   }
 
   // A warp has one side and 16 anchors.
@@ -373,8 +407,11 @@ class MainLoop {
     if (side >= sides || first >= rows) return;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
-      each(products[m][0], [&](int u, int row, T& value) {
-        *cosine(side, 16 * m + u, first + row) = value * memory.inverse_norm[side * kM + 16 * m + u] * scale;
+      each_pair(products[m][0], [&](int u, int row, Packed<T, 2> values) {
+        const T factor = memory.inverse_norm[side * kM + 16 * m + u] * scale;
+        values.x[0] *= factor;
+        values.x[1] *= factor;
+        *reinterpret_cast<Packed<T, 2>*>(cosine(side, 16 * m + u, first + row)) = values;
       });
   }
 };

@@ -26,6 +26,17 @@ __device__ inline void each(T (&product)[2][4], F f) {
     for (int i = 0; i < 4; ++i) f(lane / 4 + i / 2 * 8, 8 * h + lane % 4 * 2 + i % 2, product[h][i]);
 }
 
+// The same, two neighboring columns at a time: f(row, column, Packed of both).
+template <class T, class F>
+__device__ inline void each_pair(const T (&product)[2][4], F f) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int i = 0; i < 4; i += 2)
+      f(lane / 4 + i / 2 * 8, 8 * h + lane % 4 * 2, Packed<T, 2>{{{product[h][i], product[h][i + 1]}}});
+}
+
 // The 16 x 16 block of the left operand at (row, inner), in registers.
 template <bool kTransposed, class X>
 __device__ inline void load_a(uint32_t (&out)[4], const Matrix<X>& matrix, int row, int inner) {

@@ -26,6 +26,13 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// 2^x, off by 2 units of the last place at most; results that are not normal are 0.
+__device__ inline float exp2_approximate(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // Starts to copy kBytes (4, 8 or 16; both sides aligned to that) from global to shared memory; from byte `valid` on,
 // zeros are written and nothing is read.
 template <int kBytes>

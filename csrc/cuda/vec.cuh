@@ -6,6 +6,7 @@
 #include <map.h>
 
 #include <cstdint>
+#include <cuda/ptx.cuh>
 #include <type_traits>
 
 namespace sea {
@@ -75,7 +76,7 @@ struct Exponential {
   static T scale(double temperature) { return static_cast<T>(1 / (kNatural * temperature)); }
   __device__ static T of(T difference, T scale) {
     if constexpr (kFast)
-      return exp2f(difference * scale);
+      return exp2_approximate(difference * scale);
     else
       return exp(difference * scale);
   }

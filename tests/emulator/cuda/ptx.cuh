@@ -10,6 +10,8 @@ using emulator::copy_async_commit;
 using emulator::shared_address;
 using emulator::shared_memory;
 
+inline float exp2_approximate(float x) { return x < -126 ? 0 : exp2f(x); }
+
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
 
 template <int kBytes>
