@@ -27,6 +27,13 @@ inline Map make_map(void* data, Dtype dtype, const int64_t* sizes, const int64_t
 // Loss flags: the losses that one set of maps takes part in.
 enum LossFlag : int64_t { kAnchor = 1, kDistance = 2, kLocalization = 4 };
 
+// What regions know about 32 neighboring pixels of an image of a level, a bit each.
+struct RunWord {
+  uint32_t starts;  // it is the first of its image, or differs from the pixel before in masks or in `inside`
+  uint32_t inside;  // it lies inside its image
+  uint32_t valid;   // it lies in a mask
+};
+
 // Rows and columns of a level that lie inside an image.
 struct Extent {
   int32_t rows, columns;

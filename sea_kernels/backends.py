@@ -31,9 +31,8 @@ class Backend(NamedTuple):
     """The functions of a backend. B images, L levels, S sets of maps; anchors are summed over `regions.group`."""
 
     name: str
-    # (boxes: RasterInput, validate) -> a function of `present`. It returns (classes, area, counted, extent, masks) as
-    # the fields of Regions are, the masks packed into bits or dense, for the categories that the boxes show
-    # (present = None) or for those of a tensor bool [num_classes].
+    # (boxes: RasterInput, validate) -> a function of `present`. It returns the tensors of Regions, classes to
+    # dense, for the categories that the boxes show (present = None) or for those of a tensor bool [num_classes].
     rasterizer: Callable[..., Callable]
     # (instance masks of each image, boxes: RasterInput) -> the same; the boxes are those around the masks.
     mask_rasterizer: Callable[..., Callable]

@@ -136,7 +136,7 @@ def rasterize(
     Extent and masks stay each rank's own. `rasterize_own` is a rasterizer of :class:`sea_kernels.backends.Backend`,
     `token` what `compare` returned.
     """
-    classes, area, counted, _, _ = rasterize_own(None)
+    classes, area, counted, *_ = rasterize_own(None)
     levels, device = area.shape[0], area.device
     wide = {"dtype": torch.float64, "device": device}  # whole numbers, exact up to 2^53
     # Areas by category. The last two rows, and the last entry of `present`, are for masks without a category.
@@ -148,9 +148,9 @@ def rasterize(
         torch.cat([table.flatten(), present, counted.to(torch.float64), images]), group
     ).split([table.numel(), num_classes + 1, levels, 1])
 
-    classes, _, _, extent, masks = rasterize_own(present[:-1] > 0)
+    classes, _, _, *own = rasterize_own(present[:-1] > 0)
     area = table.view(levels, -1).gather(1, _rows(classes, num_classes).expand(levels, -1)).to(torch.float32)
-    return (classes, area, counted.to(torch.float32), extent, masks), images[0]
+    return (classes, area, counted.to(torch.float32), *own), images[0]
 
 
 def _rows(classes: Tensor, num_classes: int) -> Tensor:

@@ -34,6 +34,10 @@ class Regions:
         extent: int32 `[L, B, 2]`. Rows and columns of the level that lie inside each image.
         bits: int32 `[ceil(P / 32) * N]`, bitmasks of all N pixels of all levels: bit `p % 32` of
             `bits[p // 32 * N + n]` is set if pixel n lies in mask p. None where `dense` is given.
+        runs: int32 `[3 * W]`, three words for every 32 pixels of an image of a level. Bit i stands for pixel i of
+            these. It is set in `runs[3 * w]` if the pixel is the first of its image, or differs from the pixel before
+            in its masks or in whether it lies inside the image; in `runs[3 * w + 1]` if it lies inside; in
+            `runs[3 * w + 2]` if it is in any mask. None where `dense` is given.
         dense: for each level bool `[P, B, H_l, W_l]`, as the reference builds them. None where `bits` is given.
         level_shapes: `(H_l, W_l)` of each level.
         batch_size: number of images B of this process.
@@ -48,6 +52,8 @@ class Regions:
     # n = (pixels of earlier levels) + (b * H_l + y) * W_l + x. Flat: with a dimension for the words, torch.compile
     # would compile again when there is only one word.
     bits: Tensor | None
+    # w = (words of earlier levels) + b * ceil(H_l * W_l / 32) + (y * W_l + x) // 32
+    runs: Tensor | None
     dense: tuple[Tensor, ...] | None
     level_shapes: tuple[tuple[int, int], ...]
     batch_size: int
@@ -78,9 +84,12 @@ class Regions:
         return masks[: self.area.shape[1]].view(self.area.shape[1], self.batch_size, h, w)
 
     def tensors(self) -> list[Tensor]:
-        """`[classes, area, counted, extent, bits]`, as the operators take them."""
-        bits = self.bits if self.dense is None else torch.cat([_pack_bits(m) for m in self.dense], dim=1).flatten()
-        return [self.classes, self.area, self.counted, self.extent, bits]
+        """`[classes, area, counted, extent, bits, runs]`, as the operators take them."""
+        bits, runs = self.bits, self.runs
+        if self.dense is not None:
+            levels = [_pack_bits(m) for m in self.dense]
+            bits, runs = torch.cat(levels, dim=1).flatten(), _pack_runs(levels, self.extent, self.level_shapes)
+        return [self.classes, self.area, self.counted, self.extent, bits, runs]
 
     # ------------------------------------------------------------------------------------------------- what ranks share
 
@@ -332,9 +341,9 @@ class Regions:
         )  # fmt: skip
         found = _build(backends.implementation().mask_rasterizer(pixels, given), given, shapes, group)
         # Packed once for all losses, image by image, as that takes 16 bytes for each mask and pixel.
-        images = [image for level in found.dense for image in level.split(1, dim=1)]
-        bits = torch.cat([_pack_bits(image) for image in images], dim=1).flatten()
-        return _mark_dynamic(replace(found, bits=bits, dense=None))
+        levels = [torch.cat([_pack_bits(image) for image in level.split(1, dim=1)], dim=1) for level in found.dense]
+        bits, runs = torch.cat(levels, dim=1).flatten(), _pack_runs(levels, found.extent, shapes)
+        return _mark_dynamic(replace(found, bits=bits, runs=runs, dense=None))
 
 
 def check_fit(name: str, regions: object, maps_name: str, sets: list[list[Tensor]]) -> None:
@@ -398,9 +407,7 @@ def _build(
             {"num_classes": given.num_classes, "levels": len(shapes)}, {"center_ratio": given.center_ratio} | steps,
         )  # fmt: skip
         found, images = ranks.rasterize(rasterize, given.num_classes, given.batch_size, joined, token)
-    *rest, masks = found
-    bits, dense = (None, masks) if isinstance(masks, tuple) else (masks, None)
-    return Regions(*rest, bits, dense, shapes, given.batch_size, joined, images)
+    return Regions(*found, shapes, given.batch_size, joined, images)
 
 
 def _mark_dynamic(regions: Regions) -> Regions:
@@ -417,3 +424,19 @@ def _pack_bits(masks: Tensor) -> Tensor:
     flat = torch.nn.functional.pad(flat, (0, 0, 0, -flat.shape[0] % 32))
     shifts = torch.arange(32, device=flat.device).view(1, 32, 1)
     return (flat.unflatten(0, (flat.shape[0] // 32, 32)) << shifts).sum(1).to(torch.int32)
+
+
+def _pack_runs(levels: list[Tensor], extent: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    """The field `runs` from the bits of each level, int32 [ceil(P / 32), B * H * W]."""
+    out = []
+    for bits, size, (h, w) in zip(levels, extent, shapes):
+        words = bits.unflatten(1, (-1, h * w))
+        rows, columns = (torch.arange(n, device=bits.device) < size[:, i, None] for i, n in enumerate((h, w)))
+        inside = (rows.unsqueeze(2) & columns.unsqueeze(1)).flatten(1)
+        starts = torch.ones_like(inside)
+        starts[:, 1:] = (words[..., 1:] != words[..., :-1]).any(0) | (inside[:, 1:] != inside[:, :-1])
+        flags = torch.stack([starts, inside, (words != 0).any(0)])  # [3, B, H * W]
+        flags = torch.nn.functional.pad(flags, (0, -h * w % 32)).unflatten(2, (-1, 32)).to(torch.int64)
+        packed = (flags << torch.arange(32, device=bits.device)).sum(3).to(torch.int32)
+        out.append(packed.permute(1, 2, 0).flatten())
+    return torch.cat(out)

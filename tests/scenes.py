@@ -128,7 +128,8 @@ def build(*arguments, **options):
 
 def assert_same_regions(regions, wanted):
     assert regions.level_shapes == wanted.level_shapes and regions.batch_size == wanted.batch_size
-    for name, x, y in zip(("classes", "area", "counted", "extent", "bits"), regions.tensors(), wanted.tensors()):
+    names = ("classes", "area", "counted", "extent", "bits", "runs")
+    for name, x, y in zip(names, regions.tensors(), wanted.tensors()):
         assert x.dtype == y.dtype and x.shape == y.shape and x.device == y.device, name
         assert torch.equal(x, y), name
         assert not x.requires_grad

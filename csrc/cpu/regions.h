@@ -31,6 +31,7 @@ struct Plane {
   int64_t words;  // of all masks
   int64_t used;   // words that hold masks of categories present; the others are all zero
   int64_t word_stride;
+  RunWord* runs;  // [pixels / 32, rounded up]
 
   int64_t pixels() const { return int64_t{height} * width; }
 };
@@ -98,6 +99,26 @@ Extent rasterize_image(const ImageBoxes<T>& image, const T* stride, T center_rat
   rasterize_background(image, stride, extent, plane);
   for (const auto& box : image.boxes) rasterize_box(box, stride, center_ratio, extent, plane);
   return extent;
+}
+
+// Writes the runs of a plane, from its bits.
+inline void write_runs(const Plane& plane, Extent extent) {
+  std::fill_n(plane.runs, (plane.pixels() + 31) / 32, RunWord{});
+  bool inside_before = false;
+  for (int64_t n = 0; n < plane.pixels(); ++n) {
+    const bool inside = n / plane.width < extent.rows && n % plane.width < extent.columns;
+    bool starts = n == 0 || inside != inside_before, valid = false;
+    for (int64_t w = 0; w < plane.used; ++w) {
+      const int32_t* word = plane.bits + w * plane.word_stride + n;
+      valid = valid || word[0] != 0;
+      starts = starts || word[0] != word[-1];
+    }
+    RunWord& out = plane.runs[n / 32];
+    out.starts |= uint32_t{starts} << n % 32;
+    out.inside |= uint32_t{inside} << n % 32;
+    out.valid |= uint32_t{valid} << n % 32;
+    inside_before = inside;
+  }
 }
 
 // The number of pixels in each of the masks of categories present; the last entry: of valid pixels, those in any mask.

@@ -62,31 +62,53 @@ struct Sources {
     if (anchor_gradient) anchor_gradient_scale = upstream.distance ? *upstream.distance : T(1);
   }
 
-  // Calls put(pixel, gradient) for the pixels of a tile, in one of its channels; direct(pixel) is added.
-  template <class X, class D, class F>
-  __device__ void each(const Tile<X> (&tile)[2], const TileMasks& masks, const WorkTile& at, int column,
-                       int64_t channel, D direct, F put) const {
+  // Puts the gradient of one channel of a tile in the place of the student's pixels. direct(pixel, the student's pixels
+  // from there on, their gradients) adds to it, if it is not null.
+  template <class X, class D>
+  __device__ void write(const Tile<X> (&tile)[2], const TileMasks& masks, const WorkTile& at, int column,
+                        int64_t channel, D direct) const {
+    constexpr int kStep = Packed<X>::kSize;
+    constexpr bool kDirect = !std::is_same_v<D, std::nullptr_t>;
     const bool spreads = difference || anchor_gradient;
     SavedSoftmax<X> q{};
     if (softmax) q.read(softmax, of->batch * of->channels, at.image * of->channels + channel);
-    T spread = 0;  // from the anchors: the same for all pixels of a run
-    for (int u = 0; u < at.count; ++u) {
-      if (spreads && masks.starts_at(u)) {
-        spread = 0;
-        masks.each(u, [&](int mask) {
-          const int64_t i = mask * pitch + channel;
-          T value = 0;
-          if (difference) value += difference_scale * difference[i];
-          if (anchor_gradient) value += anchor_gradient_scale * anchor_gradient[i];
-          spread += value / area[mask];
-        });
+    RunCursor runs(masks);
+    T spread = spreads ? spread_of(masks, 0, channel) : T(0);  // from the anchors: the same for all pixels of a run
+    for (int u = 0; u < at.count; u += kStep) {
+      T gradient[kStep] = {};
+      if (spreads)
+        runs.advance<kStep>(
+            u, [&](uint32_t pixels) { each_set<kStep>(pixels, [&](int k) { gradient[k] = spread; }); },
+            [&](int run) {
+              if (masks.begin[run + 1] < at.count) spread = spread_of(masks, run + 1, channel);
+            });
+      if (kDirect || softmax) {
+        T x[2][kStep];
+        read_pixels(tile[0], column, u, x[0]);
+        if constexpr (kDirect) direct(u, x[0], gradient);
+        if (softmax) {
+          read_pixels(tile[1], column, u, x[1]);
+          each_set<kStep>(masks.inside<kStep>(u), [&](int k) {
+            gradient[k] += localization_scale * q(x[0][k], x[1][k], localization_exponent);
+          });
+        }
       }
-      T value = spread + direct(u);
-      if (softmax && masks.inside_at(u))
-        value +=
-            localization_scale * q(widen(*tile[0].at(column, u)), widen(*tile[1].at(column, u)), localization_exponent);
-      put(u, value);
+      write_pixels(tile[0], column, u, gradient);
     }
+  }
+
+ private:
+  // The gradient that each pixel of a run receives from the anchors.
+  __device__ T spread_of(const TileMasks& masks, int run, int64_t channel) const {
+    T spread = 0;
+    masks.each(run, [&](int mask, int) {
+      const int64_t i = mask * pitch + channel;
+      T value = 0;
+      if (difference) value += difference_scale * difference[i];
+      if (anchor_gradient) value += anchor_gradient_scale * anchor_gradient[i];
+      spread += value / area[mask];
+    });
+    return spread;
   }
 };
 
@@ -106,7 +128,6 @@ template <class T>
 struct BackwardParams {
   Pyramid<BackwardEntry> pyramid;
   Masks masks;
-  bool words;  // the bitmasks of a tile are copied to shared memory; else they are read where the regions have them
   Upstream<T> upstream;
 };
 
@@ -115,9 +136,8 @@ struct BackwardMemory {
   X* tiles;  // [2 stages, 2 sides, PoolMemory<X>::kTile]
   TileMasks masks;
 
-  __host__ __device__ BackwardMemory(Carver& carver, int64_t count, bool words)
-      : tiles(carver.take<X>(4 * PoolMemory<X>::kTile)),
-        masks(carver, words ? divide_up(count, 32) : 0, kPoolPixels<X>) {}
+  __host__ __device__ explicit BackwardMemory(Carver& carver)
+      : tiles(carver.take<X>(4 * PoolMemory<X>::kTile)), masks(carver, kPoolPixels<X>, kPoolListed) {}
   __device__ X* tile(int stage, int side) const { return tiles + (2 * stage + side) * PoolMemory<X>::kTile; }
 };
 
@@ -131,7 +151,7 @@ __global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks)
   constexpr int kPixels = kPoolPixels<X>;
   const Pyramid<BackwardEntry>& pyramid = params.pyramid;
   Carver carver(shared_memory());
-  BackwardMemory<X> memory(carver, params.masks.masks, params.words);
+  BackwardMemory<X> memory(carver);
   memory.masks.count = (present_masks(params.masks) + 31) / 32;
   const int64_t c0 = static_cast<int64_t>(blockIdx.y) * kPoolChannels;
   const int64_t begin = first_tile(pyramid, blockIdx.x), end = first_tile(pyramid, blockIdx.x + 1);
@@ -167,10 +187,7 @@ __global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks)
         make_tile(memory.tile(stage, 0), reads(entry) ? entry.maps[0] : entry.gradient, kPixels, kPoolChannels),
         make_tile(memory.tile(stage, 1), reads(entry) ? entry.maps[1] : entry.gradient, kPixels, kPoolChannels)};
     const int column = threadIdx.x, channels = channels_of(entry);
-    if (column < channels)
-      sources.each(
-          tiles, memory.masks, at, column, c0 + column, [](int) { return T(0); },
-          [&](int u, T value) { *tiles[0].at(column, u) = narrow<X>(value); });
+    if (column < channels) sources.write(tiles, memory.masks, at, column, c0 + column, nullptr);
     __syncthreads();
     if (channels > 0) store_tile(tiles[0], entry.gradient, at.image, at.first, at.count, c0, channels, kPoolThreads);
     __syncthreads();
@@ -179,15 +196,9 @@ __global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks)
 
 // slices: blocks for a multiprocessor each
 template <class X>
-void run_backward(BackwardParams<Compute<X>> params, int slices, cudaStream_t stream) {
-  const int64_t masks = params.masks.masks, columns = divide_up(params.pyramid.max_channels, kPoolChannels);
-  params.words = bytes_of<BackwardMemory<X>>(masks, true) <= shared_memory_limit();
-  const int64_t bytes = bytes_of<BackwardMemory<X>>(masks, params.words);
-  // One wave: as many blocks as have room at once. 1 KB of a block is the system's.
-  const int64_t room = std::clamp<int64_t>((shared_memory_limit() + 1024) / (bytes + 1024), 1, kBackwardBlocks);
-  cut(params.pyramid, static_cast<int>(std::max<int64_t>(slices * room / std::max<int64_t>(columns, 1), 1)));
-  const dim3 grid(params.pyramid.slices, static_cast<unsigned>(columns));
-  launch(backward<X>, "backward", grid, kPoolThreads, bytes, stream, params);
+void run_backward(const BackwardParams<Compute<X>>& params, cudaStream_t stream) {
+  const dim3 grid(params.pyramid.slices, static_cast<unsigned>(divide_up(params.pyramid.max_channels, kPoolChannels)));
+  launch(backward<X>, "backward", grid, kPoolThreads, bytes_of<BackwardMemory<X>>(), stream, params);
 }
 
 // ----------------------------------------------------------------------------------------------------- with distances
@@ -226,16 +237,16 @@ __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scal
     const T w = weight();
     const int channels = loop.own_channels(), column = threadIdx.x;
     if (column < channels)
-      sources.each(
-          loop.tile, loop.memory.masks, loop.at, column, loop.own_channel() + column,
-          [&](int u) {
-            if (!loop.valid(u)) return T(0);
-            const T inverse = loop.memory.inverse_norm[u];
-            const T direct = *loop.direction(column, u);
-            return w * inverse *
-                   (direct - loop.memory.along[u] * inverse * static_cast<T>(widen(*loop.tile[0].at(column, u))));
-          },
-          [&](int u, T value) { *loop.tile[0].at(column, u) = narrow<X>(value); });
+      sources.write(loop.tile, loop.memory.masks, loop.at, column, loop.own_channel() + column,
+                    [&](int u, const T(&x)[Packed<X>::kSize], T(&gradient)[Packed<X>::kSize]) {
+#pragma unroll
+                      for (int k = 0; k < Packed<X>::kSize; ++k) {
+                        if (!loop.valid(u + k)) continue;
+                        const T inverse = loop.memory.inverse_norm[u + k];
+                        const T direct = *loop.direction(column, u + k);
+                        gradient[k] += w * inverse * (direct - loop.memory.along[u + k] * inverse * x[k]);
+                      }
+                    });
     __syncthreads();
     if (channels > 0)
       store_tile(loop.tile[0], loop.entry().gradient, loop.at.image, loop.at.first, loop.at.count, loop.own_channel(),

@@ -26,12 +26,12 @@ struct PixelSoftmax {
   PixelSoftmax() = default;
   __device__ explicit PixelSoftmax(const OnlineSoftmax<X>& all) {
     if constexpr (kSize == 2) {
-      student_shift = all.student_max + log2(all.student_sum);
-      teacher_shift = all.teacher_max + log2(all.teacher_sum);
+      student_shift = all.student_shift + log2(all.student_sum);
+      teacher_shift = all.teacher_shift + log2(all.teacher_sum);
       student_scale = teacher_scale = 1;
     } else {
-      student_shift = all.student_max;
-      teacher_shift = all.teacher_max;
+      student_shift = all.student_shift;
+      teacher_shift = all.teacher_shift;
       student_scale = 1 / all.student_sum;
       teacher_scale = 1 / all.teacher_sum;
     }
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
               student_max = max(student_max, *loop.cosine(0, loop.pixel, row));
               teacher_max = max(teacher_max, *loop.cosine(1, loop.pixel, row));
             }
-          softmax.rescale(max_over_lanes<loop.kLanes>(student_max), max_over_lanes<loop.kLanes>(teacher_max), T(1));
+          softmax.rescale(max_over_lanes<loop.kLanes>(student_max), max_over_lanes<loop.kLanes>(teacher_max));
           for (int row = loop.lane; row < rows; row += loop.kLanes)
             if (loop.memory.nonempty[row])
               softmax.add(*loop.cosine(0, loop.pixel, row), *loop.cosine(1, loop.pixel, row), T(1));

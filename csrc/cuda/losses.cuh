@@ -16,7 +16,7 @@ inline std::vector<Pair> make_pairs(const std::vector<Map>& student, const std::
                                     const std::vector<Map>& gradient, const std::vector<int64_t>& losses) {
   std::vector<Pair> pairs;
   const size_t levels = student.size() / losses.size();
-  int64_t first_pixel = 0;
+  int64_t first_pixel = 0, first_run = 0;
   for (size_t i = 0; i < student.size(); ++i) {
     Pair pair{};
     const Map& map = pair.student = student[i];
@@ -25,8 +25,11 @@ inline std::vector<Pair> make_pairs(const std::vector<Map>& student, const std::
     pair.batch = map.batch, pair.channels = map.channels, pair.height = map.height, pair.width = map.width;
     pair.losses = static_cast<int32_t>(losses[i / levels]);
     pair.level = static_cast<int32_t>(i % levels);
-    pair.first_pixel = first_pixel = pair.level == 0 ? 0 : first_pixel;
+    if (pair.level == 0) first_pixel = first_run = 0;
+    pair.first_pixel = first_pixel;
+    pair.first_run = first_run;
     first_pixel += map.pixels();
+    first_run += pair.batch * divide_up(pair.image(), 32);
     pairs.push_back(pair);
   }
   return pairs;
@@ -250,8 +253,8 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
     run_backward<X>({make_pyramid<BackwardEntry>(
                          part, kPoolPixels<X>, options.slices,
                          [](const Pair& pair) { return !(pair.losses & kDistance); }, pool_work),
-                     masks, false, given},
-                    options.slices, stream);
+                     masks, given},
+                    stream);
     DistanceBackwardParams<T> params{
         make_pyramid<DistanceBackwardEntry>(
             part, kBlockM<X>, options.slices, [](const Pair& pair) { return pair.losses & kDistance; }, distance_work),

@@ -45,7 +45,7 @@ struct MainMemory {
   __host__ __device__ MainMemory(Carver& carver, BlockShape block)
       : units(carver.take<X>(2 * kParts<X> * block.n * block.k)),
         tiles(carver.take<X>(4 * block.k * kM)),
-        masks(carver, 0, kM) {
+        masks(carver, kM, 192) {
     scratch = carver.take<double>(32);
     inverse_norm = carver.take<T>(2 * kM);
     along = carver.take<T>(kM);

@@ -11,105 +11,70 @@
 namespace sea {
 
 constexpr int kPoolChannels = 128, kPoolThreads = kPoolChannels, kPoolRows = 16;
+constexpr int kPoolListed = 256;  // masks of the runs of a tile
 template <class X>
 constexpr int kPoolPixels = 128 / sizeof(X);
-
-// Tables that lie in shared memory if there is room. With very many masks there is none.
-struct PoolPlacement {
-  bool words;  // the bitmasks of the tile; else they are read where the regions have them
-  bool rows;   // the row of every mask; else a mask is searched for in the list of those that have rows
-};
 
 // Which masks have a row of sums in shared memory.
 struct Rows {
   int32_t* used;     // [1]
   int32_t* flush;    // [1] the rows must be written out first, to make room for new masks
   int32_t* mask_of;  // [kPoolRows]
-  int16_t* table;    // [masks] row of each mask, -1: none; null: there is no room for it
+  int32_t* row_of;   // [kPoolListed] of each mask that TileMasks lists; -1: none
 
-  __host__ __device__ Rows(Carver& carver, int64_t masks, bool with_table) {
+  __host__ __device__ explicit Rows(Carver& carver) {
     used = carver.take<int32_t>(1);
     flush = carver.take<int32_t>(1);
     mask_of = carver.take<int32_t>(kPoolRows);
-    table = with_table ? carver.take<int16_t>(masks) : nullptr;
+    row_of = carver.take<int32_t>(kPoolListed);
   }
 
-  __device__ int row_of(int mask) const {  // -1: none
-    if (table) return table[mask];
-    for (int row = 0; row < *used; ++row)
-      if (mask_of[row] == mask) return row;
-    return -1;
-  }
-
-  // All threads of the block; between barriers.
-  __device__ void clear(int masks) {
-    for (int p = threadIdx.x; table && p < masks; p += blockDim.x) table[p] = -1;
-    if (threadIdx.x == 0) *used = 0;
-  }
-
-  // One warp: gives a row to each of the tile's masks that has none. If there are not enough rows, it sets `flush` and
-  // gives none, or with `anyway` leaves the last masks without one.
+  // One warp: gives a row to each listed mask that has none. If there are not enough rows, it sets `flush`, or with
+  // `anyway` leaves the last masks without one.
   __device__ void assign(const TileMasks& masks, bool anyway) {
-    const int lane = threadIdx.x % 32;
-    int next = *used, wanted = next;
-    __syncwarp();
-    for (int round = 0; round < 2; ++round) {
-      for (int w = 0; w < masks.count; ++w) {
-        uint32_t all = 0;
-        for (int u = lane; u < masks.pixels; u += 32) all |= masks.words[w * masks.stride + u];
-        all = __reduce_or_sync(kAllLanes, all);
-        if (lane == 0)
-          for (; all != 0; all &= all - 1) {
-            const int mask = 32 * w + __ffs(all) - 1;
-            if (row_of(mask) >= 0) continue;
-            if (round == 0) ++wanted;
-            if (round == 1 && next < kPoolRows) {
-              if (table) table[mask] = static_cast<int16_t>(next);
-              mask_of[next++] = mask;
-            }
-          }
+    const int lane = threadIdx.x, count = min(*masks.listed, masks.room);
+    int next = *used;
+    bool full = false;
+    for (int i = lane; i - lane < count; i += 32) {
+      const int mask = i < count ? masks.masks[i] : -1;
+      int row = -1;
+      for (int r = 0; r < next; ++r) row = mask_of[r] == mask ? r : row;
+      uint32_t missing;
+      while ((missing = __ballot_sync(kAllLanes, mask >= 0 && row < 0)) != 0 && next < kPoolRows) {
+        const int added = __shfl_sync(kAllLanes, mask, __ffs(missing) - 1);
+        if (mask == added) row = next;
+        if (lane == 0) mask_of[next] = added;
+        ++next;
       }
-      if (__shfl_sync(kAllLanes, wanted, 0) > kPoolRows && !anyway) break;
+      __syncwarp();
+      full |= missing != 0;
+      if (i < count) row_of[i] = row;
     }
     if (lane == 0) {
       *used = next;
-      *flush = wanted > kPoolRows && !anyway;
+      *flush = full && !anyway;
     }
   }
 };
 
-// Adds the runs of one channel to their masks: add(first pixel of the run, its sum).
-template <class X, class T, class F>
-__device__ inline void sum_runs(const Tile<X>& tile, const TileMasks& masks, int channel, F add) {
-  constexpr int kStep = Packed<X>::kSize;
-  T sum = 0;
-  int run = 0;
-  for (int u = 0; u < masks.pixels; u += kStep) {
-    T x[kStep];
-    read_pixels(tile, channel, u, x);
-    const uint32_t starts = masks.starts[u / 32] >> u % 32 & ((1u << kStep) - 1);
-    if (starts == 0 || (starts == 1 && u == 0)) {
-      T part[kStep];
+// The sum of those elements whose bits are set. The others may be NaN.
+template <int kCount, class T>
+__device__ inline T sum_set(uint32_t bits, const T (&x)[kCount]) {
+  if (bits == (1u << kCount) - 1) {
+    T part[kCount];
 #pragma unroll
-      for (int k = 0; k < kStep; ++k) part[k] = x[k];
+    for (int k = 0; k < kCount; ++k) part[k] = x[k];
 #pragma unroll
-      for (int width = kStep / 2; width > 0; width /= 2)
+    for (int width = kCount / 2; width > 0; width /= 2)
 #pragma unroll
-        for (int k = 0; k < width; ++k) part[k] += part[k + width];
-      sum += part[0];
-    } else {
-#pragma unroll
-      for (int k = 0; k < kStep; ++k) {
-        if (starts >> k & 1 && u + k > 0) {
-          add(run, sum);
-          sum = 0;
-          run = u + k;
-        }
-        sum += x[k];
-      }
-    }
+      for (int k = 0; k < width; ++k) part[k] += part[k + width];
+    return part[0];
   }
-  add(run, sum);
+  T sum = 0;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+    if (bits >> k & 1) sum += x[k];
+  return sum;
 }
 
 template <class X>
@@ -121,11 +86,11 @@ struct PoolMemory {
   TileMasks masks;
   Rows rows;
 
-  __host__ __device__ PoolMemory(Carver& carver, int64_t count, PoolPlacement placement)
+  __host__ __device__ explicit PoolMemory(Carver& carver)
       : tiles(carver.take<X>(4 * kTile)),
         sums(carver.take<T>(2 * kPoolRows * kPoolChannels)),
-        masks(carver, placement.words ? divide_up(count, 32) : 0, kPoolPixels<X>),
-        rows(carver, count, placement.rows) {}
+        masks(carver, kPoolPixels<X>, kPoolListed),
+        rows(carver) {}
   __device__ X* tile(int stage, int side) const { return tiles + (2 * stage + side) * kTile; }
 };
 
@@ -146,7 +111,6 @@ template <class T>
 struct PoolParams {
   Pyramid<PoolEntry> pyramid;
   Masks masks;
-  PoolPlacement placement;
   int sides;   // 1: the students alone
   T scale;     // of the localization's Exponential
   T* sums;     // [slices + entries, sides, masks, max_channels]
@@ -157,11 +121,11 @@ struct PoolParams {
 template <class X>
 __global__ void __launch_bounds__(kPoolThreads, 2) pool(const __grid_constant__ PoolParams<Compute<X>> params) {
   using T = Compute<X>;
-  constexpr int kPixels = kPoolPixels<X>;
+  constexpr int kPixels = kPoolPixels<X>, kStep = Packed<X>::kSize;
   const Pyramid<PoolEntry>& pyramid = params.pyramid;
   const int count = present_masks(params.masks), thread = threadIdx.x;
   Carver carver(shared_memory());
-  PoolMemory<X> memory(carver, params.masks.masks, params.placement);
+  PoolMemory<X> memory(carver);
   TileMasks& masks = memory.masks;
   Rows& rows = memory.rows;
   masks.count = (count + 31) / 32;
@@ -198,7 +162,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2) pool(const __grid_constant__ 
   };
   const auto clear_rows = [&] {  // between barriers
     for (int row = 0; row < 2 * kPoolRows; ++row) memory.sums[row * kPoolChannels + thread] = 0;
-    rows.clear(count);
+    if (thread == 0) *rows.used = 0;
   };
   const auto leave_image = [&] {
     const Entry& entry = pyramid.entries[entry_index];
@@ -252,20 +216,40 @@ __global__ void __launch_bounds__(kPoolThreads, 2) pool(const __grid_constant__ 
       if (thread < 32) rows.assign(masks, true);
       __syncthreads();
     }
-    if (pools && mine)
+    if (mine) {
+      const bool localizes = entry.losses & kLocalization, both = params.sides == 2;
+      if (localizes) softmax.rescale(student, teacher, masks, at.count, thread, params.scale);
+      RunCursor runs(masks);
+      T sum[2] = {0, 0};
+      for (int u = 0; u < at.count; u += kStep) {
+        T x[2][kStep];
+        read_pixels(student, thread, u, x[0]);
+        if (both) read_pixels(teacher, thread, u, x[1]);
+        if (localizes)
+          each_set<kStep>(masks.inside<kStep>(u), [&](int k) { softmax.add(x[0][k], x[1][k], params.scale); });
+        if (!pools) continue;
+        runs.advance<kStep>(
+            u,
+            [&](uint32_t pixels) {
+              sum[0] += sum_set(pixels, x[0]);
+              if (both) sum[1] += sum_set(pixels, x[1]);
+            },
+            [&](int run) {
+              masks.each(run, [&](int mask, int i) {
+                const int row = i < 0 ? -1 : rows.row_of[i];
 #pragma unroll
-      for (int side = 0; side < 2; ++side)
-        if (side < params.sides)
-          sum_runs<X, T>(side == 0 ? student : teacher, masks, thread, [&](int run, T sum) {
-            masks.each(run, [&](int mask) {
-              const int row = rows.row_of(mask);
-              if (row >= 0)
-                memory.sums[(side * kPoolRows + row) * kPoolChannels + thread] += sum;
-              else
-                sums_of(side, mask)[thread] += sum;
+                for (int side = 0; side < 2; ++side) {
+                  if (side >= params.sides) break;
+                  if (row >= 0)
+                    memory.sums[(side * kPoolRows + row) * kPoolChannels + thread] += sum[side];
+                  else
+                    sums_of(side, mask)[thread] += sum[side];
+                }
+              });
+              sum[0] = sum[1] = 0;
             });
-          });
-    if (entry.losses & kLocalization && mine) softmax.add_tile(student, teacher, masks, thread, params.scale);
+      }
+    }
     __syncthreads();
   }
   if (entry_index >= 0) {
@@ -325,7 +309,7 @@ void run_pool(std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X
               cudaStream_t stream) {
   using T = Compute<X>;
   const auto all = [](const Pair&) { return true; };
-  PoolParams<T> params{make_pyramid<PoolEntry>(pairs, kPoolPixels<X>, slices, all, pool_work), masks, {}, sides, scale};
+  PoolParams<T> params{make_pyramid<PoolEntry>(pairs, kPoolPixels<X>, slices, all, pool_work), masks, sides, scale};
   const auto& pyramid = params.pyramid;
   const int64_t table = masks.masks * pyramid.max_channels;
   const bool softmax = std::any_of(pairs.begin(), pairs.end(), [](const Pair& p) { return p.losses & kLocalization; });
@@ -347,13 +331,8 @@ void run_pool(std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X
                                    params.sums,
                                    params.softmax};
 
-  const auto bytes = [&] { return bytes_of<PoolMemory<X>>(static_cast<int64_t>(masks.masks), params.placement); };
-  for (const PoolPlacement placement : {PoolPlacement{true, true}, {false, true}, {false, false}}) {
-    params.placement = placement;
-    if (bytes() <= shared_memory_limit()) break;
-  }
   const dim3 grid(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.max_channels, kPoolChannels)));
-  launch(pool<X>, "pool", grid, kPoolThreads, bytes(), stream, params);
+  launch(pool<X>, "pool", grid, kPoolThreads, bytes_of<PoolMemory<X>>(), stream, params);
   const int64_t blocks = softmax ? pyramid.batch * divide_up(pyramid.max_channels, kAnchorThreads) : 0;
   launch(pool_finish<X>, "pool_finish", dim3(static_cast<unsigned>(masks.masks + blocks), pyramid.count),
          kAnchorThreads, kReduceBytes, stream, finish);

@@ -23,6 +23,7 @@ struct Masks {
   const float* valid_pixels;  // [levels] pixels in any mask
   const Extent* extents;      // [levels, batch]; null: the images fill the maps
   const uint32_t* bits;       // [words, pixels] bitmasks: bit p % 32 of word p / 32 says whether the pixel is in mask p
+  const RunWord* runs;        // [words of runs] for every 32 pixels of an image of a level
   int64_t pixels;             // of all levels
   int32_t capacity, masks;    // masks = 1 + 2 * capacity; 0: there are no regions
 };
@@ -32,6 +33,7 @@ struct Masks {
 struct Entry {
   int64_t batch, channels, height, width;
   int64_t first_pixel;  // of the level in Masks::bits
+  int64_t first_run;    // of the level in Masks::runs
   int64_t first_tile;   // of the map in this launch
   int64_t first_work;   // what comes before its first tile, in units of TileWork
   int32_t tile_work;    // of each of its tiles

@@ -1,7 +1,8 @@
-// Regions from boxes: the categories present, a bitmask for every pixel, areas; bit for bit the same as on the CPU.
+// Regions from boxes: the categories present, a bitmask for every pixel, runs of pixels with equal masks, areas; bit
+// for bit the same as on the CPU.
 //
-// Three launches (more where lists are long): categories, masks, areas. Nothing waits for the host: launches are sized
-// by shapes, and the number of categories stays on the device, where the kernels read it.
+// Three launches (more where lists are long): categories, masks, areas and runs. Nothing waits for the host: launches
+// are sized by shapes, and the number of categories stays on the device, where the kernels read it.
 #pragma once
 #include <cuda/launch.h>
 #include <map.h>
@@ -47,6 +48,11 @@ struct RasterInput {
     for (int64_t l = 0; l < levels; ++l) sum += batch * shapes[2 * l] * shapes[2 * l + 1];
     return sum;
   }
+  int64_t run_words() const {
+    int64_t sum = 0;
+    for (int64_t l = 0; l < levels; ++l) sum += batch * ((shapes[2 * l] * shapes[2 * l + 1] + 31) / 32);
+    return sum;
+  }
 };
 
 struct RasterOutput {
@@ -55,6 +61,7 @@ struct RasterOutput {
   float* valid;      // [levels] pixels in any mask
   Extent* extents;   // [levels, batch]
   int32_t* bits;     // [words, N]
+  RunWord* runs;     // [run_words]
 };
 
 // What one launch leaves for the next.
@@ -360,21 +367,65 @@ __global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_con
   for (int64_t w = present; w < (params.masks + 31) / 32; ++w) store(w, 0);
 }
 
-// ------------------------------------------------------------------------------------------------------------ 3: areas
+// --------------------------------------------------------------------------------------------------- 3: areas and runs
 
-constexpr int kAreaThreads = 256;
+constexpr int kFinishThreads = 256;
 
-struct AreaParams {
-  const unsigned long long* counters;  // [levels, masks + 1]
-  int64_t levels, masks;
-  float *area, *valid;  // [levels, masks], [levels]
+struct FinishRegionsParams {
+  RasterScratch scratch;  // as in RasterParams
+  int64_t masks, pixels, batch;
+  const Extent* extents;  // [levels, batch]
+  const int32_t* bits;    // [words, pixels]
+  RunWord* runs;          // of the launch's first level on
+  float *area, *valid;    // [levels, masks], [levels]
+  int32_t levels;
+  uint32_t area_blocks;
+  struct Level {
+    int32_t height, width;
+    int64_t first_pixel;
+    uint32_t first_run;
+  } level[kRasterLevels + 1];  // with one more, to end the last level's runs
 };
 
-static __global__ void write_areas(const __grid_constant__ AreaParams params) {
-  const int64_t i = int64_t{blockIdx.x} * kAreaThreads + threadIdx.x;
+__device__ inline void write_area(const FinishRegionsParams& params, int64_t i) {
   if (i >= params.levels * (params.masks + 1)) return;
   const int64_t l = i / (params.masks + 1), p = i % (params.masks + 1);
-  (p < params.masks ? params.area[l * params.masks + p] : params.valid[l]) = static_cast<float>(params.counters[i]);
+  (p < params.masks ? params.area[l * params.masks + p] : params.valid[l]) =
+      static_cast<float>(params.scratch.counters[i]);
+}
+
+// One warp.
+__device__ inline void write_run_word(const FinishRegionsParams& params, uint32_t i) {
+  int l = 0;
+  while (l + 1 < params.levels && i >= params.level[l + 1].first_run) ++l;
+  const auto& level = params.level[l];
+  if (i >= params.level[params.levels].first_run) return;
+  const int lane = threadIdx.x % 32, pixels = level.height * level.width;
+  const uint32_t words = (static_cast<uint32_t>(pixels) + 31) / 32;  // of an image
+  const uint32_t b = (i - level.first_run) / words;
+  const int n = static_cast<int>((i - level.first_run) % words) * 32 + lane;  // pixel of the image
+  const Extent extent = params.extents[l * params.batch + b];
+  const auto is_inside = [&](int n) { return n / level.width < extent.rows && n % level.width < extent.columns; };
+  const bool inside = n < pixels && is_inside(n);
+  bool starts = n == 0 || (n < pixels && inside != is_inside(n - 1)), valid = false;
+  const int32_t* bits = params.bits + level.first_pixel + int64_t{b} * pixels + n;
+  const int64_t present = (1 + 2 * *params.scratch.present + 31) / 32;  // words
+  for (int64_t w = 0; n < pixels && w < present; ++w) {
+    const int32_t word = bits[w * params.pixels];
+    valid |= word != 0;
+    starts |= n > 0 && word != bits[w * params.pixels - 1];
+  }
+  const RunWord out{__ballot_sync(~0u, starts), __ballot_sync(~0u, inside), __ballot_sync(~0u, valid)};
+  if (lane == 0) params.runs[i] = out;
+}
+
+// Two jobs that share a launch, since they need the same inputs to be ready.
+static __global__ void __launch_bounds__(kFinishThreads)
+    finish_regions(const __grid_constant__ FinishRegionsParams params) {
+  if (blockIdx.x < params.area_blocks)
+    write_area(params, int64_t{blockIdx.x} * kFinishThreads + threadIdx.x);
+  else
+    write_run_word(params, (blockIdx.x - params.area_blocks) * (kFinishThreads / 32) + threadIdx.x / 32);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- host
@@ -397,8 +448,10 @@ void rasterize(const RasterInput<T>& in, const RasterOutput& out, Carver& carver
   const bool listed = in.boxes.counts || in.ignored.counts || in.size_list;
   const int64_t shared = bytes_of<TileMemory>(in.words());
   int64_t first_pixel = 0;
+  RunWord* runs = out.runs;
   for (int64_t l = 0; l < in.levels; l += kRasterLevels) {
     RasterParams<T> params{};
+    FinishRegionsParams finish{};
     params.lists[0] = in.boxes, params.lists[1] = in.ignored;
     params.sizes = in.sizes, params.listed = listed, params.sizes_listed = in.size_list;
     params.levels = static_cast<int32_t>(std::min<int64_t>(in.levels - l, kRasterLevels));
@@ -414,6 +467,9 @@ void rasterize(const RasterInput<T>& in, const RasterOutput& out, Carver& carver
       for (int side = 0; side < 2; ++side) level.stride[side] = static_cast<T>(in.strides[2 * (l + i) + side]);
       level.tile_columns = blocks(width, kTileColumns), level.tiles = level.tile_columns * blocks(height, kTileRows);
       level.first_pixel = first_pixel;
+      finish.level[i] = {level.height, level.width, first_pixel, finish.level[i].first_run};
+      finish.level[i + 1].first_run =
+          finish.level[i].first_run + static_cast<uint32_t>(in.batch * ((height * width + 31) / 32));
       first_pixel += in.batch * height * width;
       tiles += level.tiles;
     }
@@ -436,9 +492,15 @@ void rasterize(const RasterInput<T>& in, const RasterOutput& out, Carver& carver
       launch(rasterize_tiles<T>, "rasterize_tiles", dim3(grid), kTileThreads, shared, stream, params);
       if (listed) image[0] = image[images];
     }
+    finish.scratch = params.scratch, finish.masks = masks, finish.pixels = pixels, finish.batch = in.batch;
+    finish.extents = params.extents, finish.bits = out.bits, finish.runs = runs;
+    finish.area = out.area + l * masks, finish.valid = out.valid + l, finish.levels = params.levels;
+    finish.area_blocks = blocks(params.levels * (masks + 1), kFinishThreads);
+    const int64_t run_words = finish.level[params.levels].first_run;
+    launch(finish_regions, "finish_regions", dim3(finish.area_blocks + blocks(32 * run_words, kFinishThreads)),
+           kFinishThreads, 0, stream, finish);
+    runs += run_words;
   }
-  launch(write_areas, "write_areas", dim3(blocks(all_counters, kAreaThreads)), kAreaThreads, 0, stream,
-         AreaParams{scratch.counters, in.levels, masks, out.area, out.valid});
 }
 
 }  // namespace sea

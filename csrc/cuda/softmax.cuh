@@ -11,67 +11,87 @@
 
 namespace sea {
 
-// The maximum and the sum of exponentials of student and teacher, and the teacher's weighted sum of differences. Maxima
-// and differences are those of the maps, before the temperature is applied, so that subtracting them is exact.
+// The elementwise maximum of 16 bytes of elements; a number rather than NaN.
+template <class X>
+__device__ inline void raise(Packed<X>& most, const Packed<X>& x) {
+  if constexpr (sizeof(X) == 2) {
+    using Pair = std::conditional_t<std::is_same_v<X, __half>, __half2, __nv_bfloat162>;
+#pragma unroll
+    for (int k = 0; k < Packed<X>::kSize; k += 2) {
+      Pair& pair = reinterpret_cast<Pair&>(most.x[k]);
+      pair = __hmax2(pair, reinterpret_cast<const Pair&>(x.x[k]));
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < Packed<X>::kSize; ++k) most.x[k] = max(most.x[k], x.x[k]);
+  }
+}
+
+// The sum of exponentials of student and teacher over a common shift, and the teacher's weighted sum of differences.
+// The shift is the maximum over the temperature, in the units of the exponentials. It is rounded, but the same for all
+// that it is subtracted from, so this changes nothing. Differences are those of the maps.
 template <class X>
 struct OnlineSoftmax {
   using T = Compute<X>;
   using Exp = Exponential<X>;
   static constexpr int kSize = 5;
-  T student_max = -INFINITY, student_sum = 0, teacher_max = -INFINITY, teacher_sum = 0, difference = 0;
+  T student_shift = -INFINITY, student_sum = 0, teacher_shift = -INFINITY, teacher_sum = 0, difference = 0;
 
-  // Raises the maxima to include these. scale, here and below: Exp::scale(temperature)
-  __device__ void rescale(T student, T teacher, T scale) {
-    student = max(student, student_max);
-    teacher = max(teacher, teacher_max);
-    if (student_sum != 0) student_sum *= Exp::of(student_max - student, scale);
+  // Raises the shifts to these.
+  __device__ void rescale(T student, T teacher) {
+    student = max(student, student_shift);
+    teacher = max(teacher, teacher_shift);
+    if (student_sum != 0) student_sum *= Exp::of(student_shift - student, T(1));
     if (teacher_sum != 0) {
-      const T factor = Exp::of(teacher_max - teacher, scale);
+      const T factor = Exp::of(teacher_shift - teacher, T(1));
       teacher_sum *= factor;
       difference *= factor;
     }
-    student_max = student;
-    teacher_max = teacher;
+    student_shift = student;
+    teacher_shift = teacher;
   }
 
-  __device__ void add(T student, T teacher, T scale) {  // neither is larger than its maximum
-    const T weight = Exp::of(teacher - teacher_max, scale);
-    student_sum += Exp::of(student - student_max, scale);
+  // Neither times the scale is larger than its shift. scale, here and below: Exp::scale(temperature)
+  __device__ void add(T student, T teacher, T scale) {
+    const T weight = Exp::of(fma(teacher, scale, -teacher_shift), T(1));
+    student_sum += Exp::of(fma(student, scale, -student_shift), T(1));
     teacher_sum += weight;
     difference += weight * (teacher - student);
   }
 
-  // Adds one channel of a tile, without the pixels beyond the image.
-  __device__ void add_tile(const Tile<X>& student, const Tile<X>& teacher, const TileMasks& masks, int channel,
-                           T scale) {
+  // Raises the shifts to the maxima of one channel of a tile, without the pixels beyond the image.
+  __device__ void rescale(const Tile<X>& student, const Tile<X>& teacher, const TileMasks& masks, int pixels,
+                          int channel, T scale) {
     constexpr int kStep = Packed<X>::kSize;
-    T new_student = -INFINITY, new_teacher = -INFINITY, x[kStep], y[kStep];
-    bool any = false;
-    for (int u = 0; u < masks.pixels; u += kStep) {
-      read_pixels(student, channel, u, x);
-      read_pixels(teacher, channel, u, y);
-      for (int k = 0; k < kStep; ++k)
-        if (masks.inside_at(u + k)) {
-          new_student = max(new_student, x[k]);
-          new_teacher = max(new_teacher, y[k]);
-          any = true;
-        }
+    constexpr uint32_t kAll = (1u << kStep) - 1;
+    Packed<X> most[2];
+#pragma unroll
+    for (int k = 0; k < kStep; ++k) most[0].x[k] = most[1].x[k] = narrow<X>(-INFINITY);
+    uint32_t any = 0;
+    for (int u = 0; u < pixels; u += kStep) {
+      const uint32_t inside = masks.inside<kStep>(u);
+      Packed<X> x[2] = {read_packed(student, channel, u), read_packed(teacher, channel, u)};
+      if (inside != kAll)
+#pragma unroll
+        for (int k = 0; k < kStep; ++k)
+          if (!(inside >> k & 1)) x[0].x[k] = x[1].x[k] = narrow<X>(-INFINITY);
+      raise(most[0], x[0]);
+      raise(most[1], x[1]);
+      any |= inside;
     }
-    if (any) rescale(new_student, new_teacher, scale);
-    for (int u = 0; any && u < masks.pixels; u += kStep) {
-      read_pixels(student, channel, u, x);
-      read_pixels(teacher, channel, u, y);
-      for (int k = 0; k < kStep; ++k)
-        if (masks.inside_at(u + k)) add(x[k], y[k], scale);
-    }
+    T largest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int k = 0; k < kStep; ++k)
+      for (int side = 0; side < 2; ++side) largest[side] = max(largest[side], static_cast<T>(widen(most[side].x[k])));
+    if (any != 0) rescale(largest[0] * scale, largest[1] * scale);
   }
 
   __device__ bool empty() const { return student_sum == 0; }
 
-  __device__ void merge(OnlineSoftmax other, T scale) {
+  __device__ void merge(OnlineSoftmax other) {
     if (other.empty()) return;
-    rescale(other.student_max, other.teacher_max, scale);
-    other.rescale(student_max, teacher_max, scale);
+    rescale(other.student_shift, other.teacher_shift);
+    other.rescale(student_shift, teacher_shift);
     student_sum += other.student_sum;
     teacher_sum += other.teacher_sum;
     difference += other.difference;
@@ -79,50 +99,60 @@ struct OnlineSoftmax {
 
   // KL(teacher || student)
   __device__ T divergence(T scale) const {
-    // The two terms may cancel, so both stay in the units of the exponentials: changing units would round once more.
-    return ((difference / teacher_sum + (student_max - teacher_max)) * scale + Exp::log(student_sum / teacher_sum)) *
+    // The terms may cancel, so all stay in the units of the exponentials: changing units would round once more.
+    return (difference / teacher_sum * scale + (student_shift - teacher_shift) + Exp::log(student_sum / teacher_sum)) *
            static_cast<T>(Exp::kNatural);
   }
 
   __device__ void write(T* out, int64_t stride) const {  // out: [kSize], elements `stride` apart
-    const T all[kSize] = {student_max, student_sum, teacher_max, teacher_sum, difference};
+    const T all[kSize] = {student_shift, student_sum, teacher_shift, teacher_sum, difference};
     for (int i = 0; i < kSize; ++i) out[i * stride] = all[i];
   }
 
   __device__ void read(const T* in, int64_t stride) {  // in: [kSize], elements `stride` apart
-    student_max = in[0];
+    student_shift = in[0];
     student_sum = in[stride];
-    teacher_max = in[2 * stride];
+    teacher_shift = in[2 * stride];
     teacher_sum = in[3 * stride];
     difference = in[4 * stride];
   }
 };
 
-// The softmax of a channel of an image as it is saved for backward.
+// The softmax of a channel of an image as it is saved for backward: exp(x * scale - shift) * factor.
 template <class X>
 struct SavedSoftmax {
   using T = Compute<X>;
-  T student_max, student_scale, teacher_max, teacher_scale;
+  using Exp = Exponential<X>;
+  T student_shift, student_factor, teacher_shift, teacher_factor;
 
   // i: image * channels + channel; count: batch * channels
   __device__ void write(T* softmax, int64_t count, int64_t i) const {  // softmax: [4, batch, channels]
-    softmax[i] = student_max;
-    softmax[count + i] = student_scale;
-    softmax[2 * count + i] = teacher_max;
-    softmax[3 * count + i] = teacher_scale;
+    softmax[i] = student_shift;
+    softmax[count + i] = student_factor;
+    softmax[2 * count + i] = teacher_shift;
+    softmax[3 * count + i] = teacher_factor;
   }
 
+  // For 16-bit maps the factors become part of the shifts, which is accurate enough for them.
   __device__ void read(const T* softmax, int64_t count, int64_t i) {  // softmax: [4, batch, channels]
-    student_max = softmax[i];
-    student_scale = softmax[count + i];
-    teacher_max = softmax[2 * count + i];
-    teacher_scale = softmax[3 * count + i];
+    student_shift = softmax[i];
+    student_factor = softmax[count + i];
+    teacher_shift = softmax[2 * count + i];
+    teacher_factor = softmax[3 * count + i];
+    if constexpr (Exp::kFast) {
+      student_shift -= Exp::log(student_factor);
+      teacher_shift -= Exp::log(teacher_factor);
+    }
   }
 
   // softmax of the student - softmax of the teacher
   __device__ T operator()(T student, T teacher, T scale) const {
-    return Exponential<X>::of(student - student_max, scale) * student_scale -
-           Exponential<X>::of(teacher - teacher_max, scale) * teacher_scale;
+    T x = Exp::of(fma(student, scale, -student_shift), T(1)), y = Exp::of(fma(teacher, scale, -teacher_shift), T(1));
+    if constexpr (!Exp::kFast) {
+      x *= student_factor;
+      y *= teacher_factor;
+    }
+    return x - y;
   }
 };
 
@@ -145,9 +175,9 @@ __device__ inline void merge_softmax(const Pyramid<E>& pyramid, int64_t i,
       OnlineSoftmax<X> one;
       one.read(slices + (s + i * pyramid.batch + image) * OnlineSoftmax<X>::kSize * pyramid.max_channels + channel,
                pyramid.max_channels);
-      all.merge(one, scale);
+      all.merge(one);
     }
-    SavedSoftmax<X>{all.student_max, 1 / all.student_sum, all.teacher_max, 1 / all.teacher_sum}.write(
+    SavedSoftmax<X>{all.student_shift, 1 / all.student_sum, all.teacher_shift, 1 / all.teacher_sum}.write(
         static_cast<T*>(entry.softmax), count, image * entry.channels + channel);
     const double temperature = 1 / (Exponential<X>::kNatural * scale);
     if (!all.empty()) term = all.divergence(scale) * temperature * temperature / static_cast<double>(count);

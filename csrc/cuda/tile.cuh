@@ -35,16 +35,36 @@ struct Tile {
   }
 };
 
-// 16 bytes' worth of pixels of one channel, widened.
+// 16 bytes' worth of pixels of one channel.
+template <class X>
+__device__ inline Packed<X> read_packed(const Tile<X>& tile, int channel, int pixel) {
+  if (!tile.pixel_rows) return load_packed(tile.matrix.at(channel, pixel));
+  Packed<X> packed;
+#pragma unroll
+  for (int k = 0; k < Packed<X>::kSize; ++k) packed.x[k] = *tile.matrix.at(pixel + k, channel);
+  return packed;
+}
+
 template <class X, class T>
 __device__ inline void read_pixels(const Tile<X>& tile, int channel, int pixel, T (&x)[Packed<X>::kSize]) {
-  if (tile.pixel_rows) {
+  if (!tile.pixel_rows) {
+    widen(load_packed(tile.matrix.at(channel, pixel)), x);
+  } else {
 #pragma unroll
     for (int k = 0; k < Packed<X>::kSize; ++k) x[k] = widen(*tile.matrix.at(pixel + k, channel));
-  } else {
-    const Packed<X> packed = *reinterpret_cast<const Packed<X>*>(tile.matrix.at(channel, pixel));
+  }
+}
+
+template <class X, class T>
+__device__ inline void write_pixels(const Tile<X>& tile, int channel, int pixel, const T (&x)[Packed<X>::kSize]) {
+  Packed<X> packed;
 #pragma unroll
-    for (int k = 0; k < Packed<X>::kSize; ++k) x[k] = widen(packed.x[k]);
+  for (int k = 0; k < Packed<X>::kSize; ++k) packed.x[k] = narrow<X>(x[k]);
+  if (!tile.pixel_rows) {
+    store_packed(tile.matrix.at(channel, pixel), packed);
+  } else {
+#pragma unroll
+    for (int k = 0; k < Packed<X>::kSize; ++k) *tile.matrix.at(pixel + k, channel) = packed.x[k];
   }
 }
 

@@ -59,6 +59,34 @@ struct alignas(kCount * sizeof(X)) Packed {
   };
 };
 
+// Loads and stores of all 16 bytes at once.
+template <class X>
+__device__ inline Packed<X> load_packed(const X* from) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(from);
+  Packed<X> packed;
+  memcpy(&packed, &bits, 16);
+  return packed;
+}
+template <class X>
+__device__ inline void store_packed(X* to, const Packed<X>& packed) {
+  uint4 bits;
+  memcpy(&bits, &packed, 16);
+  *reinterpret_cast<uint4*>(to) = bits;
+}
+
+template <class X, class T>
+__device__ inline void widen(const Packed<X>& packed, T (&x)[Packed<X>::kSize]) {
+#pragma unroll
+  for (int k = 0; k < Packed<X>::kSize; ++k) {
+    if constexpr (std::is_same_v<X, __nv_bfloat16>) {  // the upper half of a float: one instruction each
+      const uint32_t pair = packed.words[k / 2];
+      x[k] = __uint_as_float(k % 2 ? pair & 0xffff0000u : pair << 16);
+    } else {
+      x[k] = widen(packed.x[k]);
+    }
+  }
+}
+
 // Exponentials of differences over a temperature. For 16-bit maps they are powers of two, exp2(difference * scale),
 // which is a multiplication and one fast instruction; for other maps they are as exact as the type.
 template <class X>

@@ -22,8 +22,8 @@ def rasterizer(given: RasterInput, validate: bool) -> Callable[[Tensor | None], 
 
     def rasterize(present: Tensor | None) -> tuple:
         if present is None:
-            return run("regions", *given, validate)
-        return run("rasterize", *given, present)
+            return *run("regions", *given, validate), None
+        return *run("rasterize", *given, present), None
 
     return rasterize
 
@@ -119,6 +119,7 @@ class _Losses(torch.autograd.Function):
 class _AnchorPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, regions, *features):
+        ctx.count = len(regions)
         _save(ctx, *regions, *features)
         return run("anchor_pool", features, regions)
 
@@ -126,13 +127,14 @@ class _AnchorPool(torch.autograd.Function):
     def backward(ctx, gradient):
         _refuse_second_derivative("anchor_pool")
         tensors = _saved(ctx)
-        regions, features = tensors[:5], tensors[5:]
+        regions, features = tensors[: ctx.count], tensors[ctx.count :]
         return None, *run("anchor_pool_backward", gradient.contiguous(), features, regions)
 
 
 class _AnchorCosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, regions, anchors, *features):
+        ctx.count = len(regions)
         _save(ctx, *regions, anchors, *features)
         return tuple(run("anchor_cosine", features, anchors, regions))
 
@@ -140,7 +142,7 @@ class _AnchorCosine(torch.autograd.Function):
     def backward(ctx, *gradients):
         _refuse_second_derivative("anchor_cosine")
         tensors = _saved(ctx)
-        regions, anchors, features = tensors[:5], tensors[5], tensors[6:]
+        regions, (anchors, *features) = tensors[: ctx.count], tensors[ctx.count :]
         out = run("anchor_cosine_backward", gradients, features, anchors, regions)
         return None, out[-1], *out[:-1]
 

@@ -19,7 +19,7 @@ _TYPES = {
     list[float]: "float[]",
 }
 _BOXES = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in RasterInput.__annotations__.items())
-_REGIONS = "(Tensor classes, Tensor area, Tensor counted, Tensor extent, Tensor bits)"
+_REGIONS = "(Tensor classes, Tensor area, Tensor counted, Tensor extent, Tensor bits, Tensor runs)"
 _SCHEMAS = {
     # Checks the values of the boxes, then rasterizes them.
     "regions": f"({_BOXES}, bool validate) -> {_REGIONS}",
@@ -82,13 +82,14 @@ def _fake_rasterize(*arguments):
     classes = torch.sym_min(given.labels.shape[0], given.num_classes) if present is None else given.num_classes
     shapes, like = given.level_shapes, given.boxes
     masks, levels = 1 + 2 * classes, len(shapes) // 2
-    pixels = given.batch_size * sum(shapes[2 * i] * shapes[2 * i + 1] for i in range(levels))
+    pixels = [shapes[2 * i] * shapes[2 * i + 1] for i in range(levels)]
     return (
         like.new_empty(classes, dtype=torch.int64),
         like.new_empty(levels, masks, dtype=torch.float32),
         like.new_empty(levels, dtype=torch.float32),
         like.new_empty(levels, given.batch_size, 2, dtype=torch.int32),
-        like.new_empty((masks + 31) // 32 * pixels, dtype=torch.int32),
+        like.new_empty((masks + 31) // 32 * given.batch_size * sum(pixels), dtype=torch.int32),
+        like.new_empty(3 * given.batch_size * sum((n + 31) // 32 for n in pixels), dtype=torch.int32),
     )
 
 

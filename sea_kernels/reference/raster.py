@@ -189,4 +189,4 @@ def _assemble(
         area.append(masks.sum((1, 2, 3)).to(torch.float32))
         counted.append((in_instance | background).sum().to(torch.float32))
         extent.append(torch.stack(ends, dim=1).to(torch.int32))
-    return classes, torch.stack(area), torch.stack(counted), torch.stack(extent), tuple(dense)
+    return classes, torch.stack(area), torch.stack(counted), torch.stack(extent), None, None, tuple(dense)

@@ -17,3 +17,4 @@ inline __half2 __float22half2_rn(float2 x) { return {x.x, x.y}; }
 inline float2 __half22float2(__half2 x) { return {x.x, x.y}; }
 inline float __low2float(__half2 x) { return x.x; }
 inline float __high2float(__half2 x) { return x.y; }
+inline __half2 __hmax2(__half2 a, __half2 b) { return {fmaxf(a.x, b.x), fmaxf(a.y, b.y)}; }  // a number rather than NaN

@@ -71,7 +71,7 @@ def test_losses_and_gradients_in_mmdetection(name):
 
 
 def assert_same_regions(found, wanted):
-    for name, x, y in zip(("classes", "area", "counted", "extent", "bits"), found.tensors(), wanted.tensors()):
+    for name, x, y in zip(("classes", "area", "counted", "extent", "bits", "runs"), found.tensors(), wanted.tensors()):
         assert torch.equal(x, y), name
 
 

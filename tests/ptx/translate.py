@@ -440,6 +440,9 @@ class Kernel:
 
     def op_max(self, m, d, a, b):
         (t,) = m
+        if t in ("f16x2", "bf16x2"):
+            one = f"ptx::from_{t[:-2]}, ptx::to_{t[:-2]}"
+            return self.write(d, f"ptx::maximum_pair<{one}>({self.read(a, 'b32')}, {self.read(b, 'b32')})", "b32")
         return self.write(d, f"ptx::maximum<{ctype(t)}>({self.read(a, t)}, {self.read(b, t)})", t)
 
     # Bits

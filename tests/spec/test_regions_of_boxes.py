@@ -165,6 +165,27 @@ def test_masks_are_packed_into_words_of_32(boxes, backend, device):
     assert torch.equal(packed.tensors()[4], bits)
 
 
+@pytest.mark.parametrize("sizes", [None, [(40, 56), (33, 41), (8, 24)]], ids=str)
+@pytest.mark.parametrize("boxes", [0, 1, 40])
+def test_runs_begin_where_masks_or_the_image_end(boxes, sizes, backend, device):
+    """Images of less than 32 pixels, of exactly 32, and of several words."""
+    g = torch.Generator().manual_seed(boxes)
+    corner = torch.rand(boxes, 2, generator=g) * 50
+    b = torch.cat([corner, corner + 20 * torch.rand(boxes, 2, generator=g)], 1).to(device)
+    shapes, labels = [(5, 7), (4, 8), (1, 1), (9, 15)], torch.arange(boxes, device=device)
+    regions = build(b, labels, shapes, [8, 8, 64, 5], batch_index=labels % 3, batch_size=3, image_sizes=sizes)
+    wanted = []
+    for level, (h, w) in enumerate(shapes):
+        masks = regions.masks(level).flatten(2).cpu()
+        for image, (rows, columns) in enumerate(regions.extent[level].tolist()):
+            pixels = [(masks[:, image, n].tolist(), n // w < rows and n % w < columns) for n in range(h * w)]
+            starts = [n == 0 or pixels[n] != pixels[n - 1] for n in range(h * w)]
+            flags = starts, [inside for _, inside in pixels], [any(bits) for bits, _ in pixels]
+            for n in range(0, h * w, 32):
+                wanted += [sum(1 << i for i, bit in enumerate(f[n : n + 32]) if bit) for f in flags]
+    assert [x % 2**32 for x in regions.tensors()[5].tolist()] == wanted
+
+
 nan, inf = math.nan, math.inf
 BAD_ROWS = {
     "NaN": ((nan, 0.0, 9.0, 9.0), 0, 0),
@@ -194,7 +215,7 @@ def test_unchecked_bad_rows_are_skipped(row, backend, device):
 
     def flat(found):
         """The reference's masks of each level among the other tensors."""
-        return [*found[:4], *(found[4] if backend == "reference" else found[4:])]
+        return [*found[:4], *(found[6] if backend == "reference" else found[4:])]
 
     good = ((20.0, 10.0, 50.0, 40.0), 3, 1)
     padding = ((0.0, 0.0, 9.0, 9.0), -1, 0)

@@ -11,18 +11,23 @@ namespace {
 
 struct Level {
   int32_t height, width;
-  int64_t first;     // pixels of the levels before
-  double stride[2];  // y, x
+  int64_t first, first_run;  // pixels, and words of runs, of the levels before
+  double stride[2];          // y, x
+  int64_t run_words() const { return (int64_t{height} * width + 31) / 32; }  // of an image
 };
 
 std::vector<Level> make_levels(const std::vector<int64_t>& shapes, const std::vector<double>& strides, int64_t batch) {
   std::vector<Level> levels;
-  int64_t first = 0;
+  int64_t first = 0, first_run = 0;
   for (size_t l = 0; l < shapes.size() / 2; ++l) {
     const int64_t height = shapes[2 * l], width = shapes[2 * l + 1];
-    levels.push_back(
-        {static_cast<int32_t>(height), static_cast<int32_t>(width), first, {strides[2 * l], strides[2 * l + 1]}});
+    levels.push_back({static_cast<int32_t>(height),
+                      static_cast<int32_t>(width),
+                      first,
+                      first_run,
+                      {strides[2 * l], strides[2 * l + 1]}});
     first += batch * height * width;
+    first_run += batch * levels.back().run_words();
   }
   return levels;
 }
@@ -90,9 +95,10 @@ struct Outputs {
   Tensor counted;  // float32 [L] valid pixels
   Tensor extent;   // int32 [L, B, 2]
   Tensor bits;     // int32 [words, pixels of all levels]
+  Tensor runs;     // int32 [words of runs of all levels, 3]
 };
 
-// Fills area, counted, extent and bits: one task per level and image.
+// Fills area, counted, extent, bits and runs: one task per level and image.
 template <class T>
 void rasterize_all(const std::vector<ImageBoxes<T>>& images, const std::vector<Level>& levels, double center_ratio,
                    int64_t present, const Outputs& out) {
@@ -104,8 +110,12 @@ void rasterize_all(const std::vector<ImageBoxes<T>>& images, const std::vector<L
     const Level& level = levels[l];
     const T stride[2] = {static_cast<T>(level.stride[0]), static_cast<T>(level.stride[1])};
     const int64_t first = level.first + b * level.height * level.width;
-    const Plane plane{level.height, level.width, data<int32_t>(out.bits) + first, words, (used + 31) / 32, pixels};
-    data<Extent>(out.extent)[task] = rasterize_image(images[b], stride, static_cast<T>(center_ratio), plane);
+    RunWord* runs = data<RunWord>(out.runs) + level.first_run + b * level.run_words();
+    const Plane plane{level.height, level.width, data<int32_t>(out.bits) + first, words, (used + 31) / 32,
+                      pixels,       runs};
+    const Extent extent = rasterize_image(images[b], stride, static_cast<T>(center_ratio), plane);
+    data<Extent>(out.extent)[task] = extent;
+    write_runs(plane, extent);
     const std::vector<int64_t> count = count_pixels(plane, used);
     for (int64_t p = 0; p <= used; ++p)
       if (count[p]) __atomic_fetch_add(&totals[l * (used + 1) + p], count[p], __ATOMIC_RELAXED);
@@ -118,7 +128,7 @@ void rasterize_all(const std::vector<ImageBoxes<T>>& images, const std::vector<L
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rasterize(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rasterize(
     Tensor boxes, Tensor labels, std::optional<Tensor> batch_index, std::vector<int64_t> counts,
     std::optional<Tensor> ignore_boxes, std::optional<Tensor> ignore_batch_index, std::vector<int64_t> ignore_counts,
     std::optional<Tensor> image_sizes, std::vector<int64_t> image_size_list, int64_t batch_size,
@@ -131,11 +141,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rasterize(
   const std::vector<Level> levels = make_levels(level_shapes, strides, batch_size);
   const int64_t capacity = present ? num_classes : std::min(labels.numel(), num_classes), masks = 1 + 2 * capacity;
   const int64_t count = static_cast<int64_t>(levels.size());
-  int64_t pixels = 0;
-  for (const Level& level : levels) pixels += batch_size * level.height * level.width;
-  const Outputs out{make({capacity}, ScalarType::Long), make({count, masks}, ScalarType::Float),
-                    make({count}, ScalarType::Float), make({count, batch_size, 2}, ScalarType::Int),
-                    make({(masks + 31) / 32 * pixels}, ScalarType::Int)};
+  int64_t pixels = 0, run_words = 0;
+  for (const Level& level : levels) {
+    pixels += batch_size * level.height * level.width;
+    run_words += batch_size * level.run_words();
+  }
+  const Outputs out{make({capacity}, ScalarType::Long),
+                    make({count, masks}, ScalarType::Float),
+                    make({count}, ScalarType::Float),
+                    make({count, batch_size, 2}, ScalarType::Int),
+                    make({(masks + 31) / 32 * pixels}, ScalarType::Int),
+                    make({3 * run_words}, ScalarType::Int)};
 
   with_compute_type(any_double(boxes), [&](auto zero) {
     using T = decltype(zero);
@@ -147,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rasterize(
         group_boxes(data<T>(boxes), images, label, classes, data<T>(ignore_boxes), ignored_images, sizes, batch_size);
     rasterize_all(grouped, levels, center_ratio, static_cast<int64_t>(classes.size()), out);
   });
-  return {out.classes, out.area, out.counted, out.extent, out.bits};
+  return {out.classes, out.area, out.counted, out.extent, out.bits, out.runs};
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ template <class T>
 void run(const std::vector<Tensor>& features, const Tensor& anchors, const std::vector<Tensor>& regions,
          const std::vector<Tensor>& cosines, const std::vector<Tensor>& gradients, const Tensor* anchor_gradient) {
   const OnDevice on(anchors);
-  const Masks masks = make_masks(regions);
+  const Masks masks = make_masks(regions, features);
   std::vector<Pair> pairs = make_pairs(make_maps(features), {}, make_maps(gradients), {kDistance});
   for (size_t i = 0; i < pairs.size(); ++i) {
     Pair& pair = pairs[i];

@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sea_loss(
     std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<int64_t> losses, std::vector<Tensor> regions,
     double distance_temperature, double localization_temperature, int64_t saved_elements, int64_t gradient_elements,
     int64_t softmax_elements) {
-  const Call call{student, teacher, losses, make_masks(regions)};
+  const Call call{student, teacher, losses, make_masks(regions, student)};
   return with_held_type(student, teacher, [&](auto zero) {
     const Outputs out = forward<decltype(zero)>(call, Steps::both, distance_temperature, localization_temperature,
                                                 {0, saved_elements, gradient_elements, softmax_elements}, nullptr);
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> sea_loss_pool(std::vector<Tensor> student, st
                                                  std::vector<int64_t> losses, std::vector<Tensor> regions,
                                                  double localization_temperature, int64_t anchor_elements,
                                                  int64_t softmax_elements) {
-  const Call call{student, teacher, losses, make_masks(regions)};
+  const Call call{student, teacher, losses, make_masks(regions, student)};
   return with_held_type(student, teacher, [&](auto zero) {
     using X = decltype(zero);
     std::vector<Pair> pairs = call.pairs();
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sea_loss_compare(std::vector<Tensor> 
                                                             std::vector<int64_t> losses, std::vector<Tensor> regions,
                                                             Tensor anchors, double distance_temperature,
                                                             int64_t saved_elements, int64_t gradient_elements) {
-  const Call call{student, teacher, losses, make_masks(regions)};
+  const Call call{student, teacher, losses, make_masks(regions, student)};
   return with_held_type(student, teacher, [&](auto zero) {
     const Outputs out = forward<decltype(zero)>(call, Steps::compare, distance_temperature, 1,
                                                 {0, saved_elements, gradient_elements, 0}, &anchors);
@@ -123,7 +123,7 @@ std::vector<Tensor> sea_loss_backward(std::optional<Tensor> anchor, std::optiona
                                       std::vector<Tensor> regions, std::vector<Tensor> saved,
                                       double distance_temperature, double localization_temperature) {
   const OnDevice on(student[0]);
-  const Call call{student, teacher, losses, make_masks(regions)};
+  const Call call{student, teacher, losses, make_masks(regions, student)};
   const std::vector<Tensor> gradients = make_gradients(student);
   const Saved tensors(saved);
   const bool anchor_gradient = tensors.gradients.numel() > 0;

@@ -9,7 +9,7 @@ namespace {
 Tensor anchor_pool(std::vector<Tensor> features, std::vector<Tensor> regions) {
   const Tensor& like = features[0];
   const OnDevice on(like);
-  const Masks masks = make_masks(regions);
+  const Masks masks = make_masks(regions, features);
   return with_held_type(features, {}, [&](auto zero) {
     using X = decltype(zero);
     using T = Compute<X>;
@@ -27,7 +27,7 @@ Tensor anchor_pool(std::vector<Tensor> features, std::vector<Tensor> regions) {
 // Only the shapes, strides and dtype of the features are used.
 std::vector<Tensor> anchor_pool_backward(Tensor gradient, std::vector<Tensor> features, std::vector<Tensor> regions) {
   const OnDevice on(gradient);
-  const Masks masks = make_masks(regions);
+  const Masks masks = make_masks(regions, features);
   const std::vector<Tensor> out = make_gradients(features);
   with_held_type(features, {}, [&](auto zero) {
     using X = decltype(zero);

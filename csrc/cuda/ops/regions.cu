@@ -6,7 +6,7 @@
 namespace sea {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> regions(
     Tensor boxes, Tensor labels, std::optional<Tensor> batch_index, std::vector<int64_t> counts,
     std::optional<Tensor> ignore_boxes, std::optional<Tensor> ignore_batch_index, std::vector<int64_t> ignore_counts,
     std::optional<Tensor> image_sizes, std::vector<int64_t> image_size_list, int64_t batch_size,
@@ -37,13 +37,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regions(
     const Tensor counted = make({in.levels}, ScalarType::Float, boxes);
     const Tensor extent = make({in.levels, batch_size, 2}, ScalarType::Int, boxes);
     const Tensor bits = make({in.words() * in.pixels()}, ScalarType::Int, boxes);
-    with_scratch(boxes, [&](Carver& scratch) {
-      rasterize(
-          in,
-          {data<int64_t>(classes), data<float>(area), data<float>(counted), data<Extent>(extent), data<int32_t>(bits)},
-          scratch, on.stream());
-    });
-    return std::make_tuple(classes, area, counted, extent, bits);
+    const Tensor runs = make({3 * in.run_words()}, ScalarType::Int, boxes);
+    const RasterOutput out{data<int64_t>(classes), data<float>(area),   data<float>(counted),
+                           data<Extent>(extent),   data<int32_t>(bits), data<RunWord>(runs)};
+    with_scratch(boxes, [&](Carver& scratch) { rasterize(in, out, scratch, on.stream()); });
+    return std::make_tuple(classes, area, counted, extent, bits, runs);
   });
 }
 

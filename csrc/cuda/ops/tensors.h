@@ -9,13 +9,28 @@
 
 namespace sea {
 
-// tensors: classes [K], area [L, P], counted [L], extent [L, B, 2], bits [words * pixels]; or none
-inline Masks make_masks(const std::vector<Tensor>& tensors) {
+// tensors: classes [K], area [L, P], counted [L], extent [L, B, 2], bits [words * pixels], runs [words of runs * 3]; or
+// none. maps: those of the levels, and maybe more.
+inline Masks make_masks(const std::vector<Tensor>& tensors, const std::vector<Tensor>& maps) {
   if (tensors.empty()) return {};
   const int64_t capacity = tensors[0].numel(), masks = 1 + 2 * capacity;
-  return {data<int64_t>(tensors[0]),      data<float>(tensors[1]),    data<float>(tensors[2]),
-          data<Extent>(tensors[3]),       data<uint32_t>(tensors[4]), tensors[4].numel() / divide_up(masks, 32),
-          static_cast<int32_t>(capacity), static_cast<int32_t>(masks)};
+  int64_t pixels = 0, run_words = 0;
+  for (int64_t l = 0; l < tensors[1].size(0); ++l) {
+    const int64_t batch = maps[l].size(0), image = maps[l].size(2) * maps[l].size(3);
+    pixels += batch * image;
+    run_words += batch * divide_up(image, 32);
+  }
+  check_elements("regions[4]", tensors[4].numel(), divide_up(masks, 32) * pixels, false);
+  check_elements("regions[5]", tensors[5].numel(), 3 * run_words, false);
+  return {data<int64_t>(tensors[0]),
+          data<float>(tensors[1]),
+          data<float>(tensors[2]),
+          data<Extent>(tensors[3]),
+          data<uint32_t>(tensors[4]),
+          data<RunWord>(tensors[5]),
+          pixels,
+          static_cast<int32_t>(capacity),
+          static_cast<int32_t>(masks)};
 }
 
 inline std::vector<Tensor> make_gradients(const std::vector<Tensor>& maps) {
