@@ -124,6 +124,8 @@ struct BackwardEntry : Entry {
       : Entry(pair), maps{TileMap(pair.student), TileMap(pair.teacher)}, gradient(pair.gradient), saved(pair) {}
 };
 
+constexpr int kBackwardBlocks = 3;  // on a multiprocessor
+
 template <class T>
 struct BackwardParams {
   Pyramid<BackwardEntry> pyramid;
@@ -194,11 +196,22 @@ __global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks)
   }
 }
 
-// slices: blocks for a multiprocessor each
-template <class X>
-void run_backward(const BackwardParams<Compute<X>>& params, cudaStream_t stream) {
-  const dim3 grid(params.pyramid.slices, static_cast<unsigned>(divide_up(params.pyramid.max_channels, kPoolChannels)));
-  launch(backward<X>, "backward", grid, kPoolThreads, bytes_of<BackwardMemory<X>>(), stream, params);
+// The gradients of the maps of one launch, of those pairs that takes(pair) accepts. slices: one for each
+// multiprocessor. There are as many blocks as run at once; nothing is summed up, so their number changes no result.
+template <class X, class Takes>
+void run_backward(const std::vector<Pair>& pairs, const Masks& masks, const Upstream<Compute<X>>& upstream, int slices,
+                  Takes takes, cudaStream_t stream) {
+  int64_t channels = 1;
+  for (const Pair& pair : pairs) channels = std::max(channels, takes(pair) ? pair.channels : 0);
+  const int64_t blocks = divide_up(channels, kPoolChannels);  // of channels
+  // 1 KB of a block is the system's.
+  const int64_t bytes = bytes_of<BackwardMemory<X>>();
+  const int64_t room = std::clamp<int64_t>((shared_memory_limit() + 1024) / (bytes + 1024), 1, kBackwardBlocks);
+  slices = std::max(1, static_cast<int>(room * slices / blocks));
+  const BackwardParams<Compute<X>> params{make_pyramid<BackwardEntry>(pairs, kPoolPixels<X>, slices, takes, pool_work),
+                                          masks, upstream};
+  const dim3 grid(params.pyramid.slices, static_cast<unsigned>(blocks));
+  launch(backward<X>, "backward", grid, kPoolThreads, bytes, stream, params);
 }
 
 // ----------------------------------------------------------------------------------------------------- with distances

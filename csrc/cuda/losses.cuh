@@ -250,11 +250,8 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
                           Exponential<X>::scale(options.distance_temperature),
                           Exponential<X>::scale(options.localization_temperature)};
   each_launch(pairs, [&](const std::vector<Pair>& part) {
-    run_backward<X>({make_pyramid<BackwardEntry>(
-                         part, kPoolPixels<X>, options.slices,
-                         [](const Pair& pair) { return !(pair.losses & kDistance); }, pool_work),
-                     masks, given},
-                    stream);
+    run_backward<X>(
+        part, masks, given, options.slices, [](const Pair& pair) { return !(pair.losses & kDistance); }, stream);
     DistanceBackwardParams<T> params{
         make_pyramid<DistanceBackwardEntry>(
             part, kBlockM<X>, options.slices, [](const Pair& pair) { return pair.losses & kDistance; }, distance_work),
@@ -287,7 +284,7 @@ void run_anchor_pool(const std::vector<Pair>& pairs, const Masks& masks, int sli
 template <class X>
 void run_anchor_pool_backward(const std::vector<Pair>& pairs, const Masks& masks, int slices, cudaStream_t stream) {
   each_launch(pairs, [&](const std::vector<Pair>& part) {
-    run_backward<X>({make_pyramid<BackwardEntry>(part, kPoolPixels<X>, slices), masks}, slices, stream);
+    run_backward<X>(part, masks, {}, slices, [](const Pair&) { return true; }, stream);
   });
 }
 

@@ -2,7 +2,7 @@
 //
 // pool(): a block takes one slice of the tiles, for kPoolChannels channels; a thread has one channel and walks over the
 // pixels. It sums runs of pixels with the same masks, and adds the sum of each run to every mask of the run. The sums
-// of kPoolRows masks at a time are rows in shared memory, so that global memory is written once for many tiles.
+// of some masks at a time are rows in shared memory, so that global memory is written once for many tiles.
 // pool_finish() adds up the slices: the means one mask at a time, the softmax 256 channels at a time.
 #pragma once
 #include "anchors.cuh"
@@ -10,23 +10,25 @@
 
 namespace sea {
 
-constexpr int kPoolChannels = 128, kPoolThreads = kPoolChannels, kPoolRows = 16;
-constexpr int kPoolListed = 256;  // masks of the runs of a tile
+constexpr int kPoolChannels = 128, kPoolThreads = kPoolChannels;
+constexpr int kPoolListed = 1024;  // masks of the runs of a tile
 template <class X>
 constexpr int kPoolPixels = 128 / sizeof(X);
 
 // Which masks have a row of sums in shared memory.
 struct Rows {
+  static constexpr int kNone = 255, kMost = 40;
   int32_t* used;     // [1]
   int32_t* flush;    // [1] the rows must be written out first, to make room for new masks
-  int32_t* mask_of;  // [kPoolRows]
-  int32_t* row_of;   // [kPoolListed] of each mask that TileMasks lists; -1: none
+  int32_t* mask_of;  // [room]
+  uint8_t* row_of;   // [kPoolListed] of each mask that TileMasks lists
+  int room;
 
-  __host__ __device__ explicit Rows(Carver& carver) {
+  __host__ __device__ Rows(Carver& carver, int room_) : room(room_) {
     used = carver.take<int32_t>(1);
     flush = carver.take<int32_t>(1);
-    mask_of = carver.take<int32_t>(kPoolRows);
-    row_of = carver.take<int32_t>(kPoolListed);
+    mask_of = carver.take<int32_t>(room);
+    row_of = carver.take<uint8_t>(kPoolListed);
   }
 
   // One warp: gives a row to each listed mask that has none. If there are not enough rows, it sets `flush`, or with
@@ -37,10 +39,10 @@ struct Rows {
     bool full = false;
     for (int i = lane; i - lane < count; i += 32) {
       const int mask = i < count ? masks.masks[i] : -1;
-      int row = -1;
+      int row = kNone;
       for (int r = 0; r < next; ++r) row = mask_of[r] == mask ? r : row;
       uint32_t missing;
-      while ((missing = __ballot_sync(kAllLanes, mask >= 0 && row < 0)) != 0 && next < kPoolRows) {
+      while ((missing = __ballot_sync(kAllLanes, mask >= 0 && row == kNone)) != 0 && next < room) {
         const int added = __shfl_sync(kAllLanes, mask, __ffs(missing) - 1);
         if (mask == added) row = next;
         if (lane == 0) mask_of[next] = added;
@@ -48,13 +50,19 @@ struct Rows {
       }
       __syncwarp();
       full |= missing != 0;
-      if (i < count) row_of[i] = row;
+      if (i < count) row_of[i] = static_cast<uint8_t>(row);
     }
     if (lane == 0) {
       *used = next;
       *flush = full && !anyway;
     }
   }
+};
+
+// The sums of student and teacher.
+template <class T>
+struct alignas(2 * sizeof(T)) Both {
+  T of[2];
 };
 
 // The sum of those elements whose bits are set. The others may be NaN.
@@ -82,15 +90,15 @@ struct PoolMemory {
   using T = Compute<X>;
   static constexpr int kTile = kPoolChannels * kPoolPixels<X>;  // elements
   X* tiles;                                                     // [2 stages, 2 sides, kTile]
-  T* sums;                                                      // [2 sides, kPoolRows, kPoolChannels]
+  Both<T>* sums;                                                // [rows, kPoolChannels]
   TileMasks masks;
   Rows rows;
 
-  __host__ __device__ explicit PoolMemory(Carver& carver)
+  __host__ __device__ PoolMemory(Carver& carver, int room)
       : tiles(carver.take<X>(4 * kTile)),
-        sums(carver.take<T>(2 * kPoolRows * kPoolChannels)),
+        sums(carver.take<Both<T>>(room * kPoolChannels)),
         masks(carver, kPoolPixels<X>, kPoolListed),
-        rows(carver) {}
+        rows(carver, room) {}
   __device__ X* tile(int stage, int side) const { return tiles + (2 * stage + side) * kTile; }
 };
 
@@ -111,6 +119,7 @@ template <class T>
 struct PoolParams {
   Pyramid<PoolEntry> pyramid;
   Masks masks;
+  int rows;    // of sums in shared memory
   int sides;   // 1: the students alone
   T scale;     // of the localization's Exponential
   T* sums;     // [slices + entries, sides, masks, max_channels]
@@ -125,7 +134,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2) pool(const __grid_constant__ 
   const Pyramid<PoolEntry>& pyramid = params.pyramid;
   const int count = present_masks(params.masks), thread = threadIdx.x;
   Carver carver(shared_memory());
-  PoolMemory<X> memory(carver);
+  PoolMemory<X> memory(carver, params.rows);
   TileMasks& masks = memory.masks;
   Rows& rows = memory.rows;
   masks.count = (count + 31) / 32;
@@ -154,14 +163,23 @@ __global__ void __launch_bounds__(kPoolThreads, 2) pool(const __grid_constant__ 
            c0;
   };
   const auto write_rows = [&] {  // each thread its own channel
-    const bool mine = thread < channels_of(pyramid.entries[entry_index]);
-    for (int row = 0; row < *rows.used; ++row)
-      for (int side = 0; side < params.sides; ++side)
-        if (mine)
-          sums_of(side, rows.mask_of[row])[thread] += memory.sums[(side * kPoolRows + row) * kPoolChannels + thread];
+    if (thread >= channels_of(pyramid.entries[entry_index])) return;
+    constexpr int kBatch = 4;  // loads under way at once
+    for (int first = 0; first < *rows.used; first += kBatch)
+      for (int side = 0; side < params.sides; ++side) {
+        T sum[kBatch];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k)
+          if (first + k < *rows.used) sum[k] = sums_of(side, rows.mask_of[first + k])[thread];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k)
+          if (first + k < *rows.used)
+            sums_of(side, rows.mask_of[first + k])[thread] =
+                sum[k] + memory.sums[(first + k) * kPoolChannels + thread].of[side];
+      }
   };
   const auto clear_rows = [&] {  // between barriers
-    for (int row = 0; row < 2 * kPoolRows; ++row) memory.sums[row * kPoolChannels + thread] = 0;
+    for (int row = 0; row < rows.room; ++row) memory.sums[row * kPoolChannels + thread] = {};
     if (thread == 0) *rows.used = 0;
   };
   const auto leave_image = [&] {
@@ -236,14 +254,17 @@ __global__ void __launch_bounds__(kPoolThreads, 2) pool(const __grid_constant__ 
             },
             [&](int run) {
               masks.each(run, [&](int mask, int i) {
-                const int row = i < 0 ? -1 : rows.row_of[i];
-#pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                  if (side >= params.sides) break;
-                  if (row >= 0)
-                    memory.sums[(side * kPoolRows + row) * kPoolChannels + thread] += sum[side];
-                  else
-                    sums_of(side, mask)[thread] += sum[side];
+                const int row = i < 0 ? Rows::kNone : rows.row_of[i];
+                if (row != Rows::kNone) {
+                  Both<T> all = memory.sums[row * kPoolChannels + thread];
+                  all.of[0] += sum[0];
+                  all.of[1] += sum[1];
+                  memory.sums[row * kPoolChannels + thread] = all;
+                } else {
+                  T *student = sums_of(0, mask) + thread, *teacher = sums_of(params.sides - 1, mask) + thread;
+                  const T before[2] = {*student, *teacher};
+                  *teacher = before[1] + sum[1];
+                  *student = before[0] + sum[0];
                 }
               });
               sum[0] = sum[1] = 0;
@@ -302,6 +323,17 @@ __global__ void __launch_bounds__(kAnchorThreads)
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
+// How many rows of sums a block has: as many as leave room for two blocks on a multiprocessor, or one if they are few.
+template <class X>
+int choose_rows() {
+  constexpr int64_t kReserved = 1024;  // of each block, by the system
+  const int64_t limit = shared_memory_limit();
+  for (const int64_t room : {(limit + kReserved) / 2 - kReserved, limit})
+    for (int rows = Rows::kMost; rows >= 8; --rows)
+      if (bytes_of<PoolMemory<X>>(rows) <= room) return rows;
+  throw std::runtime_error("sea_kernels: this GPU has too little shared memory to pool");
+}
+
 // Pools the maps of one launch, of both sides or of the students. The means go to the pairs' anchors; pairs without any
 // get them where the sums were. scale: of the localization's Exponential. A counting Carver launches nothing.
 template <class X>
@@ -309,7 +341,8 @@ void run_pool(std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X
               cudaStream_t stream) {
   using T = Compute<X>;
   const auto all = [](const Pair&) { return true; };
-  PoolParams<T> params{make_pyramid<PoolEntry>(pairs, kPoolPixels<X>, slices, all, pool_work), masks, sides, scale};
+  PoolParams<T> params{make_pyramid<PoolEntry>(pairs, kPoolPixels<X>, slices, all, pool_work), masks, choose_rows<X>(),
+                       sides, scale};
   const auto& pyramid = params.pyramid;
   const int64_t table = masks.masks * pyramid.max_channels;
   const bool softmax = std::any_of(pairs.begin(), pairs.end(), [](const Pair& p) { return p.losses & kLocalization; });
@@ -332,7 +365,7 @@ void run_pool(std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X
                                    params.softmax};
 
   const dim3 grid(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.max_channels, kPoolChannels)));
-  launch(pool<X>, "pool", grid, kPoolThreads, bytes_of<PoolMemory<X>>(), stream, params);
+  launch(pool<X>, "pool", grid, kPoolThreads, bytes_of<PoolMemory<X>>(params.rows), stream, params);
   const int64_t blocks = softmax ? pyramid.batch * divide_up(pyramid.max_channels, kAnchorThreads) : 0;
   launch(pool_finish<X>, "pool_finish", dim3(static_cast<unsigned>(masks.masks + blocks), pyramid.count),
          kAnchorThreads, kReduceBytes, stream, finish);

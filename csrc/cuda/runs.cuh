@@ -25,7 +25,7 @@ struct TileMasks {
   int32_t* begin;         // [pixels + 2] first pixel of each run; after the last, `pixels`
   int32_t* first;         // [pixels + 1] where the masks of each run begin in `masks`; after the last, their number
   int32_t* listed;        // [1] how many masks all runs have together
-  int32_t* masks;         // [room] the masks of each run, one run after the other, as far as there is room
+  uint16_t* masks;        // [room] the masks of each run, one run after the other, as far as there is room
   const uint32_t* words;  // [count, stride] bitmasks of the pixels, where the regions have them
   int count, pixels, room;
   int64_t stride;
@@ -36,13 +36,14 @@ struct TileMasks {
     begin = carver.take<int32_t>(pixels + 2);
     first = carver.take<int32_t>(pixels + 1);
     listed = carver.take<int32_t>(1);
-    masks = carver.take<int32_t>(room);
+    masks = carver.take<uint16_t>(room);
   }
 
   // The first warp does it. All threads of the block call it; a barrier has to follow.
   __device__ void load(const Masks& regions, const Entry& entry, const WorkTile& at) {
     words = count == 0 ? nullptr : regions.bits + entry.first_pixel + at.image * entry.image() + at.first;
     stride = regions.pixels;
+    if (count > (1 << 16) / 32) room = 0;  // masks are listed in 16 bits
     if (threadIdx.x >= 32) return;
     const int lane = threadIdx.x;
     int runs = 0;
@@ -107,7 +108,7 @@ struct TileMasks {
       }
       int at = total + end - own;
       if (i < runs * count && w == 0) first[run] = at;
-      for (; word != 0 && at < room; word &= word - 1) masks[at++] = 32 * w + __ffs(word) - 1;
+      for (; word != 0 && at < room; word &= word - 1) masks[at++] = static_cast<uint16_t>(32 * w + __ffs(word) - 1);
       total += __shfl_sync(kAllLanes, end, 31);
     }
     if (lane == 0) first[runs] = *listed = total;

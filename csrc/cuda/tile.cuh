@@ -57,9 +57,7 @@ __device__ inline void read_pixels(const Tile<X>& tile, int channel, int pixel, 
 
 template <class X, class T>
 __device__ inline void write_pixels(const Tile<X>& tile, int channel, int pixel, const T (&x)[Packed<X>::kSize]) {
-  Packed<X> packed;
-#pragma unroll
-  for (int k = 0; k < Packed<X>::kSize; ++k) packed.x[k] = narrow<X>(x[k]);
+  const Packed<X> packed = narrow<X>(x);
   if (!tile.pixel_rows) {
     store_packed(tile.matrix.at(channel, pixel), packed);
   } else {

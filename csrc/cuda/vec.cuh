@@ -59,19 +59,23 @@ struct alignas(kCount * sizeof(X)) Packed {
   };
 };
 
-// Loads and stores of all 16 bytes at once.
+template <class Pair>
+__device__ inline uint32_t bits_of(Pair pair) {
+  static_assert(sizeof(Pair) == 4);
+  return reinterpret_cast<uint32_t&>(pair);
+}
+
+// Loads and stores of all 16 bytes at once, into and from registers.
 template <class X>
 __device__ inline Packed<X> load_packed(const X* from) {
   const uint4 bits = *reinterpret_cast<const uint4*>(from);
   Packed<X> packed;
-  memcpy(&packed, &bits, 16);
+  packed.words[0] = bits.x, packed.words[1] = bits.y, packed.words[2] = bits.z, packed.words[3] = bits.w;
   return packed;
 }
 template <class X>
 __device__ inline void store_packed(X* to, const Packed<X>& packed) {
-  uint4 bits;
-  memcpy(&bits, &packed, 16);
-  *reinterpret_cast<uint4*>(to) = bits;
+  *reinterpret_cast<uint4*>(to) = make_uint4(packed.words[0], packed.words[1], packed.words[2], packed.words[3]);
 }
 
 template <class X, class T>
@@ -85,6 +89,23 @@ __device__ inline void widen(const Packed<X>& packed, T (&x)[Packed<X>::kSize]) 
       x[k] = widen(packed.x[k]);
     }
   }
+}
+
+template <class X, class T>
+__device__ inline Packed<X> narrow(const T (&x)[Packed<X>::kSize]) {
+  Packed<X> packed;
+#pragma unroll
+  for (int k = 0; k < Packed<X>::kSize; ++k) {
+    if constexpr (sizeof(X) > 2) {
+      packed.x[k] = narrow<X>(x[k]);
+    } else if (k % 2 == 0) {  // two at once
+      if constexpr (std::is_same_v<X, __half>)
+        packed.words[k / 2] = bits_of(__floats2half2_rn(x[k], x[k + 1]));
+      else
+        packed.words[k / 2] = bits_of(__floats2bfloat162_rn(x[k], x[k + 1]));
+    }
+  }
+  return packed;
 }
 
 // Exponentials of differences over a temperature. For 16-bit maps they are powers of two, exp2(difference * scale),

@@ -568,6 +568,9 @@ class Kernel:
         to, source = m[-2], m[-1]
         how = m[:-2]
         x = None
+        if to in ("f16x2", "bf16x2") and source == "f32" and how == ["rn"]:  # a is the upper half
+            halves = (f"uint32_t{{ptx::to_{to[:-2]}({self.read(x, 'f32')})}}" for x in (a, b))
+            return self.write(d, "{} << 16 | {}".format(*halves), "b32")
         if b is not None:
             self.fail(f"cvt {m} of two values")
         integer = lambda t: t[0] in "us"
