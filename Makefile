@@ -43,7 +43,7 @@ $(VENV)/bin/python:
 lint format: | $(VENV)/bin/python
 	@$(pip) install -q ruff==0.17.6 clang-format==23.1.5
 	$(VENV)/bin/ruff format $(if $(filter lint,$@),--check) .
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs \
+	find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs \
 	  $(VENV)/bin/clang-format $(if $(filter lint,$@),--dry-run -Werror,-i)
 	$(VENV)/bin/ruff check $(if $(filter format,$@),--fix) .
 

@@ -1,10 +1,6 @@
 """One training step of the losses for a profiler, and what the profiler saw, kernel by kernel.
 
-    python benchmarks/profile_step.py --workload W1 --operations operations.json    # by torch.profiler
-    ncu --profile-from-start off --metrics $(python benchmarks/profile_step.py --metrics) --export W1 \\
-        python benchmarks/profile_step.py --workload W1                              # ncu sees one step
-    ncu --import W1.ncu-rep --csv --page raw --print-units base >W1.csv
-    python benchmarks/profile_step.py --csv W1.csv --results bench_losses_W1.json --out profile_W1.json
+python benchmarks/profile_step.py --workload W1 --ncu DIR    # DIR/profile_W1.json and what ncu wrote: ncu_W1.*
 """
 
 import argparse
@@ -12,9 +8,12 @@ import contextlib
 import csv
 import json
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
+import measure
 import report
 import torch
 from steps import sea_losses, training_step
@@ -23,6 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 from workloads import WORKLOADS, make_inputs
 
 TIME, READ, WRITTEN = "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum"
+INSTRUCTIONS = "smsp__inst_executed.sum"  # of warps
+BUSIEST, BUSY = "sm__cycles_active.max", "sm__cycles_active.avg"  # of a multiprocessor
+SECTIONS = "SpeedOfLight MemoryWorkloadAnalysis LaunchStats Occupancy WarpStateStats SourceCounters".split()
 METRICS = {  # of one launch; those of a kernel are means, weighted by time
     "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "sm_percent": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -54,15 +56,21 @@ def run_step(workload, device, before, after):
     after()
 
 
+def kernel_name(name):
+    """Without what it returns and takes."""
+    return re.sub(r"^void |\(.*", "", name.replace("(anonymous namespace)::", ""))
+
+
 def operations(workload, device):
-    """What runs on the GPU in one step: (name, times, microseconds) of every kernel, copy and fill."""
+    """What runs on the GPU in one step: name, times and microseconds of every kernel, copy and fill."""
     log = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
     run_step(workload, device, log.start, log.stop)
     found = {}
     for e in log.profiler.kineto_results.events():
         if e.device_type() == DeviceType.CUDA:
-            times, total = found.get(e.name(), (0, 0))
-            found[e.name()] = times + 1, total + e.duration_ns() / 1e3
+            name = kernel_name(e.name())
+            times, total = found.get(name, (0, 0))
+            found[name] = times + 1, total + e.duration_ns() / 1e3
     return [{"name": name, "times": times, "us": round(us, 2)} for name, (times, us) in found.items()]
 
 
@@ -88,12 +96,11 @@ def launches(path):
     return out
 
 
-def summarize(rows, rates, least_bytes):
-    """Of each kernel its launches, time and bytes, its share of the copy bandwidth, and METRICS."""
+def summarize(rows, copy_rate, least_bytes):
+    """Of each kernel its launches, time, bytes and instructions, its share of the copy bandwidth, and METRICS."""
     groups = {}
     for row in rows:
-        name = re.sub(r"^void |\(.*", "", row["Kernel Name"].replace("(anonymous namespace)::", ""))
-        groups.setdefault(name, []).append(row)
+        groups.setdefault(kernel_name(row["Kernel Name"]), []).append(row)
 
     def total(group, metric):
         return sum(row.get(metric, 0) for row in group)
@@ -104,8 +111,10 @@ def summarize(rows, rates, least_bytes):
 
     def entry(group):
         ns, read, written = (total(group, m) for m in (TIME, READ, WRITTEN))
-        share = (read + written) / (ns / 1e9) / rates["copy"]
-        return {"ms": ns / 1e6, "bytes_read": read, "bytes_written": written, "copy_share": round(share, 4)}
+        share = (read + written) / (ns / 1e9) / copy_rate
+        out = {"ms": ns / 1e6, "bytes_read": read, "bytes_written": written, "copy_share": round(share, 4)}
+        instructions, busiest, busy = (total(group, m) or None for m in (INSTRUCTIONS, BUSIEST, BUSY))
+        return out | {"instructions": instructions, "largest_over_mean": busy and round(busiest / busy, 3)}
 
     kernels = []
     for name, group in groups.items():
@@ -125,6 +134,8 @@ COLUMNS = {
     "MiB read": "{read_mib:.4g}",
     "MiB written": "{written_mib:.4g}",
     "of copy rate": "{copy_share:.1%}",
+    "M instructions": "{millions:.4g}",
+    "largest over mean": "{largest_over_mean:.2f}",
     "SM": "{sm_percent:.0f}%",
     "occupancy": "{occupancy_percent:.0f}%",
     "L2 hits": "{l2_hit_percent:.0f}%",
@@ -132,38 +143,50 @@ COLUMNS = {
 }
 
 
-def show(summary):
+def show_table(summary):
     rows = []
     for k in [*summary["kernels"], {"name": "the step", **summary["step"]}]:
         known = {key: value for key, value in k.items() if value is not None}
-        rows.append(known | {"us": 1e3 * k["ms"], "read_bytes": k["bytes_read"], "written_bytes": k["bytes_written"]})
+        known |= {"us": 1e3 * k["ms"], "read_bytes": k["bytes_read"], "written_bytes": k["bytes_written"]}
+        rows.append(known | ({"millions": k["instructions"] / 1e6} if k["instructions"] else {}))
     print(report.row_table(rows, COLUMNS))
     print(f"bytes moved: {summary['step']['of_least_bytes']:.2f} times the least")
+
+
+def by_ncu(name, folder):
+    """One step of the workload under ncu. Caches and clocks are left as they are, as in training."""
+    path = folder / f"ncu_{name}"
+    step = [sys.executable, __file__, "--workload", name]
+    options = "--clock-control none --cache-control none --profile-from-start off --force-overwrite".split()
+    sections = [x for section in SECTIONS for x in ("--section", section)]
+    least = [TIME, READ, WRITTEN, INSTRUCTIONS]
+    every = [*sections, "--metrics", ",".join([*least, BUSIEST, BUSY, *METRICS.values()])]
+    for chosen in (every, ["--metrics", ",".join(least)]):  # fewer where this ncu refuses some
+        done = subprocess.run(["ncu", *options, *chosen, "--export", path, *step])
+        if done.returncode == 0:
+            break
+    else:
+        raise SystemExit(f"ncu failed: exit status {done.returncode}")
+    table = path.with_suffix(".csv")
+    with open(table, "w") as file:
+        show = ["ncu", "--import", f"{path}.ncu-rep", "--csv", "--page", "raw", "--print-units", "base"]
+        subprocess.run(show, stdout=file, check=True)
+    rate = measure.rates(torch.device("cuda"), torch.float32)["copy"]
+    summary = summarize(launches(table), rate, WORKLOADS[name].least_bytes)
+    (folder / f"profile_{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    show_table(summary)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="W1")
-    parser.add_argument("--operations", type=Path, metavar="FILE", help="write what torch.profiler sees of the step")
-    parser.add_argument("--metrics", action="store_true", help="print the names of ncu's metrics, and no more")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="of ncu; needs --results of bench_losses.py and --out")
-    parser.add_argument("--results", type=Path, metavar="FILE")
-    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--ncu", type=Path, metavar="DIR", help="else only the step runs, as ncu needs it")
     args = parser.parse_args(argv)
-    workload, device = WORKLOADS[args.workload], torch.device("cuda")
-    if args.metrics:
-        print(",".join([TIME, READ, WRITTEN, *METRICS.values()]))
-    elif args.csv:
-        results = json.loads(args.results.read_text())
-        summary = summarize(launches(args.csv), results["rates"], results["floor"]["least_bytes"])
-        args.out.write_text(json.dumps(summary, indent=1) + "\n")
-        show(summary)
-    elif args.operations:
-        found = operations(workload, device)
-        args.operations.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{sum(o['times'] for o in found)} operations, {sum(o['us'] for o in found):.1f} us")
+    if args.ncu:
+        by_ncu(args.workload, args.ncu)
     else:
-        run_step(workload, device, torch.cuda.profiler.start, torch.cuda.profiler.stop)
+        device = torch.device("cuda")
+        run_step(WORKLOADS[args.workload], device, torch.cuda.profiler.start, torch.cuda.profiler.stop)
 
 
 if __name__ == "__main__":

@@ -140,17 +140,19 @@ def provenance(program: str, argv: list[str] | None, device: torch.device) -> di
 
 
 def commit() -> str | None:
-    """Of the source tree; SEA_KERNELS_COMMIT says it where that is no repository."""
+    """What SEA_KERNELS_COMMIT says; else that of the source tree. A copy may lie in another project's repository."""
 
     def git(*arguments):
         return subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         ).stdout.strip()
 
+    if told := os.environ.get("SEA_KERNELS_COMMIT"):
+        return told
     try:
         return git("rev-parse", "HEAD") + " with changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SEA_KERNELS_COMMIT")
+        return None
 
 
 # --------------------------------------------------------------------------------------------------------- programs

@@ -6,6 +6,7 @@ For compute-sanitizer, which slows a kernel down many times. Results are compare
 """
 
 import argparse
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -59,9 +60,13 @@ def listed_regions(device, images=300, boxes=40):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
-    device = parser.parse_args().device
+    parser.add_argument("--share", default="0/1", metavar="K/N", help="calls K, K + N, K + 2 N, ...")
+    args = parser.parse_args()
+    first, step = map(int, args.share.split("/"))
+    if first == 0:
+        listed_regions(args.device)
     count = 0
-    for variant, inputs, regions in calls(device):
+    for variant, inputs, regions in itertools.islice(calls(args.device), first, None, step):
         outputs, gradients = cases.run(variant, inputs, regions)
         finite = [x.isfinite().all() for x in [*outputs, *gradients] if x is not None]
         assert torch.stack(finite).all(), variant
@@ -69,8 +74,8 @@ def main():
             call, options = cases.VARIANTS[variant]
             call(inputs, regions, **options)
         count += 1
-    listed_regions(device)
-    print(f"{count} calls on {torch.cuda.get_device_name() if device == 'cuda' else device}")
+        print(f"{count}: {variant}", flush=True)  # how far it came, if its time does not suffice
+    print(f"{count} calls on {torch.cuda.get_device_name() if args.device == 'cuda' else args.device}")
 
 
 if __name__ == "__main__":

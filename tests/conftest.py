@@ -7,6 +7,7 @@ import pytest
 # Before torch is imported: on a machine that does other work too, OpenMP's waiting threads would take its processors.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch
 from cases import CUDA
 
 import sea_kernels as sk
@@ -64,6 +65,15 @@ def pytest_generate_tests(metafunc):
         emulated = "native" if config.getoption("--emulate") is not None else None
         chosen = config.getoption("--backend") or emulated
         metafunc.parametrize("backend", [chosen] if chosen else BACKENDS, indirect=True)
+
+
+def pytest_runtest_logfinish():
+    """A process whose CUDA context has failed would fail every test that follows: pytest-xdist starts another."""
+    if CUDA and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:  # it is said in the report of the test, which has been sent
+            os._exit(1)
 
 
 @pytest.fixture

@@ -164,12 +164,13 @@ def test_a_step_does_not_synchronize():
 def test_a_step_has_at_most_15_launches(monkeypatch):
     """As FCOS is trained, from packed boxes to gradients: at most 15 kernels, fills and copies, and nobody waits."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import bench_losses
     import measure
+    import steps
+    import workloads
 
-    workload = bench_losses.WORKLOADS["W1"]
-    (x,) = bench_losses.make_inputs(workload, bench_losses.sample_boxes(workload), torch.device("cuda"), 1)
-    train = bench_losses.training_step(partial(bench_losses.sea_losses, workload))
+    workload = workloads.WORKLOADS["W1"]
+    (x,) = workloads.make_inputs(workload, workload.choose_boxes(), torch.device("cuda"), 1)
+    train = steps.training_step(partial(steps.sea_losses, workload))
     train(x, lambda: None)
     launches, synchronizations = measure.cuda_calls(train, x)
     assert 3 <= launches <= 15 and synchronizations == 0

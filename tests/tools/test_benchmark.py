@@ -255,13 +255,12 @@ NCU = """==PROF== Connected to process 12
 
 
 def test_a_profile_of_ncu_becomes_one_entry_a_kernel(benchmark_module, tmp_path, capsys):
-    table, results, out = (tmp_path / name for name in ("ncu.csv", "results.json", "profile.json"))
+    table = tmp_path / "ncu.csv"
     table.write_text(NCU)
-    results.write_text(json.dumps({"rates": {"copy": 4e12}, "floor": {"least_bytes": 4e6}}))
     module = benchmark_module("profile_step")
-    module.main(["--csv", str(table), "--results", str(results), "--out", str(out)])
+    report = module.summarize(module.launches(table), copy_rate=4e12, least_bytes=4e6)
+    module.show_table(report)
     assert "2.00 times the least" in capsys.readouterr().out
-    report = json.loads(out.read_text())
     pool, loss = report["kernels"]
     assert [k["name"] for k in (pool, loss)] == ["sea::pool<float>", "sea::loss"]
     assert pool["launches"] == 2 and pool["ms"] == pytest.approx(4e-3) and pool["registers"] == 64

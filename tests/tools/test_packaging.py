@@ -75,7 +75,7 @@ def test_sdist_holds_what_builds_and_tests_it(source, tmp_path):
         "csrc": ("h", "cpp", "cu", "cuh"),
         "sea_kernels": ("py", "typed"),
         "tests": ("py",),
-        "benchmarks": ("py",),
+        "benchmarks": ("py", "sh", "cu"),
     }.items():
         wanted = {str(p.relative_to(source)) for kind in kinds for p in (source / folder).rglob(f"*.{kind}")}
         assert wanted <= names
