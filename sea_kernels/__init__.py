@@ -1,8 +1,10 @@
 """Fused kernels for the losses of SEA distillation (arXiv 2203.00862)."""
 
+from typing import TYPE_CHECKING
+
 from . import native, plot, reference, taps  # noqa: F401  native registers itself
 from .backends import backend
-from .distill import Schedule, SEADistiller
+from .distill import Schedule
 from .losses import (
     SEALoss,
     anchor_cosine,
@@ -14,6 +16,9 @@ from .losses import (
 )
 from .native.library import build_info
 from .regions import Regions
+
+if TYPE_CHECKING:
+    from .distill.distiller import SEADistiller
 
 __version__ = "0.1.0"
 
@@ -34,3 +39,11 @@ __all__ = [
     "taps",
     "topological_distance_loss",
 ]
+
+
+def __getattr__(name: str):
+    if name != "SEADistiller":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .distill.distiller import SEADistiller  # it imports torch._dynamo, which takes more than a second
+
+    return SEADistiller

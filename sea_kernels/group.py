@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .compiling import assume_constant_result
+
 
 class Group(NamedTuple):
     """A group as the functional collectives take it. It holds no ProcessGroup, which cannot be copied or pickled."""
@@ -39,7 +41,7 @@ def join(group: Any) -> Group:
     return Group(group.group_name, _size(group))
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _size(group: Any) -> int:
     if not dist.is_initialized() or group not in dist.distributed_c10d._world.pg_map:
         raise ValueError("group is not initialized, or was destroyed; expected one of the running init_process_group")

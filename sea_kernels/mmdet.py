@@ -8,7 +8,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from .distill import SEADistiller
+from .distill.distiller import SEADistiller
 
 
 @MODELS.register_module()

@@ -124,8 +124,6 @@ struct BackwardEntry : Entry {
       : Entry(pair), maps{TileMap(pair.student), TileMap(pair.teacher)}, gradient(pair.gradient), saved(pair) {}
 };
 
-constexpr int kBackwardBlocks = 3;  // on a multiprocessor
-
 template <class T>
 struct BackwardParams {
   Pyramid<BackwardEntry> pyramid;

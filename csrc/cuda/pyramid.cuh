@@ -155,19 +155,11 @@ struct WorkTile {
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
-// Divides the tiles into so many slices, or into fewer: no slice between the first and the last one of an entry may be
-// empty, so each has room for any tile.
-template <class E>
-void cut(Pyramid<E>& pyramid, int slices) {
-  int32_t most = 1;
-  for (int i = 0; i < pyramid.count; ++i) most = std::max(most, pyramid.entries[i].tile_work);
-  pyramid.slices = static_cast<int32_t>(pyramid.tiles == 0 ? 0 : std::clamp<int64_t>(pyramid.work / most, 1, slices));
-}
-
 // The table of those pairs (kMaxEntries at most) that takes(pair) accepts. work(pair) returns their TileWork.
 template <class E, class Takes, class Work>
 Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int slices, Takes takes, Work work) {
   Pyramid<E> out{};
+  int32_t most = 1;
   for (const Pair& pair : pairs) {
     if (!takes(pair)) continue;
     if (pair.image() > INT32_MAX - 128) throw std::runtime_error("sea_kernels: a map of 2^31 pixels or more");
@@ -181,8 +173,10 @@ Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int sli
     out.tiles += tiles;
     out.work += tiles == 0 ? 0 : of_pair.first + tiles * of_pair.tile;
     out.max_channels = std::max(out.max_channels, pair.channels);
+    most = std::max(most, of_pair.tile);
   }
-  cut(out, slices);
+  // No slice between the first and the last one of an entry may be empty: each has room for any tile.
+  out.slices = static_cast<int32_t>(out.tiles == 0 ? 0 : std::clamp<int64_t>(out.work / most, 1, slices));
   return out;
 }
 

@@ -2,10 +2,9 @@
 
 from ..taps import register
 from . import mmdet, torchvision
-from .distiller import SEADistiller
 from .schedule import Schedule
 
-__all__ = ["SEADistiller", "Schedule"]
+__all__ = ["Schedule"]
 
 register("torchvision", ("FCOS", "RetinaNet"), torchvision.dense)
 register("torchvision", ("FasterRCNN", "MaskRCNN"), torchvision.two_stage)

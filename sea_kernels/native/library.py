@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..compiling import assume_constant_result
 from . import schemas  # noqa: F401  the operators have to be defined when the library is loaded
 
 if tuple(int(n) for n in re.match(r"(\d+)\.(\d+)", torch.__version__).groups()) < (2, 11):
@@ -36,7 +37,7 @@ def build_info() -> dict:
     return json.loads(torch.ops.sea_kernels.build_info())
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def has_kernel(name: str, key: str) -> bool:
     """Whether an operator is there for "CPU" or "CUDA"."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -103,7 +104,7 @@ def _lacks_code(index: int | None) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def lacks_code(index: int | None) -> str | None:
     """Why the kernels of this build cannot run on a GPU; None if they can."""
     return None if LIBRARY_ERROR else _lacks_code(index)  # torch.compile must not see the cache

@@ -16,4 +16,6 @@ inline __nv_bfloat162 __float22bfloat162_rn(float2 x) { return {x.x, x.y}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 x) { return {x.x, x.y}; }
 inline float __low2float(__nv_bfloat162 x) { return x.x; }
 inline float __high2float(__nv_bfloat162 x) { return x.y; }
-inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) { return {fmaxf(a.x, b.x), fmaxf(a.y, b.y)}; }  // a number rather than NaN
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {fmaxf(a.x, b.x), fmaxf(a.y, b.y)};
+}  // a number rather than NaN

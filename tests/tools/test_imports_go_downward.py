@@ -9,7 +9,7 @@ PACKAGE = Path(sea_kernels.__file__).parent
 # From the bottom to the top. A module may import those of lines above its own, and of its own line what stands to its
 # left. The backends stand above the losses: they register themselves in `backends`, where the losses find them.
 ORDER = """
-    checks backends group
+    checks backends compiling group
     boxes coco regions
     losses
     reference.raster reference.losses reference
