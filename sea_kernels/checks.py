@@ -4,6 +4,7 @@ They look at types, shapes, dtypes and devices, never at the values of a tensor,
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -25,14 +26,17 @@ def _type(x: object) -> str:
 
 
 def is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    """Of Python or of numpy, whose types are registered as Real."""
+    return isinstance(x, (int, float, numbers.Real)) and not isinstance(x, bool)
 
 
-def integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+def integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    if not isinstance(value, (int, torch.SymInt, numbers.Integral)) or isinstance(value, bool):
         raise TypeError(f"{name} is a {_type(value)}; expected an integer")
-    if value < least:
-        raise ValueError(f"{name} is {value}; expected an integer >= {least}")
+    if value < least or (most is not None and value > most):
+        bounds = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value}; expected an integer {bounds}")
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
 
 
 def center_ratio(value: object) -> float:
@@ -52,13 +56,12 @@ def temperature(name: str, value: object) -> float:
     return float(value)
 
 
-def _height_and_width(name: str, pair: object, least: int) -> None:
+def _height_and_width(name: str, pair: object, least: int) -> tuple[int, int]:
     if not isinstance(pair, (list, tuple)):
         raise TypeError(f"{name} is a {_type(pair)}; expected (height, width)")
     if len(pair) != 2:
         raise ValueError(f"{name} has {len(pair)} entries; expected (height, width)")
-    integer(f"{name}[0]", pair[0], least)
-    integer(f"{name}[1]", pair[1], least)
+    return integer(f"{name}[0]", pair[0], least), integer(f"{name}[1]", pair[1], least)
 
 
 def level_shapes(shapes: object) -> tuple[tuple[int, int], ...]:
@@ -66,9 +69,7 @@ def level_shapes(shapes: object) -> tuple[tuple[int, int], ...]:
         raise TypeError(f"level_shapes is a {_type(shapes)}; expected a list of (height, width)")
     if len(shapes) == 0:
         raise ValueError("level_shapes is empty; expected (height, width) of every level")
-    for i, shape in enumerate(shapes):
-        _height_and_width(f"level_shapes[{i}]", shape, 1)
-    return tuple((h, w) for h, w in shapes)
+    return tuple(_height_and_width(f"level_shapes[{i}]", shape, 1) for i, shape in enumerate(shapes))
 
 
 def strides(strides: object, levels: int) -> list[float]:
@@ -140,9 +141,7 @@ def image_sizes(sizes: object, batch_size: int, device: torch.device, like: str)
         )
     if len(sizes) != batch_size:
         raise ValueError(f"image_sizes has {len(sizes)} entries; expected {batch_size}, one for each image")
-    for b, size in enumerate(sizes):
-        _height_and_width(f"image_sizes[{b}]", size, 0)
-    return None, [n for size in sizes for n in size]
+    return None, [n for b, size in enumerate(sizes) for n in _height_and_width(f"image_sizes[{b}]", size, 0)]
 
 
 # ------------------------------------------------------------------------------------------------------------- maps

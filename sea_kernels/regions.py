@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import backends, checks, coco
+from . import backends, checks, segmentations
 from . import group as ranks
 from .boxes import Boxes, RasterInput, pack, pack_labels
-from .coco import Segmentation
+from .segmentations import Segmentation
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -194,13 +194,13 @@ class Regions:
         """
         shapes = checks.level_shapes(level_shapes)
         num_strides = checks.strides(strides, len(shapes))
-        checks.integer("num_classes", num_classes, 1)
+        num_classes = checks.integer("num_classes", num_classes, 1)
         center_ratio = checks.center_ratio(center_ratio)
 
         if isinstance(boxes, Tensor):
             if batch_size is None:
                 raise ValueError("batch_size is None; expected the number of images beside packed boxes [G, 4]")
-            checks.integer("batch_size", batch_size, 0)
+            batch_size = checks.integer("batch_size", batch_size, 0)
         elif not isinstance(boxes, (list, tuple)):
             raise TypeError(
                 f"boxes is a {type(boxes).__name__}; expected a list of tensors [G, 4] or one packed tensor"
@@ -265,16 +265,17 @@ class Regions:
 
         It runs in plain PyTorch on the tensors' device with either backend. With tensors, no data moves between host
         and device. COCO segmentations are decoded on the host and copied to the labels' device, which synchronizes and
-        cannot be compiled. Memory needed besides the masks: first, for one image at a time, 4 bytes for each of their
-        pixels. Then one byte per pixel for each of the `P` dense masks of every level, and 16 bytes per pixel while the
-        masks of one image and level are packed.
+        cannot be compiled. Memory needed besides the masks: first, for one image at a time, 6 bytes for each pixel of
+        its tensor, or for segmentations 12 bytes for each pixel of a level and instance. Then one byte per pixel for
+        each of the `P` dense masks of every level, and 8 bytes per pixel while the masks of one image and level are
+        packed.
 
         Args:
             masks: for each of B images a bool or uint8 tensor `[G_b, H_b, W_b]`, not zero inside the instance, in
                 pixels of the input. Pixel (y, x) is the square from (y, x) to (y + 1, x + 1). H_b x W_b may be any part
                 of the input that begins at its first pixel. Or a list of G_b COCO segmentations in pixels of the input
-                (scaled like the image), which pycocotools decodes to the image's size: polygons (a list of flat lists x
-                y x y ...) or run-length encoding (`{"size": (h, w), "counts": bytes, str or list}`).
+                (scaled like the image): polygons (a list of flat lists x y x y ...), which pycocotools rasterizes, or
+                run-length encoding (`{"size": (h, w), "counts": bytes, str or list}`).
             labels: B integer tensors `[G_b]`. `0 <= label < num_classes`, or -1 for an instance to skip.
             level_shapes, strides, num_classes, center_ratio: as in :meth:`from_boxes`.
             image_sizes: as in :meth:`from_boxes`. COCO segmentations need it, as a list.
@@ -282,7 +283,7 @@ class Regions:
             group: as in :meth:`from_boxes`.
 
         Raises:
-            ImportError: COCO segmentations are given and pycocotools is not installed.
+            ImportError: polygons are given and pycocotools is not installed.
             TypeError, ValueError: a bad argument or value, as in :meth:`from_boxes`. A segmentation is malformed or not
                 of the image's size.
             RuntimeError: a rank of the group failed, or did not arrive within its timeout.
@@ -297,7 +298,7 @@ class Regions:
         """
         shapes = checks.level_shapes(level_shapes)
         num_strides = checks.strides(strides, len(shapes))
-        checks.integer("num_classes", num_classes, 1)
+        num_classes = checks.integer("num_classes", num_classes, 1)
         center_ratio = checks.center_ratio(center_ratio)
 
         if not isinstance(masks, (list, tuple)):
@@ -328,10 +329,12 @@ class Regions:
                     raise ValueError(f"image_sizes is None; {wanted}")
                 if isinstance(image_sizes, Tensor):
                     raise TypeError(f"image_sizes is a Tensor; {wanted}")
-                x = coco.decode(f"masks[{b}]", x, *size_list[2 * b : 2 * b + 2]).to(device)
-            if x.device != device:
+                found = segmentations.decode(f"masks[{b}]", x, *size_list[2 * b : 2 * b + 2])
+                pixels.append(found._replace(runs=found.runs.to(device)))
+            elif x.device != device:
                 raise ValueError(f"masks[{b}] is on {x.device}; expected {device}, as labels")
-            pixels.append(x.detach())
+            else:
+                pixels.append(x.detach())
 
         # The rasterizer puts the masks' bounding boxes in the place of these.
         boxes = torch.zeros(len(labels), 4, dtype=torch.float32 if ignore is None else ignore.dtype, device=device)
@@ -340,7 +343,7 @@ class Regions:
             [n for shape in shapes for n in shape], num_strides, num_classes, center_ratio,
         )  # fmt: skip
         found = _build(backends.implementation().mask_rasterizer(pixels, given), given, shapes, group)
-        # Packed once for all losses, image by image, as that takes 16 bytes for each mask and pixel.
+        # Packed once for all losses, image by image, as that takes 8 bytes for each mask and pixel.
         levels = [torch.cat([_pack_bits(image) for image in level.split(1, dim=1)], dim=1) for level in found.dense]
         bits, runs = torch.cat(levels, dim=1).flatten(), _pack_runs(levels, found.extent, shapes)
         return _mark_dynamic(replace(found, bits=bits, runs=runs, dense=None))
@@ -420,10 +423,11 @@ def _mark_dynamic(regions: Regions) -> Regions:
 
 def _pack_bits(masks: Tensor) -> Tensor:
     """bool [P, B, H, W] -> int32 [ceil(P / 32), B * H * W]"""
-    flat = masks.flatten(1).to(torch.int64)
-    flat = torch.nn.functional.pad(flat, (0, 0, 0, -flat.shape[0] % 32))
-    shifts = torch.arange(32, device=flat.device).view(1, 32, 1)
-    return (flat.unflatten(0, (flat.shape[0] // 32, 32)) << shifts).sum(1).to(torch.int32)
+    words = []
+    for rows in masks.flatten(1).split(32):
+        bits = torch.arange(len(rows), dtype=torch.int32, device=rows.device).view(-1, 1)
+        words.append((rows.to(torch.int32) << bits).sum(0, dtype=torch.int32))  # each bit once, so nothing is carried
+    return torch.stack(words)
 
 
 def _pack_runs(levels: list[Tensor], extent: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..boxes import RasterInput, check_values
+from ..segmentations import Columns
 
 Level = tuple[tuple[int, int], tuple[Tensor, Tensor]]  # shape (H, W), and stride (y, x) in the dtype to compute in
 
@@ -27,10 +28,15 @@ def inside(first: Tensor, end: Tensor, size: int) -> Tensor:
     return (u >= first.clamp(0, size).long().unsqueeze(-1)) & (u < end.clamp(0, size).long().unsqueeze(-1))
 
 
-def _span(low: Tensor, high: Tensor, stride: Tensor, size: int) -> Tensor:
-    """bool [..., size]: the rows (or columns) of a map that low .. high in pixels of the input covers"""
+def _ends(low: Tensor, high: Tensor, stride: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of the rows (or columns) of a map that low .. high in pixels of the input covers, and what follows"""
     first = (low / stride).floor()
-    return inside(first, torch.maximum((high / stride).ceil(), first + 1), size)
+    return first, torch.maximum((high / stride).ceil(), first + 1)
+
+
+def _span(low: Tensor, high: Tensor, stride: Tensor, size: int) -> Tensor:
+    """bool [..., size]: which rows (or columns) of a map those are"""
+    return inside(*_ends(low, high, stride), size)
 
 
 def _cover(boxes: Tensor, shape: tuple[int, int], stride: tuple[Tensor, Tensor]) -> Tensor:
@@ -40,26 +46,66 @@ def _cover(boxes: Tensor, shape: tuple[int, int], stride: tuple[Tensor, Tensor])
     return rows.unsqueeze(2) & columns.unsqueeze(1)
 
 
-def _cover_masks(masks: Tensor, shape: tuple[int, int], stride: tuple[Tensor, Tensor]) -> Tensor:
-    """bool [G, H, W]: the pixels that each instance covers; masks float32 [G, H_b, W_b], above zero in the instance
+def _cover_masks(sums: Tensor, shape: tuple[int, int], stride: tuple[Tensor, Tensor]) -> Tensor:
+    """bool [G, H, W]: the pixels that each instance covers
 
-    A matrix product: rows[y, i] says that row y of the mask covers row i of the map. A sum of non-negative numbers
-    that are not all zero is not rounded to zero, so whether it is above zero is exact, TF32 or not.
+    sums: int32 [G, H_b, W_b + 1], the number of pixels of the instance in the first x columns of each row.
     """
-    pixels = [torch.arange(n, dtype=stride[0].dtype, device=masks.device) for n in masks.shape[1:]]
-    rows, columns = (_span(u, u + 1, s, n).float() for u, s, n in zip(pixels, stride, shape))
-    with torch.autocast(masks.device.type, enabled=False):
-        return rows.t() @ (masks @ columns) > 0
+    taken = _any_within(sums, 2, stride[1], shape[1])
+    return _any_within(_sums(taken, 1), 1, stride[0], shape[0])
 
 
-def _bounds(masks: Tensor) -> Tensor:
+def _sums(filled: Tensor, dim: int) -> Tensor:
+    """int32, one longer in that dimension: how many of the first u entries are True"""
+    padding = (1, 0) if dim == 2 else (0, 0, 1, 0)
+    return torch.nn.functional.pad(filled, padding).cumsum(dim, dtype=torch.int32)
+
+
+def _any_within(sums: Tensor, dim: int, stride: Tensor, size: int) -> Tensor:
+    """bool, of that size in that dimension: for each row (or column) of a map, whether what covers it has an instance
+
+    Those that cover it lie side by side, as the first and the last that u covers never decrease with u.
+    """
+    u = torch.arange(sums.shape[dim] - 1, dtype=stride.dtype, device=sums.device)
+    covers = torch.nn.functional.pad(_span(u, u + 1, stride, size), (0, 0, 0, 1))  # of nothing, argmax has no value
+    start = covers.int().argmax(0)
+    return sums.index_select(dim, start + covers.sum(0)) > sums.index_select(dim, start)
+
+
+def _cover_columns(columns: Columns, shape: tuple[int, int], stride: tuple[Tensor, Tensor]) -> Tensor:
+    """The same for masks as columns of pixels: each run of pixels covers a rectangle, and they are added up."""
+    g, x, y1, y2 = columns.runs.unbind(1)
+    (left, right), (top, _), (_, bottom) = (
+        [end.clamp(max=n).long() for end in _ends(u.to(s.dtype), u.to(s.dtype) + 1, s)]
+        for u, s, n in ((x, stride[1], shape[1]), (y1, stride[0], shape[0]), (y2 - 1, stride[0], shape[0]))
+    )
+    sums = torch.zeros(columns.count, shape[0] + 1, shape[1] + 1, dtype=torch.int32, device=g.device)
+    for y, x, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
+        sums.index_put_((g, y, x), torch.full_like(g, sign, dtype=torch.int32), accumulate=True)
+    return sums.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)[:, :-1, :-1] > 0
+
+
+def _bounds(masks: Tensor | Columns) -> Tensor:
     """[G, 4]: the bounding box x1 y1 x2 y2 of each mask; anything for an empty one"""
+    if isinstance(masks, Columns):
+        g, x, y1, y2 = masks.runs.unbind(1)
+        none = torch.zeros(masks.count, dtype=torch.int64, device=g.device)
+        ends = ((x, "amin"), (y1, "amin"), (x + 1, "amax"), (y2, "amax"))
+        return torch.stack([none.scatter_reduce(0, g, u, least, include_self=False) for u, least in ends], dim=1)
     found = []
     for used in (masks.any(1), masks.any(2)):  # columns, rows
         before, after = ((x.cumsum(1) == 0).sum(1) for x in (used, used.flip(1)))
         found.append((before, used.shape[1] - after))
     (x1, x2), (y1, y2) = found
     return torch.stack([x1, y1, x2, y2], dim=1)
+
+
+def _filled(masks: Tensor | Columns) -> Tensor:
+    """bool [G]: which masks have a pixel"""
+    if isinstance(masks, Columns):
+        g = masks.runs[:, 0]
+        return torch.zeros(masks.count, dtype=torch.bool, device=g.device).index_fill(0, g, True)
+    return masks.flatten(1).any(1).bool()  # any of uint8 is uint8
 
 
 def _image_of(batch_index: Tensor | None, counts: Sequence[int], device: torch.device) -> Tensor:
@@ -98,22 +144,24 @@ def rasterize(
     return _assemble(covers, given, usable, image, levels, present)
 
 
-def mask_rasterizer(masks: Sequence[Tensor], given: RasterInput) -> Callable[[Tensor | None], tuple]:
-    """The same for instance masks [G_b, H_b, W_b] of each image. Their bounding boxes replace the given boxes.
+def mask_rasterizer(masks: Sequence[Tensor | Columns], given: RasterInput) -> Callable[[Tensor | None], tuple]:
+    """The same for instance masks of each image, as [G_b, H_b, W_b] or as columns of pixels on the device.
+
+    Their bounding boxes replace the given boxes.
 
     There is no operator for it: this is the specification, and what both backends run.
     """
     if not torch.compiler.is_compiling() and given.labels.device.type == "cpu":
         check_values(given)
     image = _image_of(None, given.counts, given.labels.device)
-    filled = torch.cat([m.flatten(1).any(1).bool() for m in masks])  # any of uint8 is uint8
+    filled = torch.cat([_filled(m) for m in masks])
     usable = (given.labels >= 0) & (given.labels < given.num_classes) & filled
     given = given._replace(boxes=torch.cat([_bounds(m) for m in masks]).to(given.boxes.dtype))
     levels = _levels(given)
     covers = []
-    for m in masks:  # one image at a time: its masks in float32 are the most memory that this takes
-        m = m.float()
-        covers.append([_cover_masks(m, *level) for level in levels])
+    for m in masks:  # one image at a time: the sums of its masks are the most memory that this takes
+        cover, m = (_cover_columns, m) if isinstance(m, Columns) else (_cover_masks, _sums(m != 0, 2))
+        covers.append([cover(m, *level) for level in levels])
     covers = [torch.cat(level) for level in zip(*covers)]
     return partial(_assemble, covers, given, usable, image, levels)
 

@@ -322,9 +322,41 @@ def test_images_may_have_segmentations_or_a_tensor_or_nothing(backend, device):
     assert torch.equal(masks[:, 1], masks[:, 2]) and as_set(masks[1:3, 1].any(0)) == {(0, 0), (2, 2)}
 
 
+def test_a_segmentation_costs_its_columns_and_not_the_pixels_of_its_image(backend, device):
+    """60,000 x 60,000 pixels are never laid out, neither for a polygon nor for run lengths."""
+    pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+    n, stride, labels = 60_000, 4096, torch.tensor([2, 0], device=device)
+    polygon = [[0, 0, 8192, 0, 8192, 4096, 0, 4096]]
+    runs = {"size": [n, n], "counts": [n * 50_000 + 40_960, 4096, n * n - n * 50_000 - 40_960 - 4096]}
+    call = ([labels], [(15, 15)], [stride])
+    found = Regions.from_masks([[polygon, runs]], *call, num_classes=3, image_sizes=[(n, n)])
+    boxes = torch.tensor([[0, 0, 8192, 4096], [50_000, 40_960, 50_001, 45_056]], device=device).float()
+    assert_same_regions(found, Regions.from_boxes([boxes], *call, num_classes=3, image_sizes=[(n, n)]))
+    with pytest.raises(ValueError, match=r"masks\[0\]\[0\] lies on an image of 70000 x 70000; .* 2\^32"):
+        Regions.from_masks([[polygon, polygon]], *call, image_sizes=[(70_000, 70_000)])
+
+
+@pytest.mark.parametrize("stride", [8, 0.7, 13.3, (6.9, 7.3)])
+def test_segmentations_are_their_tensors_on_any_stride(stride, backend, device):
+    """Random run lengths: holes, lone pixels, runs over several columns, and one without a pixel."""
+    g, (h, w) = torch.Generator().manual_seed(4), (37, 29)
+    masks = torch.rand(4, h, w, generator=g) < torch.tensor([0.03, 0.5, 0.97, 0.0]).view(4, 1, 1)
+    encoded = []
+    for mask in masks:
+        _, lengths = torch.unique_consecutive(
+            torch.cat([torch.tensor([False]), mask.t().flatten()]), return_counts=True
+        )
+        lengths[0] -= 1  # the first run is of empty pixels
+        encoded.append({"size": (np.int64(h), w), "counts": lengths.numpy()})
+    call = ([torch.arange(4, device=device)], [(9, 8)], [stride])
+    options = {"num_classes": 4, "image_sizes": [(h, w)], "center_ratio": 0.4}
+    wanted = Regions.from_masks([masks.to(device)], *call, **options)
+    assert_same_regions(Regions.from_masks([encoded], *call, **options), wanted)
+
+
 def test_segmentations_need_pycocotools_and_tensors_do_not(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     label, polygon = torch.tensor([0]), [[0, 0, 8, 0, 8, 8]]
-    with pytest.raises(ImportError, match=r"masks\[0\] is a list of COCO segmentations, .* pip install pycocotools"):
+    with pytest.raises(ImportError, match=r"masks\[0\]\[0\] is a list of polygons, .* pip install pycocotools"):
         Regions.from_masks([[polygon]], [label], [(3, 4)], [8], image_sizes=[(24, 32)])
     Regions.from_masks([torch.ones(1, 24, 32) > 0], [label], [(3, 4)], [8], image_sizes=[(24, 32)])

@@ -10,7 +10,7 @@ PACKAGE = Path(sea_kernels.__file__).parent
 # left. The backends stand above the losses: they register themselves in `backends`, where the losses find them.
 ORDER = """
     checks backends compiling group
-    boxes coco regions
+    boxes segmentations coco regions
     losses
     reference.raster reference.losses reference
     native.schemas native.library native.saved native.autograd native
