@@ -31,6 +31,8 @@ ISA_FLAGS = {
 # Machine code runs on later minor versions of its major one. Any other later GPU compiles the PTX of the lowest.
 DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
 OLDEST_CUDA = (12, 4)
+LAUNCHERS = {"ccache", "sccache", "distcc", "icecc", "buildcache"}  # before the compiler in CXX
+COMMA = r"\,"  # nvcc splits the options that it hands on at commas
 
 
 def fail(reason):
@@ -60,6 +62,14 @@ def find_compiler():
         if target := output(*candidate, "-dumpmachine"):
             return candidate, target.strip()
     fail(f"needs a C++17 compiler: {os.environ.get('CXX') or 'g++'} cannot be run; install g++ or set CXX")
+
+
+def for_nvcc(compiler):
+    """The flags that make nvcc use that compiler: it takes a program alone, without launchers, and options apart."""
+    program = next((i for i, word in enumerate(compiler) if Path(word).name not in LAUNCHERS), len(compiler) - 1)
+    options = ["-fPIC", "-fvisibility=hidden", *compiler[program + 1 :]]
+    quoted = (shlex.quote(option).replace(",", COMMA) for option in options)  # nvcc hands them to a shell as they are
+    return ["-ccbin", compiler[program], *(f"-Xcompiler={option}" for option in quoted)]
 
 
 def find_torch():
@@ -152,10 +162,11 @@ def steps(folder):
         command = [*cxx, "-ffp-contract=off", *torch_flags, info_flag, *words("CXXFLAGS")]
         compiled.append((f"cpu_{source.stem}", source, command))
     for source in cuda_sources if nvcc else []:
-        host = ["-ccbin", compiler[-1], "--compiler-options", "-fPIC,-fvisibility=hidden"]
         # one thread for each architecture; compressed, the code takes a tenth of the space
         device = [*gencode, f"--threads={min(jobs(), len(gencode))}", "-Xfatbin=-compress-all"]
-        compiled.append((f"cuda_{source.stem}", source, [nvcc, *base, "-DUSE_CUDA", *torch_flags, *device, *host]))
+        compiled.append(
+            (f"cuda_{source.stem}", source, [nvcc, *base, "-DUSE_CUDA", *torch_flags, *device, *for_nvcc(compiler)])
+        )
 
     result = []
     for name, source, command in compiled:
@@ -179,7 +190,7 @@ def run_all(build, folder):
         for out, inputs, command in build:
             rule = "link" if out.suffix == ".so" else "run"
             lines += [f"build {out}: {rule} {' '.join(map(str, inputs))}", " command = " + command.replace("$", "$$")]
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        (folder / "build.ninja").write_bytes(os.fsencode("\n".join(lines) + "\n"))
         ok = subprocess.run([ninja, "-f", folder / "build.ninja", "-j", str(jobs())]).returncode == 0
     else:
         with ThreadPoolExecutor(jobs()) as pool:

@@ -131,8 +131,14 @@ def from_annotations(path: Path, batch: int, height: int, width: int, boxes: int
     `width`, whichever comes first (portrait images are skipped where there are enough landscape ones), and lies at
     the top left of its map. The rest is padding, which `image_sizes` tells. Crowds become ignore boxes.
     """
-    annotations = coco.Annotations(path)
-    images = {image.id: image for image in sorted(annotations, key=lambda image: image.id)}
+    try:
+        annotations = coco.Annotations(path)
+        found = sorted(annotations, key=lambda image: (len(str(image.id)), str(image.id)))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    images = dict(enumerate(found))
+    if unknown := [image.id for image in found if image.boxes and None in image.size]:
+        raise SystemExit(f"{path}: the image of id {unknown[0]} has no height and width, by which it would be scaled")
     things = {i: [x for x in zip(image.boxes, image.labels) if _visible(x[0])] for i, image in images.items()}
     labels = {i: [label for _, label in rows] for i, rows in things.items() if rows}
     landscape = {i: labels[i] for i in labels if images[i].size[1] >= images[i].size[0]}
@@ -159,7 +165,7 @@ def from_annotations(path: Path, batch: int, height: int, width: int, boxes: int
         ignore_batch_index=ignore_index,
         image_sizes=sizes,
         num_classes=len(annotations.names),
-        source=f"COCO annotations {path.name}, images {', '.join(map(str, chosen))}: "
+        source=f"COCO annotations {path.name}, images {', '.join(str(images[i].id) for i in chosen)}: "
         f"{len(label)} boxes of {present} categories, the nearest to {boxes} of {categories}",
     )
 

@@ -2,18 +2,20 @@
 
 import argparse
 import math
+import os
 import platform
-import re
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from . import coco, plot
+from . import coco, ground_truth, page, pictures, plot
 from .backends import current_backend
 from .native import library
 from .native.schemas import KERNELS
+from .pictures import read as _read_picture
 from .regions import Regions
 
 
@@ -44,88 +46,76 @@ def report() -> str:
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in lines.items())
 
 
-class _BadInputError(Exception):
-    """What is wrong with a file, in one sentence."""
-
-
-def _read_picture(path: Path) -> Tensor:
-    """[3, H, W], uint8 or floating."""
-    from matplotlib.image import imread
-
-    try:
-        picture = torch.tensor(imread(path))
-    except Exception as error:  # a damaged picture can raise anything
-        raise _BadInputError(f"{path} cannot be read as a picture: {error}") from None
-    if picture.dim() == 2:
-        picture = picture.unsqueeze(2)
-    picture = picture.permute(2, 0, 1)
-    picture = picture[:3] if len(picture) > 2 else picture[:1]  # without its opacity
-    return picture.expand(3, -1, -1) if picture.dtype == torch.uint8 else picture.expand(3, -1, -1).float()
-
-
-def _read_coco(path: Path, picture: Path, size: tuple[int, int]) -> tuple[list, list, list]:
-    """Rows (x1, y1, x2, y2, label) of one image, the boxes of its crowds, and the categories' names by label."""
-    annotations = coco.Annotations(path)
-    image = annotations.find(picture.name)
-    said = tuple(n if theirs is None else theirs for n, theirs in zip(size, image.size))
-    if said != size:
-        raise _BadInputError(
-            f"{picture} has {size[0]} x {size[1]} pixels (height x width); {path} says {said[0]} x {said[1]}"
-        )
-    return [(*box, label) for box, label in zip(image.boxes, image.labels)], image.crowds, annotations.names
-
-
-def _read_rows(path: Path) -> tuple[list, list, list]:
-    """The same from lines `x1 y1 x2 y2 label`."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _BadInputError(f"{path} cannot be read: {error}") from None
-    boxes, crowds = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#") or re.match(r"\s*x1\b", line):
-            continue
-        *sides, name = re.split(r"\s*,\s*|\s+", line.strip(), maxsplit=4)
-        try:
-            x1, y1, x2, y2 = map(float, sides)
-        except ValueError:
-            raise _BadInputError(f"{path}, line {number}: {line.strip()[:80]!r}; expected x1 y1 x2 y2 label") from None
-        boxes.append(((x1, y1, x2, y2), name)) if name != "ignore" else crowds.append((x1, y1, x2, y2))
-    names = sorted({name for _, name in boxes})
-    return [(*box, names.index(name)) for box, name in boxes], crowds, names
-
-
-def show(args: argparse.Namespace) -> str:
-    """Draws the regions of one image on every level. Returns what to print."""
-    plot._figure_type()  # says that matplotlib is missing
-    image = _read_picture(args.image)
+def _draw(picture: Path, truth: ground_truth.Truth, args: argparse.Namespace, out: str) -> tuple[str, tuple]:
+    """What to print of a picture, and what is to be written: its figure, the rows of its table of areas."""
+    image = _read_picture(picture)
     h, w = size = image.shape[1], image.shape[2]
-    is_json = args.boxes.suffix.lower() == ".json"
-    rows, crowds, names = _read_coco(args.boxes, args.image, size) if is_json else _read_rows(args.boxes)
-
+    turned = pictures.orientation(picture)
+    said = tuple(n if theirs is None else theirs for n, theirs in zip(size, truth.size))
+    if said != size:
+        why = f", as before its EXIF orientation {turned} turns it" if turned > 4 and said == (w, h) else ""
+        raise ValueError(
+            f"{picture} has {h} x {w} pixels (height x width); {args.boxes} says {said[0]} x {said[1]}{why}"
+        )
     height, width = args.size or (math.ceil(n / args.pad_to) * args.pad_to for n in size)
     if height < h or width < w:
-        raise _BadInputError(f"--size is {height} x {width}; expected at least {h} x {w}, as {args.image}")
-    image = torch.nn.functional.pad(image, (0, width - w, 0, height - h))
+        raise ValueError(f"--size is {height} x {width}; expected at least {h} x {w}, as {picture}")
+    rows, crowds = truth.boxes(h, w)
     table = torch.tensor(rows, dtype=torch.float64).view(-1, 5)
     ignore = torch.tensor(crowds, dtype=torch.float32).view(-1, 4)
     boxes = table[:, :4].float()
     found = Regions.from_boxes(
         [boxes], [table[:, 4].long()],
         [(math.ceil(height / s), math.ceil(width / s)) for s in args.strides], args.strides,
-        num_classes=max(len(names), 1), center_ratio=args.center_ratio, image_sizes=[size], ignore_boxes=[ignore],
+        num_classes=max(len(truth.names), 1), center_ratio=args.center_ratio, image_sizes=[size], ignore_boxes=[ignore],
     )  # fmt: skip
-    figure = plot.regions(image, found, args.strides, names=names, boxes=[boxes], ignore_boxes=[ignore])
-    figure.savefig(args.out)
+    image = torch.nn.functional.pad(image, (0, width - w, 0, height - h))
+    figure = plot.regions(image, found, args.strides, names=truth.names, boxes=[boxes], ignore_boxes=[ignore])
+    orientation = f", turned by its EXIF orientation {turned}" if turned > 1 else ""
     lines = [
-        f"wrote {args.out}: {args.image}, {h} x {w} pixels, padded to {height} x {width}; "
+        f"wrote {out}: {picture}, {h} x {w} pixels{orientation}, padded to {height} x {width}; {truth.source}"
         f"{len(rows)} boxes of {int((found.classes >= 0).sum())} categories, {len(crowds)} crowd"
     ]
     for level, stride in enumerate(args.strides):
         count = plot.kinds(found, level).flatten().bincount(minlength=len(plot.KINDS)).tolist()
-        said = ", ".join(f"{n} {kind}" for n, kind in zip(count, plot.KINDS) if n)
-        lines.append(f"level {level}, stride {stride:g}: {said}")
-    return "\n".join(lines)
+        parts = ", ".join(f"{n} {kind}" for n, kind in zip(count, plot.KINDS) if n)
+        lines.append(f"level {level}, stride {stride:g}: {parts}")
+    return "\n".join(lines), (figure, page.areas(found, args.strides, truth.names))
+
+
+def show(args: argparse.Namespace) -> Iterator[str]:
+    """Draws the regions of each picture on every level. Yields what to print. All boxes are read before that."""
+    plot.figure_type()  # says that matplotlib is missing
+    listed = pictures.listed(args.images)
+    several = len(listed) > 1 or any(path.is_dir() for path in args.images)
+    find, truths, missing = ground_truth.reader(args.boxes, len(listed)), {}, []
+    for picture, folder in listed:
+        try:
+            truths[picture] = find(picture, folder)
+        except coco.NoEntryError as error:
+            if picture in args.images:
+                raise
+            missing.append(str(error))
+    if not truths:
+        raise ValueError(missing[0])
+    if missing:
+        yield f"left out {len(missing)} of {len(listed)} pictures: {missing[0]}{', ...' * (len(missing) > 1)}"
+    sections = []
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(picture)) for picture in truths])
+    for picture, truth in truths.items():
+        out = args.html or args.out or Path("regions" if several else "regions.png")
+        if several and not args.html:
+            out = out / f"{os.path.relpath(os.path.abspath(picture), top)}.png"
+        said, (figure, rows) = _draw(picture, truth, args, out)
+        if args.html:
+            sections.append(page.section(str(picture), said.partition(": ")[2].partition("\n")[0], figure, rows))
+        else:
+            if several:
+                out.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(out)
+        yield said
+    if args.html:
+        args.html.write_bytes(page.html(sections))
 
 
 def _positive(kind: type):
@@ -143,15 +133,20 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m sea_kernels", description="Without a command: what was built, what runs where, and why not."
     )
     commands = parser.add_subparsers(dest="command")
-    about = "draw the regions of one image on every level"
+    about = "draw the regions of pictures on every level"
     command = commands.add_parser("show", help=about, description=about.capitalize() + "; needs matplotlib.")
-    command.add_argument("image", type=Path, help="a picture file")
+    command.add_argument("images", type=Path, nargs="+", help="picture files, or folders of them")
     command.add_argument(
         "boxes", type=Path,
-        help="a COCO annotation file (.json) that names the picture, or lines `x1 y1 x2 y2 label`, by space or comma; "
-        "the label `ignore` marks a crowd",
+        help="a COCO annotation file that names the pictures; or a folder with a text file of YOLO's for each, such as "
+        "their own (classes.txt has the names); or, for one picture, such a text file, or lines `x1 y1 x2 y2 label` in "
+        "pixels, by space or comma, where the label `ignore` marks a crowd",
     )  # fmt: skip
-    command.add_argument("--out", type=Path, default=Path("regions.png"), help="default: %(default)s")
+    written = command.add_mutually_exclusive_group()
+    written.add_argument("--out", type=Path, help="default: regions.png, or for several pictures the folder regions")
+    written.add_argument(
+        "--html", type=Path, metavar="PAGE", help="write one page of all pictures and the areas of their regions"
+    )
     command.add_argument(
         "--strides", type=_positive(float), nargs="+", default=[8, 16, 32, 64, 128], metavar="STRIDE",
         help="of the levels; default: 8 16 32 64 128",
@@ -169,12 +164,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(report())
         return 0
     try:
-        print(show(args))
-    except (_BadInputError, ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
+        for said in show(args):
+            print(said, flush=True)
+    except (ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
         print(f"{command.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends without a word where the reader of a pipe has gone
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may have letters that the terminal has not
     sys.exit(main())

@@ -22,6 +22,10 @@ _MOST = 1e6  # pixels: no box lies further out
 Box = tuple[float, float, float, float]
 
 
+class NoEntryError(ValueError):
+    """There is nothing of a picture."""
+
+
 @dataclass(frozen=True)
 class Image:
     """One image of an annotation file. Boxes are (x1, y1, x2, y2) in pixels of the image."""
@@ -81,7 +85,8 @@ class Annotations:
         """The image of a picture file: the one whose file_name the path ends with, or else whose last parts it has.
 
         Raises:
-            ValueError: no image has that file name, or the path fits several images equally well.
+            NoEntryError: no image has that file name.
+            ValueError: the path fits several images equally well.
         """
         parts = _parts(os.path.abspath(picture))
         ranks: dict[tuple[bool, int], list[str]] = {}
@@ -90,11 +95,12 @@ class Annotations:
             same = min(same, len(parts))
             ranks.setdefault((same == len(named), same), []).append(key)
         if not ranks:
-            raise ValueError(f"{self.path} has no image of file_name {Path(picture).name}")
+            raise NoEntryError(f"{self.path} has no image of file_name {Path(picture).name}")
         best = ranks[max(ranks)]
         if len(best) > 1:
+            places = [self._images[key] for key in best[:4]]
             entries = ", ".join(
-                f"{self._entry('images', self._images[k])} {self._file_name(self._images[k])}" for k in best[:4]
+                f"images[{i}] (id {self._data['images'][i]['id']}) {self._file_name(i)}" for i in places
             )
             raise ValueError(f"{picture} can be {len(best)} images of {self.path}: {entries}; expected one")
         return self._image(best[0])

@@ -1,5 +1,6 @@
 """A detector with SEA distillation for MMDetection's configs. README.md in this folder shows one."""
 
+import os
 from typing import Any
 
 from mmdet.registry import MODELS
@@ -25,7 +26,9 @@ class SEADistilled(BaseModel):
         RuntimeError: the checkpoint is not the teacher's.
     """
 
-    def __init__(self, student: Any, teacher: Any, teacher_checkpoint: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, student: Any, teacher: Any, teacher_checkpoint: os.PathLike | str | None = None, **options: Any
+    ) -> None:
         student, teacher = _build(student), _build(teacher)
         super().__init__(data_preprocessor=student.data_preprocessor)
         theirs, ours = (_normalization(model) for model in (teacher, student))
@@ -36,7 +39,7 @@ class SEADistilled(BaseModel):
         if teacher_checkpoint is None:
             teacher.init_weights()
         else:
-            load_checkpoint(teacher, teacher_checkpoint, map_location="cpu", strict=True)
+            load_checkpoint(teacher, os.fspath(teacher_checkpoint), map_location="cpu", strict=True)
         self.student = student
         self.distiller = SEADistiller(student, teacher, **options)
 
@@ -52,4 +55,4 @@ def _normalization(model: nn.Module) -> dict[str, Any]:
 
 
 def _build(config: Any) -> nn.Module:
-    return MODELS.build(Config.fromfile(config).model if isinstance(config, str) else config)
+    return MODELS.build(Config.fromfile(os.fspath(config)).model if isinstance(config, (str, os.PathLike)) else config)

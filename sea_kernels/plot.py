@@ -87,7 +87,7 @@ def regions(
         >>> [axes.get_title() for axes in figure.axes]
         ['image', 'level 0: 4 x 6, stride 8']
     """
-    figure_type = _figure_type()
+    new_figure = figure_type()
     pictures, scales = _checked(images, regions, strides)
     outlines = [
         (_boxes("boxes", boxes, len(pictures)), "-"),
@@ -98,7 +98,7 @@ def regions(
     rows = math.ceil((1 + levels) / columns)  # of one image
     width, height = _reach(pictures, regions.level_shapes, scales)
     side = 4.2 if len(pictures) == 1 else 3.2
-    figure = figure_type(
+    figure = new_figure(
         figsize=(side * columns, (side * height / width + 0.3) * rows * len(pictures) + 0.4), layout="constrained"
     )
     axes = figure.subplots(rows * len(pictures), columns, squeeze=False).reshape(len(pictures), -1)
@@ -167,7 +167,7 @@ def cosines(
         >>> [axes.get_title() for axes in figure.axes[:3]]
         ['category 0: center', 'student', 'teacher']
     """
-    figure_type = _figure_type()
+    new_figure = figure_type()
     pictures, scales = _checked(images, regions, strides)
     if not isinstance(maps, Mapping):
         raise TypeError(f"maps is a {type(maps).__name__}; expected a dict from names to lists of maps")
@@ -176,18 +176,17 @@ def cosines(
     for name, given in maps.items():
         checked = checks.maps(f"maps[{name!r}]", given)
         check_fit("regions", regions, f"maps[{name!r}]", [checked])
-    _index("level", level, len(scales))
-    _index("image", image, len(pictures))
+    level = checks.integer("level", level, 0, len(scales) - 1)
+    image = checks.integer("image", image, 0, len(pictures) - 1)
     masks = regions.masks(level)[:, image].cpu()
     if anchors is None:
         anchors = masks.flatten(1).any(1).nonzero().flatten().tolist()
-    for i, p in enumerate(anchors):
-        _index(f"anchors[{i}]", p, len(masks))
+    anchors = [checks.integer(f"anchors[{i}]", p, 0, len(masks) - 1) for i, p in enumerate(anchors)]
     if len(anchors) == 0:
         raise ValueError("anchors is empty; expected rows of the masks (no pixel of this level of this image counts)")
     with torch.no_grad():
         found = {
-            name: anchor_cosine(given, anchor_pool(given, regions), regions)[level][image, list(anchors)].float().cpu()
+            name: anchor_cosine(given, anchor_pool(given, regions), regions)[level][image, anchors].float().cpu()
             for name, given in maps.items()
         }
     *compared, (last, target) = found.items()
@@ -199,14 +198,14 @@ def cosines(
     columns = 1 + len(found) + len(differences)
     width, height = _reach(pictures, [regions.level_shapes[level]], [scales[level]])
     side = 2.7 * height / width + 0.3  # of a row, in inches
-    figure = figure_type(figsize=(2.7 * columns, side * len(anchors) + 1.1), layout="constrained")
+    figure = new_figure(figsize=(2.7 * columns, side * len(anchors) + 1.1), layout="constrained")
     grid = figure.add_gridspec(len(anchors) + 1, columns, height_ratios=[side] * len(anchors) + [0.15])
     for row, p in enumerate(anchors):
         first, *rest = axes = [figure.add_subplot(grid[row, column]) for column in range(columns)]
         _draw_image(first, pictures[image], gray=True)
         kind = BACKGROUND if p == 0 else CENTER if p % 2 else EDGE
         _paint(first, torch.where(masks[p], kind, -1), sy, sx)
-        first.set_title(_anchor_name(regions, p, names), fontsize=9)
+        first.set_title(anchor_name(regions, p, names), fontsize=9, parse_math=False)
         for axis, (name, cosine) in zip(rest, found.items()):
             shown = _map(axis, cosine[row], sy, sx, cmap="RdBu_r", vmin=-1, vmax=1)
             axis.set_title(name, fontsize=9)
@@ -229,7 +228,7 @@ def cosines(
     return figure
 
 
-def _figure_type() -> type:
+def figure_type() -> type:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -281,13 +280,6 @@ def _boxes(name: str, boxes: Sequence[Tensor] | None, batch: int) -> list:
     return [x.detach().cpu().tolist() for x in boxes]
 
 
-def _index(name: str, value: object, count: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected an integer")
-    if not 0 <= value < count:
-        raise ValueError(f"{name} is {value}; expected an integer from 0 to {count - 1}")
-
-
 def _name(names: Names | None, label: int) -> str:
     if names is None:
         return f"category {label}"
@@ -297,7 +289,8 @@ def _name(names: Names | None, label: int) -> str:
         raise ValueError(f"names has no entry for label {label}; expected one for each category present") from None
 
 
-def _anchor_name(regions: Regions, p: int, names: Names | None) -> str:
+def anchor_name(regions: Regions, p: int, names: Names | None) -> str:
+    """What a row of the masks is called."""
     if p == 0:
         return "background"
     label = int(regions.classes[(p - 1) // 2])
@@ -350,6 +343,7 @@ def _write_names(axis, regions: Regions, image: int, scale: tuple[float, float],
 
     masks, (sy, sx) = regions.masks(0)[:, image].cpu(), scale
     style = {"ha": "center", "va": "center", "clip_on": True, "fontsize": 7.5, "color": "white"}
+    style["parse_math"] = False  # a $ in a name is a $
     for k, label in enumerate(regions.classes.tolist()):
         if label < 0:
             break

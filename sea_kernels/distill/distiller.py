@@ -153,7 +153,7 @@ class SEADistiller(nn.Module):
         self.num_classes = taps.num_classes if num_classes is None else num_classes
         if self.num_classes is None:
             raise ValueError("num_classes is None; expected the number of categories, which these taps do not know")
-        self.weights, self.schedule, self.use_masks = tuple(weights), schedule or Schedule(), use_masks
+        self.weights, self.schedule, self.use_masks = tuple(map(float, weights)), schedule or Schedule(), use_masks
         self._region_options = {"num_classes": self.num_classes, "center_ratio": center_ratio}
         self._loss_options = {
             "distance_temperature": distance_temperature,

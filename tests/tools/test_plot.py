@@ -405,7 +405,10 @@ BAD_FILES = [
     (["scene.png", "nan.txt"], "boxes[0][0] is"),
     (["scene.png", "broken.json"], "broken.json is not JSON"),
     (["scene.png", "list.json"], "list.json is not a COCO annotation file"),
-    (["scene.png", "half.json"], "half.json is not a COCO annotation file (images, annotations, categories): KeyError"),
+    (
+        ["scene.png", "half.json"],
+        "half.json is not a COCO annotation file (images, annotations, categories): it has no categories",
+    ),
     (["other2.png", "scene.json"], "scene.json has no image of file_name other2.png"),
     (["small.png", "small.json"], "small.png has 8 x 9 pixels (height x width); small.json says 16 x 18"),
     (["scene.png", "scene.txt", "--size", "100", "400"], "--size is 100 x 400; expected at least 240 x 352"),
@@ -430,7 +433,7 @@ def bad(drawn):
     coco = json.loads((drawn / "scene.json").read_text())
     (drawn / "half.json").write_text(json.dumps({k: v for k, v in coco.items() if k != "categories"}))
     entry = {"id": 5, "file_name": "small.png", "height": 16, "width": 18}
-    (drawn / "small.json").write_text(json.dumps({**coco, "images": [entry]}))
+    (drawn / "small.json").write_text(json.dumps({**coco, "images": [entry], "annotations": coco["annotations"][:1]}))
     for name in ("small.png", "other2.png"):
         imsave(drawn / name, torch.zeros(8, 9, 3).numpy())
     return drawn
