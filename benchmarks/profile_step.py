@@ -190,4 +190,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    report.run(main)

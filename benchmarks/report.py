@@ -165,6 +165,16 @@ def begin() -> None:
     torch.manual_seed(0)
 
 
+def run(main: Callable[[], None]) -> None:
+    """A program to its end, which is quiet where the reader of its output has gone (`| head`)."""
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own last flush raises again
+        raise SystemExit(1) from None
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """With the options that all timed programs have."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])

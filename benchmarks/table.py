@@ -45,4 +45,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    report.run(lambda: main(sys.argv[1:]))

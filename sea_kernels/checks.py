@@ -33,16 +33,17 @@ def is_number(x: object) -> bool:
 def integer(name: str, value: object, least: int, most: int | None = None) -> int:
     if not isinstance(value, (int, torch.SymInt, numbers.Integral)) or isinstance(value, bool):
         raise TypeError(f"{name} is a {_type(value)}; expected an integer")
+    value = value if isinstance(value, (int, torch.SymInt)) else int(value)  # before it meets what its type cannot hold
     if value < least or (most is not None and value > most):
         bounds = f">= {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} is {value}; expected an integer {bounds}")
-    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+    return value
 
 
 def center_ratio(value: object) -> float:
     if not is_number(value):
         raise TypeError(f"center_ratio is a {_type(value)}; expected a number from 0 to 1")
-    if not 0 <= value <= 1:
+    if not 0 <= float(value) <= 1:
         raise ValueError(f"center_ratio is {value}; expected a number from 0 to 1")
     return float(value)
 
@@ -51,7 +52,7 @@ def temperature(name: str, value: object) -> float:
     """A Python number from 1e-6 to 1e6."""
     if not is_number(value):
         raise TypeError(f"{name} is a {_type(value)}; expected a number")
-    if not 1e-6 <= value <= 1e6:  # beyond, scaled features leave the range of float32
+    if not 1e-6 <= float(value) <= 1e6:  # beyond, scaled features leave the range of float32
         raise ValueError(f"{name} is {value}; expected a number from 1e-6 to 1e6")
     return float(value)
 
@@ -86,7 +87,7 @@ def strides(strides: object, levels: int) -> list[float]:
         for s in pair:
             if not is_number(s):
                 raise TypeError(f"strides[{i}] is {stride!r}; expected a number or a (y, x) pair")
-            if not 0 < s < math.inf:
+            if not 0 < float(s) < math.inf:
                 raise ValueError(f"strides[{i}] is {stride}; expected finite numbers above 0")
             out.append(float(s))
     return out

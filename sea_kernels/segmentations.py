@@ -80,7 +80,7 @@ def _polygons(name: str, polygons: object) -> list[list[float]]:
         for j, v in enumerate(x):
             if not checks.is_number(v):
                 raise TypeError(f"{name}[{i}][{j}] is a {type(v).__name__}; expected a number")
-            if not abs(v) < 1e6:  # pycocotools walks along the edges in steps of a fifth of a pixel
+            if not abs(float(v)) < 1e6:  # pycocotools walks along the edges in steps of a fifth of a pixel
                 raise ValueError(f"{name}[{i}][{j}] is {v}; expected a number between -1e6 and 1e6")
         out.append([float(v) for v in x])
     return out

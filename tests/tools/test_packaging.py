@@ -149,6 +149,50 @@ def test_an_nvcc_that_is_new_enough_is_taken(source, fake_nvcc):
 
 
 @pytest.mark.parametrize(
+    ("cxx", "program", "options"),
+    [
+        ("g++", "g++", []),
+        ("g++ -m64 -pthread", "g++", ["-m64", "-pthread"]),
+        ("ccache g++", "g++", []),
+        ("/opt/bin/sccache distcc 'a b/clang++' -Wl,-x", "a b/clang++", [r"-Wl\,-x"]),
+        ("g++ -isystem 'a b'", "g++", ["-isystem", "'a b'"]),
+        ("ccache", "ccache", []),  # a link of that name to the compiler's launcher
+    ],
+)
+def test_nvcc_gets_the_compiler_without_launchers_and_its_options_apart(source, cxx, program, options):
+    ccbin, found, *rest = ast.literal_eval(ask_setup(source, "for_nvcc(setup.words('CXX'))", CXX=cxx))
+    assert (ccbin, found) == ("-ccbin", program)
+    assert rest == [f"-Xcompiler={x}" for x in ["-fPIC", "-fvisibility=hidden", *options]]
+
+
+def test_a_build_in_a_folder_with_blanks_and_other_letters(tmp_path, source):
+    """With ninja, which runs again what changed, and without; in a locale that knows no such letters too."""
+    folder = tmp_path / "Quelle ü $1" / "a b"
+    folder.mkdir(parents=True)
+    shutil.copy(source / "setup.py", folder)
+    (folder / "x.h").write_text("#define X 1")
+    (folder / "x.c").write_text("#include <x.h>\nint main(void) { return TEXT[0] - 'b' + X - 1; }")
+    code = """
+import sys; sys.argv = ["setup.py", "--name"]
+import setup; from pathlib import Path
+here, out = Path.cwd(), Path("build/objects")
+flags = ["-isystem", here, f'-DTEXT="{here.name[2:]}"', "-MD", "-MF", "build/objects/x.o.d"]
+compile = ["g++", *flags, "-c", "x.c", "-o", "build/objects/x.o"]
+link = ["g++", "build/objects/x.o", "-o", "build/objects/x.so"]
+setup.run_all([(out / "x.o", [Path("x.c")], compile), (out / "x.so", [out / "x.o"], link)], out)
+"""
+    for locale in ("C.UTF-8", "POSIX"):
+        done = run("-c", code, cwd=folder, LC_ALL=locale, PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+        assert done.returncode == 0, done.stderr
+        assert subprocess.run([folder / "build" / "objects" / "x.so"]).returncode == 0
+    (folder / "x.h").write_text("#define X 3")
+    if "ninja" in done.stdout:
+        assert "no work to do" in done.stdout
+        run("-c", code, cwd=folder)
+        assert subprocess.run([folder / "build" / "objects" / "x.so"]).returncode == 2
+
+
+@pytest.mark.parametrize(
     ("wish", "known", "names"),
     [
         ("", "75 80 86 87 89 90 100 103 110 120 121", "8.0+PTX 9.0 10.0 12.0"),
