@@ -108,7 +108,11 @@ def show(args: argparse.Namespace) -> Iterator[str]:
             out = out / f"{os.path.relpath(os.path.abspath(picture), top)}.png"
         said, (figure, rows) = _draw(picture, truth, args, out)
         if args.html:
-            sections.append(page.section(str(picture), said.partition(": ")[2].partition("\n")[0], figure, rows))
+            sections.append(
+                page.section(
+                    str(picture), said.partition("\n")[0].removeprefix(f"wrote {out}: {picture}, "), figure, rows
+                )
+            )
         else:
             if several:
                 out.parent.mkdir(parents=True, exist_ok=True)
