@@ -35,7 +35,7 @@ def areas(regions: Regions, strides: Sequence[float], names: Sequence[str]) -> l
         >>> boxes, labels = [torch.tensor([[0.0, 0.0, 32.0, 32.0]])], [torch.tensor([0])]
         >>> regions = sk.Regions.from_boxes(boxes, labels, [(4, 6)], [8])
         >>> areas(regions, [8], ["cat"])
-        [['region', 'stride 8:\\n4 x 6'], ['background', '8'], ['cat: center', '4'], ['cat: edge', '12']]
+        [['region', 'stride 8:\n4 x 6'], ['background', '8'], ['cat: center', '4'], ['cat: edge', '12']]
     """
     levels = range(len(strides))
     rows = [["region", *(f"stride {s:g}:\n{h} x {w}" for s, (h, w) in zip(strides, regions.level_shapes))]]

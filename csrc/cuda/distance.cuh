@@ -66,7 +66,10 @@ struct DistanceEntry : MainEntry {
 };
 
 // What the kernels of the distances do for the tiles of a pair.
-inline TileWork distance_work(const Pair& pair) { return {static_cast<int32_t>(pair.channels + 64), 256}; }
+inline TileWork distance_work(const Pair& pair) {
+  const double tile = static_cast<double>(pair.channels + 64) * moving_cost(pair.student, 1.2, 1.6);
+  return {static_cast<int32_t>(tile), 256};
+}
 
 // Where the softmax of this thread's pixel is saved.
 template <class X, class E>

@@ -104,8 +104,8 @@ struct PoolMemory {
 
 // What pool() and backward() do for the tiles of a pair.
 inline TileWork pool_work(const Pair& pair) {
-  const int32_t channels = static_cast<int32_t>(pair.channels);
-  return {(pair.losses & kLocalization ? 5 : 2) * channels, 12 * channels};
+  const double tile = (pair.losses & kLocalization ? 7 : 4) * moving_cost(pair.student, 1.5, 2);
+  return {static_cast<int32_t>(tile * static_cast<double>(pair.channels)), static_cast<int32_t>(24 * pair.channels)};
 }
 
 struct PoolEntry : Entry {
