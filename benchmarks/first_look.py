@@ -25,6 +25,7 @@ from workloads import SMOKE, WORKLOADS, make_inputs
 HERE = Path(__file__).parent
 LARGE = "W2"  # the workload that is taken apart
 LEVELS = f"{LARGE} with P3 and P4 alone"  # the others have strides for which loads are slow, and tiles of few pixels
+MEASURED = ("W1", "W2", "W3", "W4", "W5")
 KERNELS = ("pool", "distance", "moments", "backward", "distance_backward")
 LEFT_OUT = (
     "Not measured, since the kernels would have to change for it: the time of single blocks (the busiest "
@@ -99,7 +100,8 @@ def look(device, smoke):
     large = SMOKE if smoke else WORKLOADS[LARGE]
     levels = dataclasses.replace(large, strides=large.strides[:2])
     parts = {}
-    for name, workload in {LARGE: large, LEVELS: levels, "W1": SMOKE if smoke else WORKLOADS["W1"]}.items():
+    others = {name: SMOKE if smoke else WORKLOADS[name] for name in MEASURED if name != LARGE}
+    for name, workload in ({LARGE: large, LEVELS: levels} | others).items():
         out[name] = {}
         parts[name] = partial(time_step, out[name], workload, device, out["rates"]["copy"])
     if device.type == "cuda":
@@ -161,7 +163,7 @@ def decisions(looked, profiles, counts):
     line(f"clock of the memory in {LARGE}", "{clocks_mem}", clocks)
     line(f"power in {LARGE} (limit)", "{power_draw} ({power_limit})", clocks)
     line("gap between the nodes of a graph", "{graph_gap_us:.2f} us", looked)
-    for name in ("W1", LARGE, LEVELS):
+    for name in (*MEASURED, LEVELS):
         line(f"{name}: step", "{ms:.4g} ms", looked.get(name))
         line(f"{name}: step as a graph (of the copy rate)", "{graph_ms:.4g} ms ({copy_share:.0%})", looked.get(name))
     for name, profile in profiles.items():
@@ -191,13 +193,13 @@ def main():
     args = parser.parse_args()
     if args.table:
         looked = load(args.table / "first_look.json")
-        profiles = {name: load(args.table / f"profile_{name}.json").get("kernels", []) for name in ("W1", LARGE)}
+        profiles = {name: load(args.table / f"profile_{name}.json").get("kernels", []) for name in MEASURED}
         lines = decisions(looked, profiles, {name: counted(name) for name in profiles})
         print(report.table(["", "measured", "counted"], lines))
         for name, why in looked.get("failed", {"first_look.py": "see its log"}).items():
             print(f"{name} failed: {why}")
-        for name in (name for name, kernels in profiles.items() if not kernels):
-            print(f"No counters of {name}: ncu is not there or failed.")
+        if missing := [name for name, kernels in profiles.items() if not kernels]:
+            print(f"No counters (ncu did not run or failed) of {', '.join(missing)}")
         print(LEFT_OUT)
     else:
         report.begin()

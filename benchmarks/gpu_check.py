@@ -6,8 +6,8 @@ Before, where the wheel is built (git ignores carry/):
     cp FOLDER/instances_val2014_100.json carry
 Then, with carry/, on a machine with torch, pytest, pytest-xdist, hypothesis, numpy, matplotlib, ncu, compute-sanitizer
 and nvcc:
-    benchmarks/gpu_check.sh --part 1 --commit COMMIT --out DIR    # are the kernels right, how fast are W1 to W5
-    benchmarks/gpu_check.sh --part 2 --commit COMMIT --out DIR    # first_look.py's table, profiles, sanitizers
+    benchmarks/gpu_check.sh --part 1 --commit COMMIT --out DIR    # first_look.py, profiles, are the kernels right
+    benchmarks/gpu_check.sh --part 2 --commit COMMIT --out DIR    # sanitizers, how fast are W1 to W5
     benchmarks/gpu_check.sh --part 3 --commit COMMIT --out DIR    # W3 to W5 with torch.compile, if there is time for it
     benchmarks/gpu_check.sh --rehearse                            # without a GPU: all parts, as far as they go
 
@@ -120,7 +120,7 @@ def plan(wheels=(), annotations="instances.json"):
     chosen = "(cuda or gpu) and not two_to_the_31"
 
     def compiled(workload):
-        return Step(f"compile_{workload}", 170, 1, bench(workload, "--compile-only"))
+        return Step(f"compile_{workload}", 150, 1, bench(workload, "--compile-only"))
 
     def measured(workload, seconds, *options, rehearsal=()):
         # torch.compile may take half of the budget: what follows it needs some 40 seconds.
@@ -128,14 +128,15 @@ def plan(wheels=(), annotations="instances.json"):
         command = bench(workload, *options, "--out", "results")
         return Step(f"bench_{workload}", seconds, ALONE, command, rehearsal)
 
-    def profiled(workload, seconds):
+    def profiled(workload):
         command = python("profile_step.py", "--workload", workload, "--ncu", "results")
-        return Step(f"profile_{workload}", seconds, ALONE, command)
+        return Step(f"profile_{workload}", 60, ALONE, command)
 
-    def sanitized(tool, share, port):
-        command = script(SANITIZE, ROOT / "benchmarks/sanitize.py", tool, port, share)
-        on_cpu = python("sanitize.py", "--device", "cpu", "--share", share) if tool == "memcheck" else ()
-        return Step(f"{tool}_{share[0]}", 150, 1, command, on_cpu)
+    def sanitized(tool, port):
+        for share in ("0/2", "1/2"):
+            command = script(SANITIZE, ROOT / "benchmarks/sanitize.py", tool, port + 100 * int(share[0]), share)
+            on_cpu = python("sanitize.py", "--device", "cpu", "--share", share) if tool == "memcheck" else ()
+            yield Step(f"{tool}_{share[0]}", 150, 1, command, on_cpu)
 
     install = [
         Step("install", 30, ALONE, setup, setup),
@@ -144,31 +145,32 @@ def plan(wheels=(), annotations="instances.json"):
     first = [
         Step("machine", 15, ALONE, machine, machine),
         *install,
-        # At once, since none is timed: what torch.compile finds in its cache saves two thirds of its time.
-        Step("tests", 170, 6, tests("tests", 6, chosen, *TESTS), tests("tests", 1, "", *FEW_TESTS)),
-        compiled("W1"),
-        compiled("W2"),
-        measured("W1", 85, rehearsal=smoke),
-        measured("W2", 90),
-        measured("W3", 45, "--no-compile", "--budget", 25),
-        measured("W5", 45, "--no-compile", "--budget", 25),
-        measured("W4", 55, "--no-compile", "--budget", 30),
-        Step("table", 15, ALONE, table, table, shown=True),
+        Step("first_look", 90, ALONE, look, (*look, "--device", "cpu", "--smoke")),
+        profiled("W2"),
+        profiled("W1"),
+        Step("decisions", 15, ALONE, decided, decided, shown=True),
+        Step("tests", 150, 6, tests("tests", 6, chosen, *TESTS), tests("tests", 1, "", *FEW_TESTS)),
+        *sanitized("memcheck", 50000),
+        profiled("W4"),
+        profiled("W3"),
     ]
+    # torch.compile takes a third of its time where it finds its cache filled; nothing is timed beside it.
     second = [
         *install,
-        Step("first_look", 70, ALONE, look, (*look, "--device", "cpu", "--smoke")),
-        profiled("W2", 90),
-        profiled("W1", 60),
-        Step("decisions", 15, ALONE, decided, decided, shown=True),
-        *(sanitized(t, f"{k}/2", 50000 + 200 * i + 100 * k) for i, t in enumerate(SANITIZERS) for k in range(2)),
-        Step("large_tests", 45, ALONE, tests("large_tests", 0, "gpu and two_to_the_31", "kernels")),
-        Step("coco", 40, ALONE, bench("W1", "--no-compile", "--annotations", annotations, "--out", "results/coco")),
+        compiled("W1"),
+        compiled("W2"),
+        *(step for i, tool in enumerate(SANITIZERS[1:]) for step in sanitized(tool, 50200 + 200 * i)),
+        measured("W1", 70, rehearsal=smoke),
+        measured("W2", 70),
+        *(measured(workload, 45, "--no-compile", "--budget", 30) for workload in ("W3", "W5", "W4")),
+        Step("table", 15, ALONE, table, table, shown=True),
     ]
     # Each takes a minute or more to compile. W3 and W4 need so much memory for it that neither does it beside another.
     third = [
         *install,
-        *(measured(workload, 165) for workload in ("W3", "W4", "W5")),
+        Step("coco", 40, ALONE, bench("W1", "--no-compile", "--annotations", annotations, "--out", "results/coco")),
+        Step("large_tests", 45, ALONE, tests("large_tests", 0, "gpu and two_to_the_31", "kernels")),
+        *(measured(workload, 135) for workload in ("W3", "W4", "W5")),
         Step("table", 15, ALONE, table, table, shown=True),
     ]
     return {1: first, 2: second, 3: third}
