@@ -62,25 +62,26 @@ struct Sources {
     if (anchor_gradient) anchor_gradient_scale = upstream.distance ? *upstream.distance : T(1);
   }
 
-  // Puts the gradient of one channel of a tile in the place of the student's pixels. direct(pixel, the student's pixels
-  // from there on, their gradients) adds to it, if it is not null.
+  // Puts the gradient of the pixels from .. to - 1 of one channel of a tile in the place of the student's pixels.
+  // direct(pixel, the student's pixels from there on, their gradients) adds to it, if it is not null.
   template <class X, class D>
-  __device__ void write(const Tile<X> (&tile)[2], const TileMasks& masks, const WorkTile& at, int column,
-                        int64_t channel, D direct) const {
+  __device__ void write(const Tile<X> (&tile)[2], const TileMasks& masks, const WorkTile& at, int from, int to,
+                        int column, int64_t channel, D direct) const {
     constexpr int kStep = Packed<X>::kSize;
     constexpr bool kDirect = !std::is_same_v<D, std::nullptr_t>;
     const bool spreads = difference || anchor_gradient;
     SavedSoftmax<X> q{};
     if (softmax) q.read(softmax, of->batch * of->channels, at.image * of->channels + channel);
-    RunCursor runs(masks);
-    T spread = spreads ? spread_of(masks, 0, channel) : T(0);  // from the anchors: the same for all pixels of a run
-    for (int u = 0; u < at.count; u += kStep) {
+    if (from >= to) return;
+    RunCursor runs(masks, from);
+    T spread = spreads ? spread_of(masks, runs.run(), channel) : T(0);  // from the anchors: the same for all of a run
+    for (int u = from; u < to; u += kStep) {
       T gradient[kStep] = {};
       if (spreads)
         runs.advance<kStep>(
             u, [&](uint32_t pixels) { each_set<kStep>(pixels, [&](int k) { gradient[k] = spread; }); },
             [&](int run) {
-              if (masks.begin[run + 1] < at.count) spread = spread_of(masks, run + 1, channel);
+              if (masks.begin[run + 1] < to) spread = spread_of(masks, run + 1, channel);
             });
       if (kDirect || softmax) {
         T x[2][kStep];
@@ -131,27 +132,15 @@ struct BackwardParams {
   Upstream<T> upstream;
 };
 
-template <class X>
-struct BackwardMemory {
-  X* tiles;  // [2 stages, 2 sides, PoolMemory<X>::kTile]
-  TileMasks masks;
-
-  __host__ __device__ explicit BackwardMemory(Carver& carver)
-      : tiles(carver.take<X>(4 * PoolMemory<X>::kTile)), masks(carver, kPoolPixels<X>, kPoolListed) {}
-  __device__ X* tile(int stage, int side) const { return tiles + (2 * stage + side) * PoolMemory<X>::kTile; }
-};
-
-constexpr int kBackwardBlocks = 3;  // of a multiprocessor
-
 // Grid: slices, blocks of channels.
 template <class X>
-__global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     backward(const __grid_constant__ BackwardParams<Compute<X>> params) {
   using T = Compute<X>;
   constexpr int kPixels = kPoolPixels<X>;
   const Pyramid<BackwardEntry>& pyramid = params.pyramid;
   Carver carver(shared_memory());
-  BackwardMemory<X> memory(carver);
+  PoolMemory<X> memory(carver);
   memory.masks.count = (present_masks(params.masks) + 31) / 32;
   const int64_t c0 = static_cast<int64_t>(blockIdx.y) * kPoolChannels;
   const int64_t begin = first_tile(pyramid, blockIdx.x), end = first_tile(pyramid, blockIdx.x + 1);
@@ -186,8 +175,11 @@ __global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks)
     const Tile<X> tiles[2] = {
         make_tile(memory.tile(stage, 0), reads(entry) ? entry.maps[0] : entry.gradient, kPixels, kPoolChannels),
         make_tile(memory.tile(stage, 1), reads(entry) ? entry.maps[1] : entry.gradient, kPixels, kPoolChannels)};
-    const int column = threadIdx.x, channels = channels_of(entry);
-    if (column < channels) sources.write(tiles, memory.masks, at, column, c0 + column, nullptr);
+    constexpr int kHalf = kPixels / 2;  // a channel has two threads
+    const int column = threadIdx.x % kPoolChannels, from = threadIdx.x / kPoolChannels * kHalf;
+    const int channels = channels_of(entry);
+    if (column < channels)
+      sources.write(tiles, memory.masks, at, from, min(at.count, from + kHalf), column, c0 + column, nullptr);
     __syncthreads();
     if (channels > 0) store_tile(tiles[0], entry.gradient, at.image, at.first, at.count, c0, channels, kPoolThreads);
     __syncthreads();
@@ -201,15 +193,11 @@ void run_backward(const std::vector<Pair>& pairs, const Masks& masks, const Upst
                   Takes takes, cudaStream_t stream) {
   int64_t channels = 1;
   for (const Pair& pair : pairs) channels = std::max(channels, takes(pair) ? pair.channels : 0);
-  const int64_t blocks = divide_up(channels, kPoolChannels);  // of channels
-  // 1 KB of a block is the system's.
-  const int64_t bytes = bytes_of<BackwardMemory<X>>();
-  const int64_t room = std::clamp<int64_t>((shared_memory_limit() + 1024) / (bytes + 1024), 1, kBackwardBlocks);
-  slices = std::max(1, static_cast<int>(room * slices / blocks));
+  slices = pool_slices<X>(slices, channels);
   const BackwardParams<Compute<X>> params{make_pyramid<BackwardEntry>(pairs, kPoolPixels<X>, slices, takes, pool_work),
                                           masks, upstream};
-  const dim3 grid(params.pyramid.slices, static_cast<unsigned>(blocks));
-  launch(backward<X>, "backward", grid, kPoolThreads, bytes, stream, params);
+  const dim3 grid(params.pyramid.slices, static_cast<unsigned>(divide_up(channels, kPoolChannels)));
+  launch(backward<X>, "backward", grid, kPoolThreads, bytes_of<PoolMemory<X>>(), stream, params);
 }
 
 // ----------------------------------------------------------------------------------------------------- with distances
@@ -228,27 +216,31 @@ __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scal
     loop.each_chunk(
         t, 0, loop.chunks, scale, [] {},
         [&](int p0, int rows) {
-          const bool valid = loop.valid(loop.pixel);
+          const int pixel = loop.pixel();
+          const bool valid = loop.valid(pixel);
           const auto coefficient = at_pixel(valid);
           loop.template write_coefficients<X>(rows, [&](int row) {
             if (!valid || !loop.memory.nonempty[row]) return T(0);
             const T value = coefficient(row, p0 + row);
-            along += value * *loop.cosine(0, loop.pixel, row);
+            along += value * *loop.cosine(0, pixel, row);
             return value;
           });
           __syncthreads();
           loop.add_directions(directions, rows);
         });
     along = sum_over_lanes<loop.kLanes>(along) / scale;
-    if (loop.lane == 0) loop.memory.along[loop.pixel] = along;
+    if (loop.lane() == 0) loop.memory.along[loop.pixel()] = along;
     loop.write_directions(directions);
     if (sources.of != &loop.entry()) sources = get_sources();
     __syncthreads();
 
     const T w = weight();
-    const int channels = loop.own_channels(), column = threadIdx.x;
+    constexpr int kShare = loop.kM * kMaxBlockK / kMainThreads<X>;  // pixels of a thread
+    const int channels = loop.own_channels(), column = threadIdx.x % kMaxBlockK;
+    const int from = threadIdx.x / kMaxBlockK * kShare;
     if (column < channels)
-      sources.write(loop.tile, loop.memory.masks, loop.at, column, loop.own_channel() + column,
+      sources.write(loop.tile, loop.memory.masks, loop.at, from, min(loop.at.count, from + kShare), column,
+                    loop.own_channel() + column,
                     [&](int u, const T(&x)[Packed<X>::kSize], T(&gradient)[Packed<X>::kSize]) {
 #pragma unroll
                       for (int k = 0; k < Packed<X>::kSize; ++k) {
@@ -261,7 +253,7 @@ __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scal
     __syncthreads();
     if (channels > 0)
       store_tile(loop.tile[0], loop.entry().gradient, loop.at.image, loop.at.first, loop.at.count, loop.own_channel(),
-                 channels, kMainThreads);
+                 channels, kMainThreads<X>);
   };
   loop.each_tile(work, [] {});
 }
@@ -284,7 +276,7 @@ struct DistanceBackwardParams {
 
 // Grid: slices, groups.
 template <class X>
-__global__ void __launch_bounds__(kMainThreads, 1)
+__global__ void __launch_bounds__(kMainThreads<X>, 1)
     distance_backward(const __grid_constant__ DistanceBackwardParams<Compute<X>> params) {
   using T = Compute<X>;
   constexpr float kUnit = std::is_same_v<X, __half> ? 1024 : 1;  // keeps small coefficients above float16's underflow
@@ -293,8 +285,8 @@ __global__ void __launch_bounds__(kMainThreads, 1)
       loop, params.upstream.distance_exponent,
       [&](bool valid) {
         const PixelSoftmax<X> q = valid ? PixelSoftmax<X>(saved_softmax(loop)) : PixelSoftmax<X>();
-        return [q, &loop](int row, int) {
-          return q(*loop.cosine(0, loop.pixel, row), *loop.cosine(1, loop.pixel, row)) * kUnit;
+        return [q, &loop, pixel = loop.pixel()](int row, int) {
+          return q(*loop.cosine(0, pixel, row), *loop.cosine(1, pixel, row)) * kUnit;
         };
       },
       [&] {

@@ -74,7 +74,7 @@ inline TileWork distance_work(const Pair& pair) {
 // Where the softmax of this thread's pixel is saved.
 template <class X, class E>
 __device__ inline Compute<X>* saved_softmax(const MainLoop<X, E>& loop) {  // [PixelSoftmax<X>::kSize]
-  const int64_t of_level = loop.at.image * loop.entry().image() + loop.at.first + loop.pixel;
+  const int64_t of_level = loop.at.image * loop.entry().image() + loop.at.first + loop.pixel();
   return static_cast<Compute<X>*>(loop.entry().pixel_softmax) + of_level * PixelSoftmax<X>::kSize;
 }
 
@@ -92,7 +92,7 @@ struct DistanceParams {
 
 // The divergence and, where all anchors are in one chunk, the moments. Grid: slices, groups.
 template <class X>
-__global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constant__ DistanceParams<X> params) {
+__global__ void __launch_bounds__(kMainThreads<X>, 1) distance(const __grid_constant__ DistanceParams<X> params) {
   using T = Compute<X>;
   MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false);
   if (loop.own > 0 && loop.chunks > 1) return;  // the other groups have only moments to do, which moments() does
@@ -115,25 +115,25 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
           if (with_moments) loop.clear_invalid_pixels();
         },
         [&](int, int rows) {
+          const int pixel = loop.pixel(), lane = loop.lane();
           T student_max = -INFINITY, teacher_max = -INFINITY;
-          for (int row = loop.lane; row < rows; row += loop.kLanes)
+          for (int row = lane; row < rows; row += loop.kLanes)
             if (loop.memory.nonempty[row]) {
-              student_max = max(student_max, *loop.cosine(0, loop.pixel, row));
-              teacher_max = max(teacher_max, *loop.cosine(1, loop.pixel, row));
+              student_max = max(student_max, *loop.cosine(0, pixel, row));
+              teacher_max = max(teacher_max, *loop.cosine(1, pixel, row));
             }
           softmax.rescale(max_over_lanes<loop.kLanes>(student_max), max_over_lanes<loop.kLanes>(teacher_max));
-          for (int row = loop.lane; row < rows; row += loop.kLanes)
-            if (loop.memory.nonempty[row])
-              softmax.add(*loop.cosine(0, loop.pixel, row), *loop.cosine(1, loop.pixel, row), T(1));
+          for (int row = lane; row < rows; row += loop.kLanes)
+            if (loop.memory.nonempty[row]) softmax.add(*loop.cosine(0, pixel, row), *loop.cosine(1, pixel, row), T(1));
           if (!with_moments) return;
           OnlineSoftmax<X> all = softmax;
           all.student_sum = sum_over_lanes<loop.kLanes>(all.student_sum);
           all.teacher_sum = sum_over_lanes<loop.kLanes>(all.teacher_sum);
           const PixelSoftmax<X> q(all);
-          const T inverse = loop.memory.inverse_norm[loop.pixel];
+          const T inverse = loop.memory.inverse_norm[pixel];
           loop.template write_coefficients<Wide<X>>(rows, [&](int row) {
-            return loop.valid(loop.pixel) && loop.memory.nonempty[row]
-                       ? q(*loop.cosine(0, loop.pixel, row), *loop.cosine(1, loop.pixel, row)) * inverse
+            return loop.valid(pixel) && loop.memory.nonempty[row]
+                       ? q(*loop.cosine(0, pixel, row), *loop.cosine(1, pixel, row)) * inverse
                        : T(0);
           });
           __syncthreads();
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
     softmax.student_sum = sum_over_lanes<loop.kLanes>(softmax.student_sum);
     softmax.teacher_sum = sum_over_lanes<loop.kLanes>(softmax.teacher_sum);
     softmax.difference = sum_over_lanes<loop.kLanes>(softmax.difference);
-    if (loop.own == 0 && loop.lane == 0 && loop.valid(loop.pixel)) {
+    if (loop.own == 0 && loop.lane() == 0 && loop.valid(loop.pixel())) {
       total += softmax.divergence(T(1));
       if (params.save) PixelSoftmax<X>(softmax).write(saved_softmax(loop));
     }
@@ -167,8 +167,9 @@ __device__ inline void sum_moments(MainLoop<X, E>& loop, Compute<X> scale,
     loop.each_chunk(
         t, chunk, chunk + 1, scale, [&] { loop.clear_invalid_pixels(); },
         [&](int p0, int rows) {
-          const bool valid = loop.valid(loop.pixel);
-          const T inverse = loop.memory.inverse_norm[loop.pixel];
+          const int pixel = loop.pixel();
+          const bool valid = loop.valid(pixel);
+          const T inverse = loop.memory.inverse_norm[pixel];
           const auto coefficient = at_pixel(valid);
           loop.template write_coefficients<Wide<X>>(rows, [&](int row) {
             return valid && loop.memory.nonempty[row] ? coefficient(row, p0 + row) * inverse : T(0);
@@ -193,12 +194,14 @@ struct MomentsParams {
 // The moments where there is more than one chunk, from the softmax that distance() has saved. Grid: slices, groups,
 // chunks.
 template <class X>
-__global__ void __launch_bounds__(kMainThreads, 1) moments(const __grid_constant__ MomentsParams<X> params) {
+__global__ void __launch_bounds__(kMainThreads<X>, 1) moments(const __grid_constant__ MomentsParams<X> params) {
   MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false);
   if (static_cast<int>(blockIdx.z) >= loop.chunks || loop.chunks == 1) return;
   sum_moments(loop, params.scale, params.moments, [&](bool valid) {
     const PixelSoftmax<X> q = valid ? PixelSoftmax<X>(saved_softmax(loop)) : PixelSoftmax<X>();
-    return [q, &loop](int row, int) { return q(*loop.cosine(0, loop.pixel, row), *loop.cosine(1, loop.pixel, row)); };
+    return [q, &loop, pixel = loop.pixel()](int row, int) {
+      return q(*loop.cosine(0, pixel, row), *loop.cosine(1, pixel, row));
+    };
   });
 }
 

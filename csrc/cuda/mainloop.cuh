@@ -17,9 +17,13 @@
 
 namespace sea {
 
-constexpr int kMainThreads = 256, kMaxBlockN = 64, kMaxBlockK = 256;
+constexpr int kMaxBlockN = 64, kMaxBlockK = 256;
 template <class X>
 constexpr int kBlockM = sizeof(X) == 2 ? 32 : 16;
+// A block has a multiprocessor to itself, and its warps hide each other's latency. A warp of each side multiplies 16
+// pixels and 16 anchors.
+template <class X>
+constexpr int kMainThreads = kBlockM<X> / 16 * kMaxBlockN / 16 * 2 * 32;
 
 // Block N and block K: the unit anchors, and their channels, that are in shared memory at once.
 struct BlockShape {
@@ -55,7 +59,7 @@ struct MainMemory {
     const int64_t after = carver.used();
     coefficients = carver.take<X>(kParts<X> * kM * kMaxBlockN);
     carver.rewind(after);
-    squares = carver.take<T>(2 * kMainThreads / 32 * kM);
+    squares = carver.take<T>(2 * kMainThreads<X> / 32 * kM);
     carver.rewind(start);
     out = carver.take<T>(kM * (block.k + 8));
   }
@@ -91,10 +95,13 @@ template <class X, class E>
 class MainLoop {
  public:
   using T = Compute<X>;
-  static constexpr int kM = kBlockM<X>, kRowTiles = kM / 16, kLanes = kMainThreads / kM;
+  static constexpr int kThreads = kMainThreads<X>, kWarps = kThreads / 32;
+  static constexpr int kM = kBlockM<X>, kRowTiles = kM / 16, kLanes = kThreads / kM;
+  static constexpr int kStepK = 16 * kWarps, kTilesK = kMaxBlockK / kStepK;  // a warp's channels: 16 of every kStepK
   // For work that is done pixel by pixel, kLanes neighboring threads share a pixel.
-  const int pixel = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const int warp = threadIdx.x / 32;
+  __device__ int pixel() const { return thread_index() / kLanes; }
+  __device__ int lane() const { return thread_index() % kLanes; }
+  __device__ int warp() const { return thread_index() / 32; }
 
   const Pyramid<E>& pyramid;
   const Masks& masks;
@@ -157,7 +164,7 @@ class MainLoop {
   __device__ void each_chunk(int64_t t, int first, int last, T scale, Ready ready, Work work) {
     for (int chunk = first; chunk < last; ++chunk) {
       const int p0 = chunk * block.n, rows = static_cast<int>(round_up(part_of(count - p0, block.n), 16));
-      T products[kRowTiles][1][2][4] = {};
+      T products[1][1][2][4] = {};
       Squares squares{};
       for (int i = 0; i < groups; ++i) {
         const int group = group_at(i);
@@ -184,40 +191,41 @@ class MainLoop {
   template <class C, class F>
   __device__ void write_coefficients(int rows, F f) {
     static_assert(sizeof(C) == sizeof(X));
-    for (int row = lane; row < rows; row += kLanes) {
+    const int u = pixel();
+    for (int row = lane(); row < rows; row += kLanes) {
       T value = f(row);
 #pragma unroll
       for (int part = 0; part < kParts<X>; ++part) {
         const C rounded = narrow<C>(value);
-        *coefficients<C>(part).at(pixel, row) = rounded;
+        *coefficients<C>(part).at(u, row) = rounded;
         value -= widen(rounded);
       }
     }
   }
 
-  // moments[m][n] += coefficients (anchors 16 m .. + 15) times the student's tile (channels 16 (warp + 8 n) .. + 15)
-  using Moments = T[kMaxBlockN / 16][2][2][4];
+  // moments[m][n] += coefficients (anchors 16 m .. + 15) times the student's tile (channels 16 warp + kStepK n .. + 15)
+  using Moments = T[kMaxBlockN / 16][kTilesK][2][4];
   __device__ void add_moments(Moments& moments, int rows) {
     Operand<Wide<X>, kParts<X>, true> left;
 #pragma unroll
     for (int part = 0; part < kParts<X>; ++part) left.parts[part] = coefficients<Wide<X>>(part);
     if (tile[0].pixel_rows)
-      multiply(moments, left, 0, rows, Operand<X, 1, true>{{tile[0].matrix}}, 16 * warp, 128, block.k, kM);
+      multiply(moments, left, 0, rows, Operand<X, 1, true>{{tile[0].matrix}}, 16 * warp(), kStepK, block.k, kM);
     else
-      multiply(moments, left, 0, rows, Operand<X, 1, false>{{tile[0].matrix}}, 16 * warp, 128, block.k, kM);
+      multiply(moments, left, 0, rows, Operand<X, 1, false>{{tile[0].matrix}}, 16 * warp(), kStepK, block.k, kM);
   }
 
   __device__ void write_moments(Moments& moments,
                                 T* out,  // [masks, max_channels]
                                 int64_t p0) {
-    const int channels = own_channels();
+    const int channels = own_channels(), first = 16 * warp();
 #pragma unroll
     for (int m = 0; m < kMaxBlockN / 16; ++m)
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
+      for (int n = 0; n < kTilesK; ++n)
         each(moments[m][n], [&](int row, int column, T& value) {
           const int64_t p = p0 + 16 * m + row;
-          const int c = 16 * (warp + 8 * n) + column;
+          const int c = first + kStepK * n + column;
           if (16 * m + row < block.n && p < count && c < channels)
             out[p * pyramid.max_channels + own_channel() + c] = value;
           value = 0;
@@ -229,13 +237,13 @@ class MainLoop {
     bool any = false;
     for (int u = threadIdx.x % kM; !any && u < at.count; u += kM) any = !valid(u);
     if (!__syncthreads_or(any)) return;
-    for (int i = threadIdx.x; i < block.k * kM; i += kMainThreads)
+    for (int i = threadIdx.x; i < block.k * kM; i += kThreads)
       if (!valid(i % kM)) *tile[0].at(i / kM, i % kM) = narrow<X>(0.f);
     __syncthreads();
   }
 
   // directions[m][n] += coefficients (pixels 16 m .. + 15) times the student's unit anchors (channels as in moments)
-  using Directions = T[kRowTiles][2][2][4];
+  using Directions = T[kRowTiles][kTilesK][2][4];
   __device__ void add_directions(Directions& directions, int rows) {
     Operand<X, kParts<X>, false> left;
     Operand<X, kParts<X>, true> right;
@@ -244,22 +252,23 @@ class MainLoop {
       left.parts[part] = coefficients<X>(part);
       right.parts[part] = units(0, part);
     }
-    multiply(directions, left, 0, kM, right, 16 * warp, 128, block.k, rows);
+    multiply(directions, left, 0, kM, right, 16 * warp(), kStepK, block.k, rows);
   }
 
   __device__ void write_directions(Directions& directions) {  // to memory.out
+    const int first = 16 * warp();
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
-        if (16 * (warp + 8 * n) < block.k)
+      for (int n = 0; n < kTilesK; ++n)
+        if (first + kStepK * n < block.k)
           each_pair(directions[m][n], [&](int row, int column, Packed<T, 2> values) {
-            *reinterpret_cast<Packed<T, 2>*>(direction(16 * (warp + 8 * n) + column, 16 * m + row)) = values;
+            *reinterpret_cast<Packed<T, 2>*>(direction(first + kStepK * n + column, 16 * m + row)) = values;
           });
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-      for (int n = 0; n < 2; ++n) each(directions[m][n], [](int, int, T& value) { value = 0; });
+      for (int n = 0; n < kTilesK; ++n) each(directions[m][n], [](int, int, T& value) { value = 0; });
   }
 
   __device__ T* direction(int channel, int u) const { return memory.out + u * (block.k + 8) + channel; }
@@ -292,7 +301,7 @@ class MainLoop {
 #pragma unroll 1
     for (int side = 0; side < sides; ++side)
       load_tile(tile_data(stage, side), e.maps[side], next_.image, next_.first, next_.count, kM,
-                static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k, kMainThreads);
+                static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k, kThreads);
     copy_async_commit();
   }
 
@@ -327,8 +336,8 @@ class MainLoop {
     }
     for (int i = 0; i < sides * kParts<X>; ++i) {
       const X* source = static_cast<const X*>(e.units) + (i * masks.masks + p0) * pitch + c0;
-      copy_rows<16>(units(i / kParts<X>, i % kParts<X>), kMainThreads, rows, source, pitch,
-                    part_of(masks.masks - p0, rows), part_of(pitch - c0, block.k));
+      copy_rows<16>(units(i / kParts<X>, i % kParts<X>), kThreads, rows, source, pitch, part_of(masks.masks - p0, rows),
+                    part_of(pitch - c0, block.k));
     }
     copy_async_commit();
     copy_async_wait<0>();
@@ -346,14 +355,15 @@ class MainLoop {
       const Matrix<X>& matrix = tile[side].matrix;
       if (tile[side].pixel_rows) {
         constexpr int kSize = Packed<X>::kSize;
-        for (int c = lane * kSize; c < block.k; c += kLanes * kSize) {
-          const Packed<X> x = *reinterpret_cast<const Packed<X>*>(matrix.at(pixel, c));
+        const int u = pixel();
+        for (int c = lane() * kSize; c < block.k; c += kLanes * kSize) {
+          const Packed<X> x = *reinterpret_cast<const Packed<X>*>(matrix.at(u, c));
 #pragma unroll
           for (int k = 0; k < kSize; ++k) squares[side][0] += static_cast<T>(widen(x.x[k])) * widen(x.x[k]);
         }
       } else {
 #pragma unroll 4
-        for (int c = threadIdx.x / kColumns; c < block.k; c += kMainThreads / kColumns) {
+        for (int c = threadIdx.x / kColumns; c < block.k; c += kThreads / kColumns) {
           const auto x = *reinterpret_cast<const Packed<X, kPair>*>(matrix.at(c, threadIdx.x % kColumns * kPair));
 #pragma unroll
           for (int k = 0; k < kPair; ++k) squares[side][k] += static_cast<T>(widen(x.x[k])) * widen(x.x[k]);
@@ -363,19 +373,18 @@ class MainLoop {
   }
 
   __device__ void write_norms(Squares& squares) {
-    constexpr int kWarps = kMainThreads / 32;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       if (side >= sides) break;
       if (tile[side].pixel_rows) {
         const T sum = sum_over_lanes<kLanes>(squares[side][0]);
-        if (lane == 0) memory.inverse_norm[side * kM + pixel] = inverse_or_zero(sqrt(sum));
+        if (lane() == 0) memory.inverse_norm[side * kM + pixel()] = inverse_or_zero(sqrt(sum));
       } else {
 #pragma unroll
         for (int k = 0; k < kPair; ++k) {
           const T sum = squares[side][k] + __shfl_xor_sync(kAllLanes, squares[side][k], kColumns);
           if (threadIdx.x % 32 < kColumns)
-            memory.squares[(side * kWarps + warp) * kM + threadIdx.x % kColumns * kPair + k] = sum;
+            memory.squares[(side * kWarps + warp()) * kM + threadIdx.x % kColumns * kPair + k] = sum;
         }
       }
     }
@@ -388,31 +397,33 @@ class MainLoop {
     memory.inverse_norm[side * kM + u] = inverse_or_zero(sqrt(sum));
   }
 
-  // A warp has one side and 16 anchors.
-  __device__ void multiply_units(T (&products)[kRowTiles][1][2][4], int rows) {
-    const int side = warp / 4, column = warp % 4 * 16;
+  // A warp has one side, 16 pixels and 16 anchors.
+  __device__ int product_side() const { return warp() / (kWarps / 2); }
+  __device__ int product_pixel() const { return warp() % (kWarps / 2) / (kMaxBlockN / 16) * 16; }
+  __device__ int product_row() const { return warp() % (kMaxBlockN / 16) * 16; }
+
+  __device__ void multiply_units(T (&products)[1][1][2][4], int rows) {
+    const int side = product_side(), column = product_row(), pixel = product_pixel();
     if (side >= sides || column >= rows) return;
     Operand<X, kParts<X>, false> right;
 #pragma unroll
     for (int part = 0; part < kParts<X>; ++part) right.parts[part] = units(side, part);
     const Matrix<X> left{tile_data(stage_, side), side ? tile[1].matrix.pitch : tile[0].matrix.pitch};
     if (side ? tile[1].pixel_rows : tile[0].pixel_rows)
-      multiply(products, Operand<X, 1, false>{{left}}, 0, kM, right, column, 16, rows, block.k);
+      multiply(products, Operand<X, 1, false>{{left}}, pixel, kM, right, column, 16, rows, block.k);
     else
-      multiply(products, Operand<X, 1, true>{{left}}, 0, kM, right, column, 16, rows, block.k);
+      multiply(products, Operand<X, 1, true>{{left}}, pixel, kM, right, column, 16, rows, block.k);
   }
 
-  __device__ void write_cosines(T (&products)[kRowTiles][1][2][4], int rows, T scale) {
-    const int side = warp / 4, first = warp % 4 * 16;
+  __device__ void write_cosines(T (&products)[1][1][2][4], int rows, T scale) {
+    const int side = product_side(), first = product_row(), pixel = product_pixel();
     if (side >= sides || first >= rows) return;
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-      each_pair(products[m][0], [&](int u, int row, Packed<T, 2> values) {
-        const T factor = memory.inverse_norm[side * kM + 16 * m + u] * scale;
-        values.x[0] *= factor;
-        values.x[1] *= factor;
-        *reinterpret_cast<Packed<T, 2>*>(cosine(side, 16 * m + u, first + row)) = values;
-      });
+    each_pair(products[0][0], [&](int u, int row, Packed<T, 2> values) {
+      const T factor = memory.inverse_norm[side * kM + pixel + u] * scale;
+      values.x[0] *= factor;
+      values.x[1] *= factor;
+      *reinterpret_cast<Packed<T, 2>*>(cosine(side, pixel + u, first + row)) = values;
+    });
   }
 };
 

@@ -39,8 +39,8 @@ __device__ inline void each_pair(const T (&product)[2][4], F f) {
 
 // The 16 x 16 block of the left operand at (row, inner), in registers.
 template <bool kTransposed, class X>
-__device__ inline void load_a(uint32_t (&out)[4], const Matrix<X>& matrix, int row, int inner) {
-  const int lane = threadIdx.x % 32, i = lane % 8, low = lane / 8 % 2 * 8, high = lane / 16 * 8;
+__device__ inline void load_a(uint32_t (&out)[4], const Matrix<X>& matrix, int row, int inner, int lane) {
+  const int i = lane % 8, low = lane / 8 % 2 * 8, high = lane / 16 * 8;
   if constexpr (kTransposed)
     load_matrices_transposed(out, matrix.at(inner + i + high, row + low));
   else
@@ -49,8 +49,8 @@ __device__ inline void load_a(uint32_t (&out)[4], const Matrix<X>& matrix, int r
 
 // The 16 x 16 block of the right operand at (inner, column): two of multiply_add()'s b.
 template <bool kTransposed, class X>
-__device__ inline void load_b(uint32_t (&out)[4], const Matrix<X>& matrix, int inner, int column) {
-  const int lane = threadIdx.x % 32, i = lane % 8, low = lane / 8 % 2 * 8, high = lane / 16 * 8;
+__device__ inline void load_b(uint32_t (&out)[4], const Matrix<X>& matrix, int inner, int column, int lane) {
+  const int i = lane % 8, low = lane / 8 % 2 * 8, high = lane / 16 * 8;
   if constexpr (kTransposed)
     load_matrices_transposed(out, matrix.at(inner + i + low, column + high));
   else
@@ -70,40 +70,44 @@ template <int kRows, int kColumns, class T, class A, int kA, bool kTransposedA, 
 __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Operand<A, kA, kTransposedA>& a_operand,
                                 int row, int rows, const Operand<B, kB, kTransposedB>& b_operand, int column, int step,
                                 int columns, int inner) {
+  const int lane = thread_index() % 32;
   if constexpr (sizeof(A) == 2) {
 #pragma unroll 2
     for (int k = 0; k < inner; k += 16) {
-      uint32_t a[kRows][kA][4];
-#pragma unroll
-      for (int m = 0; m < kRows; ++m)
-        if (row + 16 * m < rows)
-#pragma unroll
-          for (int l = 0; l < kA; ++l) load_a<kTransposedA>(a[m][l], a_operand.parts[l], row + 16 * m, k);
+      uint32_t b[kColumns][kB][4];
 #pragma unroll
       for (int n = 0; n < kColumns; ++n)
         if (column + n * step < columns)
 #pragma unroll
           for (int r = 0; r < kB; ++r) {
-            uint32_t b[4];
-            load_b<kTransposedB>(b, b_operand.parts[r], k, column + n * step);
+            load_b<kTransposedB>(b[n][r], b_operand.parts[r], k, column + n * step, lane);
             if constexpr (!std::is_same_v<A, B>)
 #pragma unroll
-              for (int i = 0; i < 4; ++i) b[i] = half_to_bfloat16(b[i]);
-#pragma unroll
-            for (int m = 0; m < kRows; ++m)
-              if (row + 16 * m < rows)
-#pragma unroll
-                for (int l = 0; l < kA; ++l)
-                  if (l + r < 2)  // the product of both rests is below the rounding
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                      const uint32_t half[2] = {b[2 * h], b[2 * h + 1]};
-                      multiply_add(products[m][n][h], a[m][l], half, A());
-                    }
+              for (int i = 0; i < 4; ++i) b[n][r][i] = half_to_bfloat16(b[n][r][i]);
           }
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        if (row + 16 * m >= rows) continue;
+        uint32_t a[kA][4];
+#pragma unroll
+        for (int l = 0; l < kA; ++l) load_a<kTransposedA>(a[l], a_operand.parts[l], row + 16 * m, k, lane);
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n)
+          if (column + n * step < columns)
+#pragma unroll
+            for (int r = 0; r < kB; ++r)
+#pragma unroll
+              for (int l = 0; l < kA; ++l)
+                if (l + r < 2)  // the product of both rests is below the rounding
+#pragma unroll
+                  for (int h = 0; h < 2; ++h) {
+                    const uint32_t half[2] = {b[n][r][2 * h], b[n][r][2 * h + 1]};
+                    multiply_add(products[m][n][h], a[l], half, A());
+                  }
+      }
     }
   } else {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int g = lane / 4, t = lane % 4;
     const auto a_at = [&](int r, int k) {
       return *(kTransposedA ? a_operand.parts[0].at(k, row + r) : a_operand.parts[0].at(row + r, k));
     };

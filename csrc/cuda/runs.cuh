@@ -128,10 +128,14 @@ __device__ inline void each_set(uint32_t bits, F f) {
   }
 }
 
-// A channel's walk over the runs of a tile, some pixels at a time.
+// A channel's walk over the runs of a tile, some pixels at a time, from the pixel `from` on.
 class RunCursor {
  public:
-  __device__ explicit RunCursor(const TileMasks& masks) : masks_(masks), end_(masks.begin[1]) {}
+  __device__ explicit RunCursor(const TileMasks& masks, int from = 0) : masks_(masks), end_(masks.begin[1]) {
+    while (end_ <= from) end_ = masks.begin[++run_ + 1];
+  }
+
+  __device__ int run() const { return run_; }
 
   // For the kStep pixels from u on: part(bits of those that lie in the current run), and leave(run) where it ends.
   template <int kStep, class Part, class Leave>

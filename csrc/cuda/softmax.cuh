@@ -59,8 +59,8 @@ struct OnlineSoftmax {
     difference += weight * (teacher - student);
   }
 
-  // Raises the shifts to the maxima of one channel of a tile, without the pixels beyond the image.
-  __device__ void rescale(const Tile<X>& student, const Tile<X>& teacher, const TileMasks& masks, int pixels,
+  // Raises the shifts to the maxima of the pixels from .. to - 1 of one channel, without those beyond the image.
+  __device__ void rescale(const Tile<X>& student, const Tile<X>& teacher, const TileMasks& masks, int from, int to,
                           int channel, T scale) {
     constexpr int kStep = Packed<X>::kSize;
     constexpr uint32_t kAll = (1u << kStep) - 1;
@@ -68,7 +68,7 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int k = 0; k < kStep; ++k) most[0].x[k] = most[1].x[k] = narrow<X>(-INFINITY);
     uint32_t any = 0;
-    for (int u = 0; u < pixels; u += kStep) {
+    for (int u = from; u < to; u += kStep) {
       const uint32_t inside = masks.inside<kStep>(u);
       Packed<X> x[2] = {read_packed(student, channel, u), read_packed(teacher, channel, u)};
       if (inside != kAll)
