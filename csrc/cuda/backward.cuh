@@ -145,15 +145,15 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   const int64_t c0 = static_cast<int64_t>(blockIdx.y) * kPoolChannels;
   const int64_t begin = first_tile(pyramid, blockIdx.x), end = first_tile(pyramid, blockIdx.x + 1);
   const auto channels_of = [&](const Entry& entry) { return part_of(entry.channels - c0, kPoolChannels); };
+  const int column = threadIdx.x % kPoolChannels, half = threadIdx.x / kPoolChannels;  // as in pool()
   WorkTile next{}, at{};
   const auto reads = [&](const Entry& entry) { return params.upstream.localization && entry.losses & kLocalization; };
   const auto load = [&](int64_t tile, int stage) {
     next.seek(pyramid, tile, kPixels);
     const BackwardEntry& entry = pyramid.entries[next.entry];
-#pragma unroll 1
-    for (int side = 0; side < 2 && reads(entry); ++side)
-      load_tile(memory.tile(stage, side), entry.maps[side], next.image, next.first, next.count, kPixels, c0,
-                channels_of(entry), kPoolChannels, kPoolThreads);
+    if (reads(entry))
+      load_tile(memory.tile(stage, half), entry.maps[half], next.image, next.first, next.count, kPixels, c0,
+                channels_of(entry), kPoolChannels, kPoolThreads / 2);
     copy_async_commit();
   };
   if (begin < end) load(begin, 0);
@@ -175,9 +175,8 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     const Tile<X> tiles[2] = {
         make_tile(memory.tile(stage, 0), reads(entry) ? entry.maps[0] : entry.gradient, kPixels, kPoolChannels),
         make_tile(memory.tile(stage, 1), reads(entry) ? entry.maps[1] : entry.gradient, kPixels, kPoolChannels)};
-    constexpr int kHalf = kPixels / 2;  // a channel has two threads
-    const int column = threadIdx.x % kPoolChannels, from = threadIdx.x / kPoolChannels * kHalf;
-    const int channels = channels_of(entry);
+    constexpr int kHalf = kPixels / 2;
+    const int from = half * kHalf, channels = channels_of(entry);
     if (column < channels)
       sources.write(tiles, memory.masks, at, from, min(at.count, from + kHalf), column, c0 + column, nullptr);
     __syncthreads();
@@ -219,7 +218,7 @@ __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scal
           const int pixel = loop.pixel();
           const bool valid = loop.valid(pixel);
           const auto coefficient = at_pixel(valid);
-          loop.template write_coefficients<X>(rows, [&](int row) {
+          loop.template write_coefficients<X>(rows, [&](int row, int) {
             if (!valid || !loop.memory.nonempty[row]) return T(0);
             const T value = coefficient(row, p0 + row);
             along += value * *loop.cosine(0, pixel, row);
@@ -229,12 +228,16 @@ __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scal
           loop.add_directions(directions, rows);
         });
     along = sum_over_lanes<loop.kLanes>(along) / scale;
-    if (loop.lane() == 0) loop.memory.along[loop.pixel()] = along;
+    if (loop.lane() == 0) {
+      const int pixel = loop.pixel();
+      const T factor = weight() * loop.memory.inverse_norm[pixel];
+      loop.memory.direct[pixel] = factor;
+      loop.memory.direct[loop.kM + pixel] = factor * along * loop.memory.inverse_norm[pixel];
+    }
     loop.write_directions(directions);
     if (sources.of != &loop.entry()) sources = get_sources();
     __syncthreads();
 
-    const T w = weight();
     constexpr int kShare = loop.kM * kMaxBlockK / kMainThreads<X>;  // pixels of a thread
     const int channels = loop.own_channels(), column = threadIdx.x % kMaxBlockK;
     const int from = threadIdx.x / kMaxBlockK * kShare;
@@ -242,13 +245,10 @@ __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scal
       sources.write(loop.tile, loop.memory.masks, loop.at, from, min(loop.at.count, from + kShare), column,
                     loop.own_channel() + column,
                     [&](int u, const T(&x)[Packed<X>::kSize], T(&gradient)[Packed<X>::kSize]) {
-#pragma unroll
-                      for (int k = 0; k < Packed<X>::kSize; ++k) {
-                        if (!loop.valid(u + k)) continue;
-                        const T inverse = loop.memory.inverse_norm[u + k];
-                        const T direct = *loop.direction(column, u + k);
-                        gradient[k] += w * inverse * (direct - loop.memory.along[u + k] * inverse * x[k]);
-                      }
+                      each_set<Packed<X>::kSize>(loop.template valid_bits<Packed<X>::kSize>(u), [&](int k) {
+                        const T* factors = loop.memory.direct + u + k;
+                        gradient[k] += factors[0] * *loop.direction(column, u + k) - factors[loop.kM] * x[k];
+                      });
                     });
     __syncthreads();
     if (channels > 0)

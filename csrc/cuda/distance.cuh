@@ -67,7 +67,7 @@ struct DistanceEntry : MainEntry {
 
 // What the kernels of the distances do for the tiles of a pair.
 inline TileWork distance_work(const Pair& pair) {
-  const double tile = static_cast<double>(pair.channels + 64) * moving_cost(pair.student, 1.2, 1.6);
+  const double tile = static_cast<double>(pair.channels + 64) * (1 + moving_cost(pair.student, 0.2, 0.6));
   return {static_cast<int32_t>(tile), 256};
 }
 
@@ -115,25 +115,28 @@ __global__ void __launch_bounds__(kMainThreads<X>, 1) distance(const __grid_cons
           if (with_moments) loop.clear_invalid_pixels();
         },
         [&](int, int rows) {
-          const int pixel = loop.pixel(), lane = loop.lane();
-          T student_max = -INFINITY, teacher_max = -INFINITY;
-          for (int row = lane; row < rows; row += loop.kLanes)
-            if (loop.memory.nonempty[row]) {
-              student_max = max(student_max, *loop.cosine(0, pixel, row));
-              teacher_max = max(teacher_max, *loop.cosine(1, pixel, row));
-            }
+          using Loop = MainLoop<X, DistanceEntry>;
+          const int pixel = loop.pixel();
+          T student[Loop::kOwnRows], teacher[Loop::kOwnRows], student_max = -INFINITY, teacher_max = -INFINITY;
+          loop.each_row(rows, [&](int row, int k) {
+            student[k] = *loop.cosine(0, pixel, row);
+            teacher[k] = *loop.cosine(1, pixel, row);
+            if (!loop.memory.nonempty[row]) return;
+            student_max = max(student_max, student[k]);
+            teacher_max = max(teacher_max, teacher[k]);
+          });
           softmax.rescale(max_over_lanes<loop.kLanes>(student_max), max_over_lanes<loop.kLanes>(teacher_max));
-          for (int row = lane; row < rows; row += loop.kLanes)
-            if (loop.memory.nonempty[row]) softmax.add(*loop.cosine(0, pixel, row), *loop.cosine(1, pixel, row), T(1));
+          typename OnlineSoftmax<X>::Terms terms[Loop::kOwnRows] = {};
+          loop.each_row(rows, [&](int row, int k) {
+            if (loop.memory.nonempty[row]) terms[k] = softmax.add(student[k], teacher[k], T(1));
+          });
           if (!with_moments) return;
-          OnlineSoftmax<X> all = softmax;
-          all.student_sum = sum_over_lanes<loop.kLanes>(all.student_sum);
-          all.teacher_sum = sum_over_lanes<loop.kLanes>(all.teacher_sum);
-          const PixelSoftmax<X> q(all);
-          const T inverse = loop.memory.inverse_norm[pixel];
-          loop.template write_coefficients<Wide<X>>(rows, [&](int row) {
+          const T inverse = loop.valid(pixel) ? loop.memory.inverse_norm[pixel] : T(0);
+          const T student_factor = inverse / sum_over_lanes<loop.kLanes>(softmax.student_sum);
+          const T teacher_factor = inverse / sum_over_lanes<loop.kLanes>(softmax.teacher_sum);
+          loop.template write_coefficients<Wide<X>>(rows, [&](int row, int k) {
             return loop.valid(pixel) && loop.memory.nonempty[row]
-                       ? q(*loop.cosine(0, pixel, row), *loop.cosine(1, pixel, row)) * inverse
+                       ? terms[k].student * student_factor - terms[k].teacher * teacher_factor
                        : T(0);
           });
           __syncthreads();
@@ -171,7 +174,7 @@ __device__ inline void sum_moments(MainLoop<X, E>& loop, Compute<X> scale,
           const bool valid = loop.valid(pixel);
           const T inverse = loop.memory.inverse_norm[pixel];
           const auto coefficient = at_pixel(valid);
-          loop.template write_coefficients<Wide<X>>(rows, [&](int row) {
+          loop.template write_coefficients<Wide<X>>(rows, [&](int row, int) {
             return valid && loop.memory.nonempty[row] ? coefficient(row, p0 + row) * inverse : T(0);
           });
           __syncthreads();

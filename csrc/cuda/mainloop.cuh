@@ -42,7 +42,7 @@ struct MainMemory {
   T* out;             // [kM, k + 8], in the place of all three
   double* scratch;    // [32]
   T* inverse_norm;    // [2 sides, kM] of the pixels
-  T* along;           // [kM] a pixel's gradient along the pixel itself
+  T* direct;          // [2, kM] what a pixel's direction and the pixel itself are multiplied by in its gradient
   uint8_t* nonempty;  // [kMaxBlockN] which anchors of the chunk have a mask with pixels
   TileMasks masks;
 
@@ -52,7 +52,7 @@ struct MainMemory {
         masks(carver, kM, 192) {
     scratch = carver.take<double>(32);
     inverse_norm = carver.take<T>(2 * kM);
-    along = carver.take<T>(kM);
+    direct = carver.take<T>(2 * kM);
     nonempty = carver.take<uint8_t>(kMaxBlockN);
     const int64_t start = carver.used();
     cosines = carver.take<T>(2 * kM * (block.n + 8));
@@ -137,6 +137,12 @@ class MainLoop {
   __device__ int64_t own_channel() const { return static_cast<int64_t>(own) * block.k; }
   __device__ int own_channels() const { return channels_of(entry(), own); }
   __device__ bool valid(int u) const { return everywhere ? u < at.count : memory.masks.valid_at(u); }
+  // Of the pixels u .. u + kStep - 1, of which at least one is in the tile, as bits.
+  template <int kStep>
+  __device__ uint32_t valid_bits(int u) const {
+    constexpr uint32_t kAll = (1u << kStep) - 1;
+    return everywhere ? kAll >> (kStep - part_of(at.count - u, kStep)) : memory.masks.valid[u / 32] >> u % 32 & kAll;
+  }
   // Where this block stores what it sums up over the tiles of the current entry.
   __device__ int64_t partial() const { return blockIdx.x + at.entry; }
 
@@ -187,20 +193,30 @@ class MainLoop {
     return memory.cosines + (side * kM + u) * (block.n + 8) + row;
   }
 
-  // Writes the coefficients f(row) of this thread's pixel, in parts where the type asks for them.
+  // Calls f(row, k) for the k-th of the rows of a chunk that this thread has for its pixel.
+  static constexpr int kOwnRows = kMaxBlockN / kLanes;
+  template <class F>
+  __device__ void each_row(int rows, F f) const {
+    const int first = lane();
+#pragma unroll
+    for (int k = 0; k < kOwnRows; ++k)
+      if (first + k * kLanes < rows) f(first + k * kLanes, k);
+  }
+
+  // Writes the coefficients f(row, k) of this thread's pixel, in parts where the type asks for them.
   template <class C, class F>
   __device__ void write_coefficients(int rows, F f) {
     static_assert(sizeof(C) == sizeof(X));
     const int u = pixel();
-    for (int row = lane(); row < rows; row += kLanes) {
-      T value = f(row);
+    each_row(rows, [&](int row, int k) {
+      T value = f(row, k);
 #pragma unroll
       for (int part = 0; part < kParts<X>; ++part) {
         const C rounded = narrow<C>(value);
         *coefficients<C>(part).at(u, row) = rounded;
         value -= widen(rounded);
       }
-    }
+    });
   }
 
   // moments[m][n] += coefficients (anchors 16 m .. + 15) times the student's tile (channels 16 warp + kStepK n .. + 15)
@@ -282,7 +298,7 @@ class MainLoop {
   __device__ int channels_of(const Entry& e, int group) const {
     return part_of(e.channels - static_cast<int64_t>(group) * block.k, block.k);
   }
-  __device__ int group_at(int i) const { return (own + 1 + i) % groups; }
+  __device__ int group_at(int i) const { return groups == 1 ? 0 : (own + 1 + i) % groups; }
 
   __device__ X* tile_data(int stage, int side) const { return memory.tiles + (2 * stage + side) * block.k * kM; }
 
@@ -298,10 +314,10 @@ class MainLoop {
   __device__ void load(int stage, int64_t t, int group) {
     next_.seek(pyramid, t, kM);
     const E& e = pyramid.entries[next_.entry];
-#pragma unroll 1
-    for (int side = 0; side < sides; ++side)
+    const int side = thread_index() / (kThreads / 2);
+    if (side < sides)
       load_tile(tile_data(stage, side), e.maps[side], next_.image, next_.first, next_.count, kM,
-                static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k, kThreads);
+                static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k, kThreads / 2);
     copy_async_commit();
   }
 
@@ -357,16 +373,18 @@ class MainLoop {
         constexpr int kSize = Packed<X>::kSize;
         const int u = pixel();
         for (int c = lane() * kSize; c < block.k; c += kLanes * kSize) {
-          const Packed<X> x = *reinterpret_cast<const Packed<X>*>(matrix.at(u, c));
+          T x[kSize];
+          widen(load_packed(matrix.at(u, c)), x);
 #pragma unroll
-          for (int k = 0; k < kSize; ++k) squares[side][0] += static_cast<T>(widen(x.x[k])) * widen(x.x[k]);
+          for (int k = 0; k < kSize; ++k) squares[side][0] += x[k] * x[k];
         }
       } else {
 #pragma unroll 4
         for (int c = threadIdx.x / kColumns; c < block.k; c += kThreads / kColumns) {
-          const auto x = *reinterpret_cast<const Packed<X, kPair>*>(matrix.at(c, threadIdx.x % kColumns * kPair));
+          T x[kPair];
+          widen(*reinterpret_cast<const Packed<X, kPair>*>(matrix.at(c, threadIdx.x % kColumns * kPair)), x);
 #pragma unroll
-          for (int k = 0; k < kPair; ++k) squares[side][k] += static_cast<T>(widen(x.x[k])) * widen(x.x[k]);
+          for (int k = 0; k < kPair; ++k) squares[side][k] += x[k] * x[k];
         }
       }
     }

@@ -37,25 +37,30 @@ __device__ inline void each_pair(const T (&product)[2][4], F f) {
       f(lane / 4 + i / 2 * 8, 8 * h + lane % 4 * 2, Packed<T, 2>{{{product[h][i], product[h][i + 1]}}});
 }
 
-// The 16 x 16 block of the left operand at (row, inner), in registers.
+// Where a lane finds its row of the 16 x 16 blocks that lie along the inner dimension of a matrix. The two parts (0 or
+// 8) choose its quarter of a block. No part of an address that is the same for all blocks is computed again.
 template <bool kTransposed, class X>
-__device__ inline void load_a(uint32_t (&out)[4], const Matrix<X>& matrix, int row, int inner, int lane) {
-  const int i = lane % 8, low = lane / 8 % 2 * 8, high = lane / 16 * 8;
-  if constexpr (kTransposed)
-    load_matrices_transposed(out, matrix.at(inner + i + high, row + low));
-  else
-    load_matrices(out, matrix.at(row + i + low, inner + high));
-}
+class Blocks {
+ public:
+  __device__ Blocks(const Matrix<X>& matrix, unsigned outer, unsigned outer_part, unsigned inner_part, int lane)
+      : data_(matrix.data), pitch_(matrix.pitch) {
+    const unsigned row = lane % 8 + (kTransposed ? inner_part : outer + outer_part);
+    const unsigned column = kTransposed ? outer + outer_part : inner_part;
+    chunk_ = column / 8 ^ matrix.swizzle(row);
+    start_ = row * pitch_ + (kTransposed ? chunk_ * 8 : 0);
+  }
 
-// The 16 x 16 block of the right operand at (inner, column): two of multiply_add()'s b.
-template <bool kTransposed, class X>
-__device__ inline void load_b(uint32_t (&out)[4], const Matrix<X>& matrix, int inner, int column, int lane) {
-  const int i = lane % 8, low = lane / 8 % 2 * 8, high = lane / 16 * 8;
-  if constexpr (kTransposed)
-    load_matrices_transposed(out, matrix.at(inner + i + low, column + high));
-  else
-    load_matrices(out, matrix.at(column + i + high, inner + low));
-}
+  __device__ void load(uint32_t (&out)[4], unsigned inner) const {  // inner: a multiple of 16
+    if constexpr (kTransposed)
+      load_matrices_transposed(out, data_ + (start_ + inner * pitch_));
+    else
+      load_matrices(out, data_ + (start_ + (inner / 8 ^ chunk_) * 8));
+  }
+
+ private:
+  X* data_;
+  unsigned pitch_, start_, chunk_;
+};
 
 __device__ inline uint32_t half_to_bfloat16(uint32_t pair) {
   const __half2 x = *reinterpret_cast<const __half2*>(&pair);
@@ -72,6 +77,13 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
                                 int columns, int inner) {
   const int lane = thread_index() % 32;
   if constexpr (sizeof(A) == 2) {
+    const int low = lane / 8 % 2 * 8, high = lane / 16 * 8;
+    const auto blocks_of_a = [&](int m, int l) {
+      return Blocks<kTransposedA, A>(a_operand.parts[l], row + 16 * m, low, high, lane);
+    };
+    const auto blocks_of_b = [&](int n, int r) {
+      return Blocks<kTransposedB, B>(b_operand.parts[r], column + n * step, high, low, lane);
+    };
 #pragma unroll 2
     for (int k = 0; k < inner; k += 16) {
       uint32_t b[kColumns][kB][4];
@@ -80,7 +92,7 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
         if (column + n * step < columns)
 #pragma unroll
           for (int r = 0; r < kB; ++r) {
-            load_b<kTransposedB>(b[n][r], b_operand.parts[r], k, column + n * step, lane);
+            blocks_of_b(n, r).load(b[n][r], k);
             if constexpr (!std::is_same_v<A, B>)
 #pragma unroll
               for (int i = 0; i < 4; ++i) b[n][r][i] = half_to_bfloat16(b[n][r][i]);
@@ -90,7 +102,7 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
         if (row + 16 * m >= rows) continue;
         uint32_t a[kA][4];
 #pragma unroll
-        for (int l = 0; l < kA; ++l) load_a<kTransposedA>(a[l], a_operand.parts[l], row + 16 * m, k, lane);
+        for (int l = 0; l < kA; ++l) blocks_of_a(m, l).load(a[l], k);
 #pragma unroll
         for (int n = 0; n < kColumns; ++n)
           if (column + n * step < columns)

@@ -54,7 +54,7 @@ struct PoolMemory {
 
 // What pool() and backward() do for the tiles of a pair.
 inline TileWork pool_work(const Pair& pair) {
-  const double tile = (pair.losses & kLocalization ? 7 : 4) * moving_cost(pair.student, 1.5, 2);
+  const double tile = (pair.losses & kLocalization ? 10 : 4) + moving_cost(pair.student, 3, 5);
   return {static_cast<int32_t>(tile * static_cast<double>(pair.channels)), static_cast<int32_t>(24 * pair.channels)};
 }
 
@@ -98,20 +98,17 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     next.seek(pyramid, tile, kPixels);
     const PoolEntry& entry = pyramid.entries[next.entry];
     const int channels = channels_of(entry);
-#pragma unroll 1
-    for (int side = 0; channels > 0 && side < params.sides; ++side)
-      load_tile(memory.tile(stage, side), entry.maps[side], next.image, next.first, next.count, kPixels, c0, channels,
-                kPoolChannels, kPoolThreads);
+    if (channels > 0 && half < params.sides)
+      load_tile(memory.tile(stage, half), entry.maps[half], next.image, next.first, next.count, kPixels, c0, channels,
+                kPoolChannels, kPoolThreads / 2);
     copy_async_commit();
   };
 
   OnlineSoftmax<X> softmax;
   int entry_index = -1;
   int image = -1;
-  const auto sums_of = [&](int mask) {  // of this thread
-    return params.sums + (((slice + entry_index) * params.sides + half) * params.masks.masks + mask) * max_channels +
-           c0 + channel;
-  };
+  T* sums = nullptr;  // [masks, max_channels] of this slice, the current entry and this thread's side and channel
+  const auto sum_of = [&](int mask) { return sums + mask * max_channels; };
   const auto leave_image = [&] {
     const Entry& entry = pyramid.entries[entry_index];
     if (!(entry.losses & kLocalization)) return;
@@ -141,8 +138,11 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     const bool entered = entry_index != at.entry;
     entry_index = at.entry;
     image = at.image;
-    if (entered && pools)
-      for (int mask = 0; mask < count; ++mask) *sums_of(mask) = 0;
+    if (entered && pools) {
+      const int64_t table = (slice + entry_index) * params.sides + half;
+      sums = params.sums + table * params.masks.masks * max_channels + c0 + channel;
+      for (int mask = 0; mask < count; ++mask) *sum_of(mask) = 0;
+    }
     masks.load(params.masks, entry, at);
     if (tile + 1 < end)
       copy_async_wait<1>();
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
         runs.advance<kStep>(
             u, [&](uint32_t pixels) { sum += sum_set(pixels, x); },
             [&](int run) {
-              masks.each(run, [&](int mask, int) { atomicAdd(sums_of(mask), sum); });
+              masks.each(run, [&](int mask, int) { atomicAdd(sum_of(mask), sum); });
               sum = 0;
             });
       }

@@ -51,12 +51,18 @@ struct OnlineSoftmax {
     teacher_shift = teacher;
   }
 
-  // Neither times the scale is larger than its shift. scale, here and below: Exp::scale(temperature)
-  __device__ void add(T student, T teacher, T scale) {
-    const T weight = Exp::of(fma(teacher, scale, -teacher_shift), T(1));
-    student_sum += Exp::of(fma(student, scale, -student_shift), T(1));
-    teacher_sum += weight;
-    difference += weight * (teacher - student);
+  // Neither times the scale is larger than its shift. scale, here and below: Exp::scale(temperature). Returns the
+  // exponentials that it has added.
+  struct Terms {
+    T student, teacher;
+  };
+  __device__ Terms add(T student, T teacher, T scale) {
+    const Terms terms{Exp::of(fma(student, scale, -student_shift), T(1)),
+                      Exp::of(fma(teacher, scale, -teacher_shift), T(1))};
+    student_sum += terms.student;
+    teacher_sum += terms.teacher;
+    difference += terms.teacher * (teacher - student);
+    return terms;
   }
 
   // Raises the shifts to the maxima of the pixels from .. to - 1 of one channel, without those beyond the image.

@@ -18,10 +18,12 @@ struct Matrix {
   X* data;  // [rows, pitch]
   int pitch;
 
+  __device__ unsigned swizzle(unsigned row) const {
+    return pitch * static_cast<int>(sizeof(X)) == 64 ? row / 2 % 4 : row % 8;
+  }
   __device__ X* at(unsigned row, unsigned column) const {
     constexpr unsigned kChunk = 16 / sizeof(X);
-    const unsigned swizzle = pitch * static_cast<int>(sizeof(X)) == 64 ? row / 2 % 4 : row % 8;
-    return data + (row * pitch + ((column / kChunk ^ swizzle) * kChunk | column % kChunk));
+    return data + (row * pitch + ((column / kChunk ^ swizzle(row)) * kChunk | column % kChunk));
   }
 };
 
@@ -74,7 +76,7 @@ struct TileMap {
   int32_t width;
   bool pixel_rows;  // of its tiles
   bool unit;        // the elements of a row of a tile are neighbors
-  uint8_t aligned;  // bytes, 16 at most, that the chunks of a tile are aligned to, if `unit`
+  uint8_t aligned;  // bytes, a power of two up to 16, that the chunks of a tile are aligned to, if `unit`
 
   TileMap() = default;
   explicit TileMap(const Map& map)
@@ -99,21 +101,22 @@ struct TileMap {
   }
 };
 
-// For the weights of tiles: what it costs to move a tile of a map, over what one of aligned rows costs. From the
-// strides alone, and not from where the map happens to lie, since weights decide where sums are cut.
-inline double moving_cost(Map map, double words, double elements) {  // of rows that are aligned to 4 bytes; to less
+// For the weights of tiles: what it costs more to move a tile of a map than one whose rows are aligned to 16 bytes.
+// From the strides alone, and not from where the map happens to lie, since weights decide where sums are cut.
+inline double moving_cost(Map map, double words, double elements) {  // of rows aligned to 4 bytes; to less
   map.data = nullptr;
   const TileMap tiles(map);
-  return tiles.unit && tiles.aligned == 16 ? 1 : tiles.unit && tiles.aligned >= 4 ? words : elements;
+  return tiles.unit && tiles.aligned == 16 ? 0 : tiles.unit && tiles.aligned >= 4 ? words : elements;
 }
 
-// What a thread moves of a matrix: kCount elements at one column of every step-th row.
+// What a thread moves of a matrix: kCount elements at one column of every step-th row. So many threads share it; those
+// of a block may be divided into groups of so many that have a matrix each.
 template <int kCount>
 struct Share {
   int row, step, column;
 
   __device__ Share(int threads, int columns) {  // columns: of the matrix; a power of two
-    const int shift = 31 - __clz(columns / kCount), thread = thread_index();
+    const int shift = 31 - __clz(columns / kCount), thread = thread_index() & (threads - 1);
     row = thread >> shift;
     step = threads >> shift;
     column = (thread - (row << shift)) * kCount;
@@ -208,8 +211,8 @@ __device__ inline Tile<X> make_tile(X* data,  // as in load_tile()
 }
 
 // Starts to load `count` pixels from `first` on and `channels` channels from c0 on. The rest of the tile, up to
-// `pixels` pixels and `width` channels, becomes zero. Readers wait for the copies and then for a barrier. `threads` is
-// the number of threads of the block; like the tile's sizes, it is best a constant.
+// `pixels` pixels and `width` channels, becomes zero. Readers wait for the copies and then for a barrier. `threads`, a
+// power of two, share the work; like the tile's sizes, it is best a constant.
 template <class X>
 __device__ inline void load_tile(X* data,  // [width, pixels] or [pixels, width], as the map lies
                                  const TileMap& map, int64_t image, int first, int count, int pixels, int64_t c0,
@@ -219,7 +222,7 @@ __device__ inline void load_tile(X* data,  // [width, pixels] or [pixels, width]
     const Matrix<X> matrix{data, columns};
     const auto chunk = [&](int row, int column) { return reinterpret_cast<Packed<X>*>(matrix.at(row, column)); };
     const bool same = map.unit && map.dtype == kDtype<X>;
-    if (same && map.aligned >= 4 && valid_columns * static_cast<int>(sizeof(X)) % map.aligned == 0) {
+    if (same && map.aligned >= 4 && (valid_columns * static_cast<int>(sizeof(X)) & (map.aligned - 1)) == 0) {
       const X* source = static_cast<const X*>(map.data) + start;
       if (map.aligned == 16)
         copy_rows<16>(matrix, threads, rows, source, stride, valid_rows, valid_columns);

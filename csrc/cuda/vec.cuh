@@ -78,10 +78,10 @@ __device__ inline void store_packed(X* to, const Packed<X>& packed) {
   *reinterpret_cast<uint4*>(to) = make_uint4(packed.words[0], packed.words[1], packed.words[2], packed.words[3]);
 }
 
-template <class X, class T>
-__device__ inline void widen(const Packed<X>& packed, T (&x)[Packed<X>::kSize]) {
+template <class X, class T, int kCount>
+__device__ inline void widen(const Packed<X, kCount>& packed, T (&x)[kCount]) {
 #pragma unroll
-  for (int k = 0; k < Packed<X>::kSize; ++k) {
+  for (int k = 0; k < kCount; ++k) {
     if constexpr (std::is_same_v<X, __nv_bfloat16>) {  // the upper half of a float: one instruction each
       const uint32_t pair = packed.words[k / 2];
       x[k] = __uint_as_float(k % 2 ? pair & 0xffff0000u : pair << 16);

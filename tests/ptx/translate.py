@@ -649,7 +649,7 @@ class Kernel:
 
     def op_atom(self, m, d, address, a):
         space, operation, t = m if len(m) == 3 else ["generic", *m]
-        known = {"add": ("u32", "u64"), "or": ("b32",), "and": ("b32",), "max": ("u32",), "min": ("u32",)}
+        known = {"add": ("u32", "u64", "f32", "f64"), "or": ("b32",), "and": ("b32",), "max": ("u32",), "min": ("u32",)}
         if space not in ("global", "shared", "generic") or t not in known.get(operation, ()):
             self.fail(f"atom {m}")
         c = ctype(t)
