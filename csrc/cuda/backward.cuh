@@ -185,14 +185,18 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   }
 }
 
+// Slices for each block that runs at once. Blocks take different times, and those that end early leave room for others.
+// Nothing is summed up over tiles, so the number of slices changes no result.
+constexpr int kBackwardWaves = 4;
+
 // The gradients of the maps of one launch, of those pairs that takes(pair) accepts. slices: one for each
-// multiprocessor. There are as many blocks as run at once; nothing is summed up, so their number changes no result.
+// multiprocessor.
 template <class X, class Takes>
 void run_backward(const std::vector<Pair>& pairs, const Masks& masks, const Upstream<Compute<X>>& upstream, int slices,
                   Takes takes, cudaStream_t stream) {
   int64_t channels = 1;
   for (const Pair& pair : pairs) channels = std::max(channels, takes(pair) ? pair.channels : 0);
-  slices = pool_slices<X>(slices, channels);
+  slices = kBackwardWaves * pool_slices<X>(slices, channels);
   const BackwardParams<Compute<X>> params{make_pyramid<BackwardEntry>(pairs, kPoolPixels<X>, slices, takes, pool_work),
                                           masks, upstream};
   const dim3 grid(params.pyramid.slices, static_cast<unsigned>(divide_up(channels, kPoolChannels)));
@@ -238,7 +242,7 @@ __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scal
     if (sources.of != &loop.entry()) sources = get_sources();
     __syncthreads();
 
-    constexpr int kShare = loop.kM * kMaxBlockK / kMainThreads<X>;  // pixels of a thread
+    constexpr int kShare = loop.kM * kMaxBlockK / kMainThreads;  // pixels of a thread
     const int channels = loop.own_channels(), column = threadIdx.x % kMaxBlockK;
     const int from = threadIdx.x / kMaxBlockK * kShare;
     if (column < channels)
@@ -253,7 +257,7 @@ __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scal
     __syncthreads();
     if (channels > 0)
       store_tile(loop.tile[0], loop.entry().gradient, loop.at.image, loop.at.first, loop.at.count, loop.own_channel(),
-                 channels, kMainThreads<X>);
+                 channels, kMainThreads);
   };
   loop.each_tile(work, [] {});
 }
@@ -276,7 +280,7 @@ struct DistanceBackwardParams {
 
 // Grid: slices, groups.
 template <class X>
-__global__ void __launch_bounds__(kMainThreads<X>, 1)
+__global__ void __launch_bounds__(kMainThreads, 1)
     distance_backward(const __grid_constant__ DistanceBackwardParams<Compute<X>> params) {
   using T = Compute<X>;
   constexpr float kUnit = std::is_same_v<X, __half> ? 1024 : 1;  // keeps small coefficients above float16's underflow

@@ -36,14 +36,14 @@ struct CosineParams {
 
 // Grid: slices.
 template <class T>
-__global__ void __launch_bounds__(kMainThreads<T>, 1) cosine(const __grid_constant__ CosineParams<T> params) {
+__global__ void __launch_bounds__(kMainThreads, 1) cosine(const __grid_constant__ CosineParams<T> params) {
   MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true);
   const auto work = [&](int64_t t) {
     loop.each_chunk(
         t, 0, loop.chunks, T(1), [] {},
         [&](int p0, int rows) {
           const TileMap& out = loop.entry().cosines;
-          for (int i = threadIdx.x; i < rows * loop.kM; i += kMainThreads<T>) {
+          for (int i = threadIdx.x; i < rows * loop.kM; i += kMainThreads) {
             const int row = i / loop.kM, u = i % loop.kM;
             if (u < loop.at.count && p0 + row < loop.count)
               static_cast<T*>(out.data)[out.offset_of(loop.at.image, p0 + row, loop.at.first + u)] =
@@ -68,7 +68,7 @@ __device__ inline auto cosine_gradient(const MainLoop<T, CosineEntry>& loop) {
 
 // The gradient of the features. Grid: slices, groups.
 template <class T>
-__global__ void __launch_bounds__(kMainThreads<T>, 1) cosine_backward(const __grid_constant__ CosineParams<T> params) {
+__global__ void __launch_bounds__(kMainThreads, 1) cosine_backward(const __grid_constant__ CosineParams<T> params) {
   MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true);
   backward_of_cosines(
       loop, T(1), cosine_gradient(loop), [] { return T(1); },
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kMainThreads<T>, 1) cosine_backward(const __gr
 
 // The moments, from which project() makes the gradient of the anchors. Grid: slices, groups, chunks.
 template <class T>
-__global__ void __launch_bounds__(kMainThreads<T>, 1) cosine_moments(const __grid_constant__ CosineParams<T> params) {
+__global__ void __launch_bounds__(kMainThreads, 1) cosine_moments(const __grid_constant__ CosineParams<T> params) {
   MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true);
   if (static_cast<int>(blockIdx.z) < loop.chunks) sum_moments(loop, T(1), params.moments, cosine_gradient(loop));
 }
@@ -126,13 +126,13 @@ void run_cosine(std::vector<Pair> all_pairs, const Masks& masks, int slices, boo
     launch(unit_anchors<T>, "unit_anchors", per_mask, kAnchorThreads, kReduceBytes, stream,
            CompareParams{make_pyramid<CompareEntry>(pairs, kBlockM<T>, slices), masks});
     if (!backward) {
-      launch(cosine<T>, "cosine", dim3(pyramid.slices), kMainThreads<T>, bytes, stream, params);
+      launch(cosine<T>, "cosine", dim3(pyramid.slices), kMainThreads, bytes, stream, params);
       return;
     }
     const dim3 grid(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.max_channels, block.k)),
                     static_cast<unsigned>(divide_up(masks.masks, block.n)));
-    launch(cosine_backward<T>, "cosine_backward", dim3(grid.x, grid.y), kMainThreads<T>, bytes, stream, params);
-    launch(cosine_moments<T>, "cosine_moments", grid, kMainThreads<T>, bytes, stream, params);
+    launch(cosine_backward<T>, "cosine_backward", dim3(grid.x, grid.y), kMainThreads, bytes, stream, params);
+    launch(cosine_moments<T>, "cosine_moments", grid, kMainThreads, bytes, stream, params);
     launch(cosine_project<T>, "cosine_project", per_mask, kAnchorThreads, kReduceBytes, stream,
            CosineProjectParams<T>{make_pyramid<ProjectEntry>(pairs, kBlockM<T>, slices), masks, params.moments});
   });

@@ -67,7 +67,7 @@ struct DistanceEntry : MainEntry {
 
 // What the kernels of the distances do for the tiles of a pair.
 inline TileWork distance_work(const Pair& pair) {
-  const double tile = static_cast<double>(pair.channels + 64) * (1 + moving_cost(pair.student, 0.2, 0.6));
+  const double tile = static_cast<double>(pair.channels + 64) * moving_cost(pair.student, 1.2, 1.6);
   return {static_cast<int32_t>(tile), 256};
 }
 
@@ -92,7 +92,7 @@ struct DistanceParams {
 
 // The divergence and, where all anchors are in one chunk, the moments. Grid: slices, groups.
 template <class X>
-__global__ void __launch_bounds__(kMainThreads<X>, 1) distance(const __grid_constant__ DistanceParams<X> params) {
+__global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constant__ DistanceParams<X> params) {
   using T = Compute<X>;
   MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false);
   if (loop.own > 0 && loop.chunks > 1) return;  // the other groups have only moments to do, which moments() does
@@ -197,7 +197,7 @@ struct MomentsParams {
 // The moments where there is more than one chunk, from the softmax that distance() has saved. Grid: slices, groups,
 // chunks.
 template <class X>
-__global__ void __launch_bounds__(kMainThreads<X>, 1) moments(const __grid_constant__ MomentsParams<X> params) {
+__global__ void __launch_bounds__(kMainThreads, 1) moments(const __grid_constant__ MomentsParams<X> params) {
   MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false);
   if (static_cast<int>(blockIdx.z) >= loop.chunks || loop.chunks == 1) return;
   sum_moments(loop, params.scale, params.moments, [&](bool valid) {

@@ -202,10 +202,10 @@ void forward_launch(std::vector<Pair> pairs, const Masks& masks, const LossOptio
     const dim3 grid(distances.slices, static_cast<unsigned>(divide_up(distances.max_channels, block.k)),
                     static_cast<unsigned>(divide_up(masks.masks, block.n)));
     const int64_t bytes = bytes_of<MainMemory<X>>(block);
-    launch(distance<X>, "distance", dim3(grid.x, gradient ? grid.y : 1), kMainThreads<X>, bytes, stream,
+    launch(distance<X>, "distance", dim3(grid.x, gradient ? grid.y : 1), kMainThreads, bytes, stream,
            DistanceParams<X>{distances, masks, block, scale, gradient ? sums : nullptr, distance_terms, options.save});
     if (gradient && grid.z > 1)
-      launch(moments<X>, "moments", grid, kMainThreads<X>, bytes, stream,
+      launch(moments<X>, "moments", grid, kMainThreads, bytes, stream,
              MomentsParams<X>{distances, masks, block, scale, sums});
     last.pyramid = make_pyramid<ProjectEntry>(pairs, kBlockM<X>, options.slices, has_distances, distance_work);
     last.distance = distance_terms;
@@ -252,18 +252,18 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
   each_launch(pairs, [&](const std::vector<Pair>& part) {
     run_backward<X>(
         part, masks, given, options.slices, [](const Pair& pair) { return !(pair.losses & kDistance); }, stream);
-    DistanceBackwardParams<T> params{
-        make_pyramid<DistanceBackwardEntry>(
-            part, kBlockM<X>, options.slices, [](const Pair& pair) { return pair.losses & kDistance; }, distance_work),
-        masks,
-        {},
-        given};
+    DistanceBackwardParams<T> params{make_pyramid<DistanceBackwardEntry>(
+                                         part, kBlockM<X>, kBackwardWaves * options.slices,
+                                         [](const Pair& pair) { return pair.losses & kDistance; }, distance_work),
+                                     masks,
+                                     {},
+                                     given};
     const auto& pyramid = params.pyramid;
     if (pyramid.count == 0) return;
     params.block = choose_block<X>(masks.masks, pyramid.max_channels);
     launch(distance_backward<X>, "distance_backward",
-           dim3(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.max_channels, params.block.k))),
-           kMainThreads<X>, bytes_of<MainMemory<X>>(params.block), stream, params);
+           dim3(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.max_channels, params.block.k))), kMainThreads,
+           bytes_of<MainMemory<X>>(params.block), stream, params);
   });
 }
 

@@ -17,13 +17,9 @@
 
 namespace sea {
 
-constexpr int kMaxBlockN = 64, kMaxBlockK = 256;
+constexpr int kMainThreads = 256, kMaxBlockN = 64, kMaxBlockK = 256;
 template <class X>
 constexpr int kBlockM = sizeof(X) == 2 ? 32 : 16;
-// A block has a multiprocessor to itself, and its warps hide each other's latency. A warp of each side multiplies 16
-// pixels and 16 anchors.
-template <class X>
-constexpr int kMainThreads = kBlockM<X> / 16 * kMaxBlockN / 16 * 2 * 32;
 
 // Block N and block K: the unit anchors, and their channels, that are in shared memory at once.
 struct BlockShape {
@@ -59,7 +55,7 @@ struct MainMemory {
     const int64_t after = carver.used();
     coefficients = carver.take<X>(kParts<X> * kM * kMaxBlockN);
     carver.rewind(after);
-    squares = carver.take<T>(2 * kMainThreads<X> / 32 * kM);
+    squares = carver.take<T>(2 * kMainThreads / 32 * kM);
     carver.rewind(start);
     out = carver.take<T>(kM * (block.k + 8));
   }
@@ -95,8 +91,8 @@ template <class X, class E>
 class MainLoop {
  public:
   using T = Compute<X>;
-  static constexpr int kThreads = kMainThreads<X>, kWarps = kThreads / 32;
-  static constexpr int kM = kBlockM<X>, kRowTiles = kM / 16, kLanes = kThreads / kM;
+  static constexpr int kWarps = kMainThreads / 32;
+  static constexpr int kM = kBlockM<X>, kRowTiles = kM / 16, kLanes = kMainThreads / kM;
   static constexpr int kStepK = 16 * kWarps, kTilesK = kMaxBlockK / kStepK;  // a warp's channels: 16 of every kStepK
   // For work that is done pixel by pixel, kLanes neighboring threads share a pixel.
   __device__ int pixel() const { return thread_index() / kLanes; }
@@ -170,7 +166,7 @@ class MainLoop {
   __device__ void each_chunk(int64_t t, int first, int last, T scale, Ready ready, Work work) {
     for (int chunk = first; chunk < last; ++chunk) {
       const int p0 = chunk * block.n, rows = static_cast<int>(round_up(part_of(count - p0, block.n), 16));
-      T products[1][1][2][4] = {};
+      T products[kRowTiles][1][2][4] = {};
       Squares squares{};
       for (int i = 0; i < groups; ++i) {
         const int group = group_at(i);
@@ -253,7 +249,7 @@ class MainLoop {
     bool any = false;
     for (int u = threadIdx.x % kM; !any && u < at.count; u += kM) any = !valid(u);
     if (!__syncthreads_or(any)) return;
-    for (int i = threadIdx.x; i < block.k * kM; i += kThreads)
+    for (int i = threadIdx.x; i < block.k * kM; i += kMainThreads)
       if (!valid(i % kM)) *tile[0].at(i / kM, i % kM) = narrow<X>(0.f);
     __syncthreads();
   }
@@ -314,10 +310,10 @@ class MainLoop {
   __device__ void load(int stage, int64_t t, int group) {
     next_.seek(pyramid, t, kM);
     const E& e = pyramid.entries[next_.entry];
-    const int side = thread_index() / (kThreads / 2);
+    const int side = thread_index() / (kMainThreads / 2);
     if (side < sides)
       load_tile(tile_data(stage, side), e.maps[side], next_.image, next_.first, next_.count, kM,
-                static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k, kThreads / 2);
+                static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k, kMainThreads / 2);
     copy_async_commit();
   }
 
@@ -352,8 +348,8 @@ class MainLoop {
     }
     for (int i = 0; i < sides * kParts<X>; ++i) {
       const X* source = static_cast<const X*>(e.units) + (i * masks.masks + p0) * pitch + c0;
-      copy_rows<16>(units(i / kParts<X>, i % kParts<X>), kThreads, rows, source, pitch, part_of(masks.masks - p0, rows),
-                    part_of(pitch - c0, block.k));
+      copy_rows<16>(units(i / kParts<X>, i % kParts<X>), kMainThreads, rows, source, pitch,
+                    part_of(masks.masks - p0, rows), part_of(pitch - c0, block.k));
     }
     copy_async_commit();
     copy_async_wait<0>();
@@ -380,7 +376,7 @@ class MainLoop {
         }
       } else {
 #pragma unroll 4
-        for (int c = threadIdx.x / kColumns; c < block.k; c += kThreads / kColumns) {
+        for (int c = threadIdx.x / kColumns; c < block.k; c += kMainThreads / kColumns) {
           T x[kPair];
           widen(*reinterpret_cast<const Packed<X, kPair>*>(matrix.at(c, threadIdx.x % kColumns * kPair)), x);
 #pragma unroll
@@ -415,33 +411,34 @@ class MainLoop {
     memory.inverse_norm[side * kM + u] = inverse_or_zero(sqrt(sum));
   }
 
-  // A warp has one side, 16 pixels and 16 anchors.
+  // A warp has one side and 16 anchors.
   __device__ int product_side() const { return warp() / (kWarps / 2); }
-  __device__ int product_pixel() const { return warp() % (kWarps / 2) / (kMaxBlockN / 16) * 16; }
-  __device__ int product_row() const { return warp() % (kMaxBlockN / 16) * 16; }
+  __device__ int product_row() const { return warp() % (kWarps / 2) * 16; }
 
-  __device__ void multiply_units(T (&products)[1][1][2][4], int rows) {
-    const int side = product_side(), column = product_row(), pixel = product_pixel();
+  __device__ void multiply_units(T (&products)[kRowTiles][1][2][4], int rows) {
+    const int side = product_side(), column = product_row();
     if (side >= sides || column >= rows) return;
     Operand<X, kParts<X>, false> right;
 #pragma unroll
     for (int part = 0; part < kParts<X>; ++part) right.parts[part] = units(side, part);
     const Matrix<X> left{tile_data(stage_, side), side ? tile[1].matrix.pitch : tile[0].matrix.pitch};
     if (side ? tile[1].pixel_rows : tile[0].pixel_rows)
-      multiply(products, Operand<X, 1, false>{{left}}, pixel, kM, right, column, 16, rows, block.k);
+      multiply(products, Operand<X, 1, false>{{left}}, 0, kM, right, column, 16, rows, block.k);
     else
-      multiply(products, Operand<X, 1, true>{{left}}, pixel, kM, right, column, 16, rows, block.k);
+      multiply(products, Operand<X, 1, true>{{left}}, 0, kM, right, column, 16, rows, block.k);
   }
 
-  __device__ void write_cosines(T (&products)[1][1][2][4], int rows, T scale) {
-    const int side = product_side(), first = product_row(), pixel = product_pixel();
+  __device__ void write_cosines(T (&products)[kRowTiles][1][2][4], int rows, T scale) {
+    const int side = product_side(), first = product_row();
     if (side >= sides || first >= rows) return;
-    each_pair(products[0][0], [&](int u, int row, Packed<T, 2> values) {
-      const T factor = memory.inverse_norm[side * kM + pixel + u] * scale;
-      values.x[0] *= factor;
-      values.x[1] *= factor;
-      *reinterpret_cast<Packed<T, 2>*>(cosine(side, pixel + u, first + row)) = values;
-    });
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+      each_pair(products[m][0], [&](int u, int row, Packed<T, 2> values) {
+        const T factor = memory.inverse_norm[side * kM + 16 * m + u] * scale;
+        values.x[0] *= factor;
+        values.x[1] *= factor;
+        *reinterpret_cast<Packed<T, 2>*>(cosine(side, 16 * m + u, first + row)) = values;
+      });
   }
 };
 

@@ -54,7 +54,7 @@ struct PoolMemory {
 
 // What pool() and backward() do for the tiles of a pair.
 inline TileWork pool_work(const Pair& pair) {
-  const double tile = (pair.losses & kLocalization ? 10 : 4) + moving_cost(pair.student, 3, 5);
+  const double tile = (pair.losses & kLocalization ? 7 : 4) * moving_cost(pair.student, 1.5, 2);
   return {static_cast<int32_t>(tile * static_cast<double>(pair.channels)), static_cast<int32_t>(24 * pair.channels)};
 }
 

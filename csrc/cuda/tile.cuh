@@ -101,12 +101,12 @@ struct TileMap {
   }
 };
 
-// For the weights of tiles: what it costs more to move a tile of a map than one whose rows are aligned to 16 bytes.
-// From the strides alone, and not from where the map happens to lie, since weights decide where sums are cut.
-inline double moving_cost(Map map, double words, double elements) {  // of rows aligned to 4 bytes; to less
+// For the weights of tiles: what it costs to move a tile of a map, over what one of aligned rows costs. From the
+// strides alone, and not from where the map happens to lie, since weights decide where sums are cut.
+inline double moving_cost(Map map, double words, double elements) {  // of rows that are aligned to 4 bytes; to less
   map.data = nullptr;
   const TileMap tiles(map);
-  return tiles.unit && tiles.aligned == 16 ? 0 : tiles.unit && tiles.aligned >= 4 ? words : elements;
+  return tiles.unit && tiles.aligned == 16 ? 1 : tiles.unit && tiles.aligned >= 4 ? words : elements;
 }
 
 // What a thread moves of a matrix: kCount elements at one column of every step-th row. So many threads share it; those
