@@ -101,10 +101,11 @@ def memory(step, inputs, device):
             _, gradients = step(inputs, _mark)
     finally:
         gc.enable()
-    events, todo = [], list(log.profiler.kineto_results.experimental_event_tree())
+    # In the order of the log, which decides where a fast machine gives two events one time.
+    events, todo = [], list(log.profiler.kineto_results.experimental_event_tree())[::-1]
     while todo:
         event = todo.pop()
-        todo += event.children
+        todo += event.children[::-1]
         if event.name == _MARK:
             events.append((event.start_time_ns, None, 0))
         elif event.name == "[memory]" and event.extra_fields.device.type == device.type:

@@ -67,8 +67,9 @@ class GraphStep:
 
     def __init__(self, step, inputs, room=None):
         if room:
-            padded = inputs[0].boxes.padded(room)
-            run, step = step, lambda x, mark: run(dataclasses.replace(x, boxes=padded), mark)
+            # Kept: a replay reads the boxes where they were when the graph was captured.
+            self.padded = inputs[0].boxes.padded(room)
+            run, step = step, lambda x, mark: run(dataclasses.replace(x, boxes=self.padded), mark)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
