@@ -736,7 +736,7 @@ class Kernel:
             *(["sync", x, "b32"] for x in ("or", "and", "xor")),
             *(["sync", x, t] for x in ("add", "min", "max") for t in ("u32", "s32")),
         )
-        name = m[1].capitalize() + ("Signed" if m[2] == "s32" else "")
+        name = m[1].capitalize() + ("Signed" if m[2] == "s32" and m[1] != "add" else "")
         return self.write(
             d, f"ptx::redux<ptx::kRedux{name}>({self.read(a, 'u32')}, {self.read(mask, 'u32')}, {self.line})", "u32"
         )
