@@ -489,6 +489,14 @@ bar.sync 0;
 ld.shared.u32 %y32, [%s];
 mov.b64 %x64, {{%x32, %y32}};
 """
+TOGETHER["atom_floats"] = f"""{SHARED}
+st.shared.u32 [%s], %b32;
+atom.shared.add.f32 %y32, [%s], %a32;
+ld.shared.u32 %y32, [%s];
+atom.global.add.f32 %x32, [%c64], %a32;
+ld.global.u32 %x32, [%c64];
+mov.b64 %x64, {{%x32, %y32}};
+"""
 for count, trans in itertools.product((1, 2, 4), ("", ".trans")):
     body = LDMATRIX.format(count=f"x{count}", trans=trans, names=", ".join(f"%m{4 + i}" for i in range(count)))
     # Of the matrices, the one that c names.
@@ -779,6 +787,25 @@ def test_atomics(run, op, seed):
         assert sorted([start, *map(f, old, values)]) == sorted([*old, int(word[0])])
 
 
+def test_atomic_sums_of_floats(run):
+    """Rounded to nearest; in global memory, subnormal numbers are flushed, in shared memory they are kept."""
+    tiny = 2.0**-130
+    for a, b, in_global in (
+        (0.1, 0.7, None),
+        (tiny, 1e-38, 0),
+        (2.0**-126, -(2.0**-127), 2.0**-126),
+        (3e38, 3e38, None),
+    ):
+        word = np.array([b], np.float32)
+        with np.errstate(over="ignore"):
+            wanted = np.float32(a) + np.float32(b)
+        if in_global is not None:
+            in_global = np.float32(in_global) + (np.float32(b) if abs(b) >= 2.0**-126 else np.float32(0))
+        got = run("atom_floats", [(bits32(a), bits32(b), word.ctypes.data)], shared=16)[0]
+        assert got >> 32 == bits32(wanted)
+        assert got & M32 == bits32(wanted if in_global is None else in_global)
+
+
 def test_reductions_at_barriers(run):
     assert run("barriers", [(i,) for i in range(96)]) == [48 | 1 << 32] * 96
     assert run("barriers", [(1,)] * 64) == [64 | 3 << 32] * 64
@@ -842,7 +869,8 @@ def test_lanes_that_do_not_come(run):
         ("add.rz.f32 %x32, %a32, %b32;", "modifiers .*rz"),
         ("fma.rn.ftz.f32 %x32, %a32, %b32, %c32;", "modifiers .*ftz"),
         ("cvt.rz.f16.f32 %x16, %a32;", "modifiers .*rz"),
-        ("atom.global.add.f32 %x32, [%c64], %a32;", "atom .*f32"),
+        ("atom.add.f32 %x32, [%c64], %a32;", "atom .*f32"),
+        ("atom.global.exch.b32 %x32, [%c64], %a32;", "atom .*exch"),
         ("ld.volatile.global.u32 %x32, [%c64];", "ld .*volatile"),
         ("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%m0, %m1}, {%m2, %m3, %m4, %m5}, {%m6, %m7}, {%m8, %m9};",
          "mma .*f16"),

@@ -652,6 +652,8 @@ class Kernel:
         known = {"add": ("u32", "u64", "f32", "f64"), "or": ("b32",), "and": ("b32",), "max": ("u32",), "min": ("u32",)}
         if space not in ("global", "shared", "generic") or t not in known.get(operation, ()):
             self.fail(f"atom {m}")
+        if t == "f32" and space == "generic":  # whether subnormal numbers are flushed depends on the space
+            self.fail(f"atom {m}")
         c = ctype(t)
         after = {
             "add": "old + x",
@@ -660,6 +662,8 @@ class Kernel:
             "max": "old > x ? old : x",
             "min": "old < x ? old : x",
         }[operation]
+        if t == "f32" and space == "global":
+            after = "ptx::flushed(ptx::flushed(old) + ptx::flushed(x))"
         pointer = f"ptx::{space}_at<{WIDTH[t] // 8}>({self.address(address, space)}, ptx::kAtomic, {self.line})"
         return (
             f"{{ void* const at = {pointer}; const {c} x = {self.read(a, t)}; const {c} old = ptx::load<{c}>(at, 0); "
