@@ -7,6 +7,7 @@ included; how many instructions multiply matrices and how many copy 16 bytes fro
 Fails, naming the kernel, where
 - it has not exactly the ARCHITECTUREs (default: those of setup.py);
 - it uses local memory, and does not compute in double;
+- it has a trap, as machine code or as PTX: a branch that cannot be taken costs all the same;
 - it copies from global to shared memory, but never 16 bytes at once;
 - it is one of MATRIX_KERNELS and missing for a type, copies nothing, or multiplies otherwise than that type should.
 
@@ -28,6 +29,7 @@ MULTIPLY = {  # by a kernel's first template argument: the products that it must
     "__half": ["F32", "F32.BF16"],  # operands that are computed are bfloat16
     "float": ["F32.TF32"],
 }
+TRAPS = []  # kernels and architectures whose PTX has one
 COLUMNS = ["registers", "stack", "stored", "loaded", "shared", "constants", "HMMA", "LDGSTS.128"]
 
 
@@ -80,8 +82,10 @@ def measure(library):
         row = [used["REG"], used["STACK"] + used["LOCAL"], local_bytes(count, "STL"), local_bytes(count, "LDL")]
         row += [used["SHARED"], used["CONSTANT[0]"], total(count, "HMMA"), total(count, r"LDGSTS.*\.128")]
         found[name][architecture] = dict(zip(COLUMNS, row)), count
-    for name, architecture, _ in dump(library, "ptx", r"\.entry (\w+)"):
+    for name, architecture, ptx in dump(library, "ptx", r"\.entry (\w+)"):
         found[name][architecture] = None
+        if re.search(r"\btrap;", ptx):
+            TRAPS.append((name, architecture))
     return found
 
 
@@ -91,6 +95,8 @@ def complaints(name, architecture, row, count):
     if "double" not in name and any(local):
         yield "{} bytes of stack, {} stored to local memory, {} loaded".format(*local)
     matrix = kernel in MATRIX_KERNELS and kind in MULTIPLY
+    if total(count, "BPT"):
+        yield "has a trap"
     if not row["LDGSTS.128"] and (matrix or total(count, "LDGSTS")):
         yield "never copies 16 bytes at once from global to shared memory (LDGSTS.128)"
     products = {found[1] for found in (re.fullmatch(r"HMMA\.\d+\.(.*)", instruction) for instruction in count) if found}
@@ -119,6 +125,8 @@ def main(library, *expected):
             if measured:
                 print(f"{name:{width}}  {architecture:7}", *(f"{number:>10}" for number in measured[0].values()))
                 wrong += [f"{name} on {architecture}: {what}" for what in complaints(name, architecture, *measured)]
+    names = dict(zip(found, short))
+    wrong += [f"{names[name]} on {architecture}: has a trap" for name, architecture in TRAPS]
     print(f"{len(found)} kernels, {Path(library).stat().st_size:,} bytes with the CPU's code")
     print("\n".join(wrong), end="\n" if wrong else "")
     return bool(wrong)

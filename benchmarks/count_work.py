@@ -1,14 +1,15 @@
-"""Counts what the CUDA kernels execute in one step of a workload, without a GPU: tables, and a lower bound of its time.
+"""Counts what the CUDA kernels execute in a step of a workload, without a GPU: tables, and a lower bound of its time.
 
-    python benchmarks/count_work.py W1 W2 --device H200            # last for each: "W1: 6.70x ...", bound over byte floor
+    python benchmarks/count_work.py W1 W2 --device H200            # last "W1: 6.70x ...": bound over byte floor
     python benchmarks/count_work.py W1 --kernels pool --columns 8  # one kernel, some of its blocks: a minute
-    python benchmarks/count_work.py W3 --device A100 --json W3.json
+    python benchmarks/count_work.py W1 --json benchmarks/results/counted-2026-11-26
+    python benchmarks/count_work.py W1 --against                   # fails where a kernel grew by more than 5%
 
 The PTX that nvcc makes of the kernels is translated to C++ and run on the CPU (tests/ptx/README.md). Needs nvcc, ptxas,
-g++, and the packages pybind11, scipy and nvidia-cuda-nvdisasm. Shapes, strides, layouts, grids and slices are those of
-the full workload. Maps are 32 MB of random numbers again and again, in the same memory. Where columns of the grid are
-left out, what they execute is worked out from their tiles, and results are wrong; what is executed does not depend on
-them, but for pixels and anchors of norm zero.
+g++, and `pip install ".[count]"`. PTX that can trap is an error, and so is what ptxas warns of. Shapes, strides,
+layouts, grids and slices are those of the full workload. Maps are 32 MB of random numbers again and again, in the same
+memory. Where columns of the grid are left out, what they execute is worked out from their tiles, and results are wrong;
+what is executed does not depend on them, but for pixels and anchors of norm zero.
 """
 
 import argparse
@@ -16,17 +17,19 @@ import ctypes
 import json
 import mmap
 import os
+import re
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in ("tests", "benchmarks", ""))
 
+import first_look
 import torch
 from emulator import operators
-from ptx import build, report
+from ptx import build, counted, tables
+from report import commit
 from steps import make_regions
 from workloads import WORKLOADS
 
@@ -35,6 +38,8 @@ import sea_kernels as sk
 PERIOD = 32 << 20  # bytes
 ARCHITECTURES = {"A100": 80, "H100": 90, "H200": 90}
 COLUMNS = {"W1": 0, "W4": 2}  # where not given: all of W1, 6 of the others
+DEAL_OUT_TILES = {"pool", "distance", "moments", "backward", "distance_backward"}
+MOST_GROWTH = 0.05
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -85,6 +90,22 @@ def make_maps(w, fd, salt):
     return out
 
 
+def check_tiles(launches):
+    """Without a kernel's tiles, columns cannot be left out, and the tables lack what a tile takes."""
+    told = {build.short_name(launch["kernel"]): bool(launch["kinds"]) for launch in launches}
+    if missing := sorted(name for name in DEAL_OUT_TILES & set(told) if not told[name]):
+        raise SystemExit(
+            f"which tiles the blocks of {', '.join(missing)} have is not known: "
+            "tests/ptx/cuda/launch.h does not fit csrc/cuda/launch.h and pyramid.cuh any more"
+        )
+
+
+def check_ptx(kernels):
+    """A branch that cannot be taken may not be left to a trap: the compiler keeps it."""
+    if trapping := sorted({build.short_name(name) for name, text in kernels.items() if re.search(r"\btrap;", text)}):
+        raise SystemExit(f"the PTX of {', '.join(trapping)} has a trap")
+
+
 def count(name, w, options, tell):
     """Runs a step and counts it: what report.make() wants."""
     architecture = options.architecture or ARCHITECTURES[options.device]
@@ -93,7 +114,8 @@ def count(name, w, options, tell):
     module = operators.install(
         ["losses", "regions"], architecture, count=True, dtypes=[w.dtype], kernels=kernels, tell=tell
     )
-    slices = report.DEVICES[options.device]["sms"]  # csrc/cuda/device.h
+    slices = counted.DEVICES[options.device]["sms"]  # csrc/cuda/device.h
+    check_ptx(module.kernels)
     module.settings(slices=slices, largest_filled=1 << 20)
     library = ctypes.CDLL(str(module.library))
     library.ptxrun_count(columns, options.products, kernels is not None)
@@ -112,6 +134,7 @@ def count(name, w, options, tell):
         if library.ptxrun_count_write(file.name.encode()):
             raise SystemExit(f"cannot write {file.name}")
         launches = json.loads(Path(file.name).read_text())
+    check_tiles(launches)
     _kept.clear()
     about = {
         "workload": name,
@@ -124,15 +147,47 @@ def count(name, w, options, tell):
         "shapes": w.level_shapes,
     }
     tell(f"{name}: counted; machine code" if not options.no_sass else f"{name}: counted")
-    return report.make(
+    return counted.make(
         about, launches, module.kernels, options.device, architecture, None if options.no_sass else build.CACHE
     )
+
+
+def rounded(x):
+    """Numbers to six digits, wherever they are."""
+    if isinstance(x, dict):
+        return {key: rounded(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [rounded(value) for value in x]
+    return float(f"{x:.6g}") if isinstance(x, float) else x
+
+
+def write(result, folder):
+    """FOLDER/W1.json, a line for each kernel: what first_look.py and --against read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {"lines", "tile costs", "ptx classes"}  # in tables alone
+    head = {"commit": commit(), "device": result["device"], "about": result["about"]}
+    kernels = (
+        f"  {json.dumps(name)}: {json.dumps(rounded({key: x for key, x in k.items() if key not in shown}))}"
+        for name, k in result["kernels"].items()
+    )
+    text = json.dumps(head)[:-1] + ',\n "kernels": {\n' + ",\n".join(kernels) + "\n }}\n"
+    (folder / f"{result['about']['workload']}.json").write_text(text)
+
+
+def growth(kernels, before):
+    """A line for each kernel that executes more instructions than the table says, by more than MOST_GROWTH."""
+    for name, k in kernels.items():
+        if name not in before:
+            yield f"{name} is not in the table; it executes {k['sass']:,.0f} instructions"
+        elif k["sass"] > (1 + MOST_GROWTH) * before[name]["sass"]:
+            more = k["sass"] / before[name]["sass"] - 1
+            yield f"{name} executes {k['sass']:,.0f} instructions, {more:.1%} more than the table says"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
-    parser.add_argument("--device", choices=report.DEVICES, default="H200")
+    parser.add_argument("--device", choices=counted.DEVICES, default="H200")
     parser.add_argument("--architecture", type=int, choices=(80, 90), help="default: the device's")
     parser.add_argument("--kernels", type=lambda x: x.split(","), help="only these, e.g. pool,backward")
     parser.add_argument(
@@ -141,28 +196,39 @@ def main():
     parser.add_argument("--products", action="store_true", help="matrix products are computed: results are right")
     parser.add_argument("--no-sass", action="store_true", help="PTX is counted alone")
     parser.add_argument("--lines", type=int, default=10, help="of the sources, in each table of lines")
-    parser.add_argument("--json", type=Path, help="a folder for the reports as JSON")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="gets W1.json and so on")
+    parser.add_argument(
+        "--against",
+        action="store_true",
+        help=f"fails where a kernel executes over {MOST_GROWTH:.0%} more than the newest table of benchmarks/results",
+    )
     options = parser.parse_args()
     start = time.monotonic()
-    last = []
+    last, grown = [], []
+
+    def tell(text):
+        print(f"[{time.monotonic() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
+
     for name in options.workloads:
-        tell = lambda text: print(f"[{time.monotonic() - start:4.0f} s] {text}", file=sys.stderr, flush=True)  # noqa: E731
-        counted = count(name, WORKLOADS[name], options, tell)
-        bound, even, floor = report.show(counted, options.lines)
+        result = count(name, WORKLOADS[name], options, tell)
+        bound, even, floor = tables.show(result, options.lines)
         if options.json:
-            options.json.mkdir(parents=True, exist_ok=True)
-            kept = {k: v for k, v in counted.items() if k != "lines"}
-            (options.json / f"{name}-{options.device}.json").write_text(json.dumps(kept, indent=1, default=float))
+            write(result, options.json)
+        if options.against:
+            grown += (f"{name}: {line}" for line in growth(result["kernels"], first_look.counted(name)))
         if options.kernels:
             line = f"{name}, {' '.join(options.kernels)} only: {bound:.3f} ms"
         else:
             line = f"{name}: {bound / floor:.2f}x"
-        line += f" (bound {bound:.3f} ms over a floor of {floor:.3f} ms on {options.device}; {even / floor:.2f}x were all blocks alike)"
+        line += f" (bound {bound:.3f} ms over a floor of {floor:.3f} ms on {options.device}; "
+        line += f"{even / floor:.2f}x were all blocks alike)"
         print(f"\n{line}", flush=True)
         last.append(line)
         tell(f"{name}: done")
     if len(last) > 1:
         print("\n" + "\n".join(last))
+    if grown:
+        raise SystemExit("\n".join(grown))
 
 
 if __name__ == "__main__":

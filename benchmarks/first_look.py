@@ -124,13 +124,12 @@ def load(path):
 
 
 def counted(name):
-    """Kernel -> what the newest count has of it in a step of that workload.
+    """Kernel -> what the newest count (count_work.py --json) has of it in a step of that workload.
 
     Read are "sass" (warp instructions), "largest over mean" (of the blocks' instructions) and, if it is there, "tiles".
     """
     files = sorted(HERE.glob(f"results/counted-*/{name}.json"))
-    kernels = load(files[-1] if files else None).get("kernels", {})
-    return {re.sub("<.*", "", kernel): numbers for kernel, numbers in kernels.items()}
+    return load(files[-1] if files else None).get("kernels", {})
 
 
 def of_kernel(kernel, rows):

@@ -34,8 +34,8 @@ def load(architecture=90, sources=None, count=False, dtypes=None, kernels=None, 
     sources: names of some of the files in csrc/cuda/ops (default: all)
     count: what the kernels execute is counted; others run faster
     dtypes: only kernels for maps of these, and for boxes of float32
-    kernels: {a file in csrc/cuda/ops: names of those of its kernels that are wanted, such as "pool"}; a launch of another
-        one is an error, or does nothing (ptxrun_count)
+    kernels: {a file in csrc/cuda/ops: names of those of its kernels that are wanted, such as "pool"}; a launch of
+        another one is an error, or does nothing (ptxrun_count)
     contract: additions and multiplications are fused wherever ptxas may
     tell: called with a line of text when a step begins or ends
     """

@@ -2,10 +2,10 @@
 
 Both know of every instruction the source line and the lines it was inlined at. Instructions that ptxas neither adds nor
 drops (loads, stores, copies, matrix products, shuffles, barriers, exponentials) are anchors: over all places of the
-machine code that have the same lines and the same kind, executions add up to those of the PTX. Between the blocks of the
-machine code, what flows in flows out. Where both cannot be (ptxas merges loads), the sum of absolute differences is least; blocks without anchors hang on
-their neighbours and, weakly, on the executions of the PTX at their lines. ptxas's own unrolling, if-conversion, expanded
-divisions and address arithmetic are so counted as they are.
+machine code that have the same lines and the same kind, executions add up to those of the PTX. Between the blocks of
+the machine code, what flows in flows out. Where both cannot be (ptxas merges loads), the sum of absolute differences is
+least; blocks without anchors hang on their neighbours and, weakly, on the executions of the PTX at their lines. ptxas's
+own unrolling, if-conversion, expanded divisions and address arithmetic are so counted as they are.
 """
 
 import hashlib
@@ -21,13 +21,19 @@ from scipy.optimize import linprog
 from scipy.sparse import bmat, identity, lil_matrix
 
 # Kind of an anchor by opcode of the machine code, and by that of the PTX.
-SASS_ANCHORS = [(r"LDGSTS", "cp"), (r"LDGDEPBAR", "commit"), (r"LDG\b", "ldg"), (r"STG\b", "stg"), (r"LDSM", "ldmatrix"), (r"LDS\b", "lds"),
-                (r"STS\b", "sts"), (r"HMMA", "mma"), (r"SHFL", "shfl"), (r"BAR\.", "bar"), (r"MUFU\.(EX2|LG2)", "ex2"),
-                (r"ATOMS", "atoms"), (r"ATOMG|ATOM\b|RED\b", "atomg"), (r"REDUX", "redux"), (r"LD\b", "ld"), (r"ST\b", "st")]  # fmt: skip
-PTX_ANCHORS = [(r"cp\.async\.c[ag]", "cp"), (r"cp\.async\.commit", "commit"), (r"ld\.global", "ldg"), (r"st\.global", "stg"), (r"ldmatrix", "ldmatrix"),
-               (r"ld\.shared", "lds"), (r"st\.shared", "sts"), (r"mma\.", "mma"), (r"shfl", "shfl"), (r"bar\.(sync|red)|barrier", "bar"),
-               (r"(ex2|lg2)\.", "ex2"), (r"atom\.shared", "atoms"), (r"atom\.global", "atomg"), (r"redux", "redux"),
-               (r"ld\.(?!param|global|shared)", "ld"), (r"st\.(?!param|global|shared)", "st")]  # fmt: skip
+SASS_ANCHORS = [
+    (r"LDGSTS", "cp"), (r"LDGDEPBAR", "commit"), (r"LDG\b", "ldg"), (r"STG\b", "stg"), (r"LDSM", "ldmatrix"),
+    (r"LDS\b", "lds"), (r"STS\b", "sts"), (r"HMMA", "mma"), (r"SHFL", "shfl"), (r"BAR\.", "bar"),
+    (r"MUFU\.(EX2|LG2)", "ex2"), (r"ATOMS", "atoms"), (r"ATOMG|ATOM\b|RED\b", "atomg"), (r"REDUX", "redux"),
+    (r"LD\b", "ld"), (r"ST\b", "st"),
+]  # fmt: skip
+PTX_ANCHORS = [
+    (r"cp\.async\.c[ag]", "cp"), (r"cp\.async\.commit", "commit"), (r"ld\.global", "ldg"), (r"st\.global", "stg"),
+    (r"ldmatrix", "ldmatrix"), (r"ld\.shared", "lds"), (r"st\.shared", "sts"), (r"mma\.", "mma"), (r"shfl", "shfl"),
+    (r"bar\.(sync|red)|barrier", "bar"), (r"(ex2|lg2)\.", "ex2"), (r"atom\.shared", "atoms"),
+    (r"atom\.global", "atomg"), (r"redux", "redux"), (r"ld\.(?!param|global|shared)", "ld"),
+    (r"st\.(?!param|global|shared)", "st"),
+]  # fmt: skip
 
 
 def kind_of(text, table):
@@ -44,11 +50,11 @@ def ptx_chains(text):
     pattern = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?")
     for number, line in enumerate(text.split("\n"), 1):
         if ".loc" in line and (found := pattern.match(line)):
-            f, l, c, pf, pl, pc = (int(x) if x else None for x in found.groups())
-            chain = ((files.get(f, f), l),)
+            f, row, c, pf, pl, pc = (int(x) if x else None for x in found.groups())
+            chain = ((files.get(f, f), row),)
             if pf is not None:
                 chain += seen.get((pf, pl, pc), ((files.get(pf, pf), pl),))
-            seen[f, l, c] = chain
+            seen[f, row, c] = chain
             now = chain
         elif ".entry" in line:
             now, seen = (), {}
@@ -128,7 +134,10 @@ def disassemble(text, architecture, folder):
         ptx = folder / f"sass-{key}.ptx"
         ptx.write_text(text)
         command = ["ptxas", f"-arch=sm_{architecture}", "-lineinfo", "-v", ptx, "-o", cubin]
-        log.write_text(run(command)[1])
+        said = run(command)[1]
+        if warned := re.search(r".*C751\d.*", said):  # that it makes matrix products wait for each other
+            raise SystemExit(f"ptxas: {warned[0].strip()}")
+        log.write_text(said)
         made = run([find_nvdisasm(), "-gi", "-c", cubin])[0]
         listing.with_suffix(".new").write_text(made)
         listing.with_suffix(".new").replace(listing)
@@ -206,14 +215,15 @@ def fit(code, ptx_blocks, executed, chains, warps, tell=False):
     terms += [({b: 1.0}, guess[b], 0.01 / np.sqrt(guess[b] + 0.1 + 0.05 * guess.max())) for b in range(n)]
     m = len(terms)
     equal_terms = lil_matrix((m, columns))
-    for r, (places, target, weight) in enumerate(terms):
+    for r, (places, _, _) in enumerate(terms):
         for b, count in places.items():
             for i in out[b]:
                 equal_terms[r, i] += count
     weights = [w for _, _, w in terms]
     system = bmat([[equal.tocsr(), None, None], [equal_terms.tocsr(), identity(m), -identity(m)]], format="csr")
-    done = linprog(np.concatenate([np.zeros(columns), weights, weights]), A_eq=system,
-                   b_eq=np.concatenate([right, [t for _, t, _ in terms]]), bounds=(0, None), method="highs")  # fmt: skip
+    cost = np.concatenate([np.zeros(columns), weights, weights])
+    flows = np.concatenate([right, [t for _, t, _ in terms]])
+    done = linprog(cost, A_eq=system, b_eq=flows, bounds=(0, None), method="highs")
     if done.x is None:
         raise SystemExit(f"no flow: {done.message}")
     if tell:

@@ -88,7 +88,7 @@ def signed(x, n):
 
 
 def rounded(x, fraction, least, most, how="even"):
-    """A finite Fraction that is not zero, in a format with so many bits of fraction and exponents from least to most."""
+    """A finite Fraction that is not zero, rounded to so many bits of fraction, with exponents from least to most."""
     e = max(math.floor(math.log2(abs(x))), least)
     e += 1 if abs(x) >= Fraction(2) ** (e + 1) else -1 if e > least and abs(x) < Fraction(2) ** e else 0
     unit = Fraction(2) ** (e - fraction)
@@ -153,7 +153,7 @@ def smaller(a, b, view, bits, largest=False):
     x, y = view(a), view(b)
     if np.isnan(x) or np.isnan(y):
         return NAN if np.isnan(x) and np.isnan(y) else bits(y if np.isnan(x) else x)
-    key = lambda v: (float(v), not np.signbit(v))
+    key = lambda v: (float(v), not np.signbit(v))  # noqa: E731
     return bits((max if largest else min)(x, y, key=key))
 
 
@@ -194,9 +194,9 @@ for n, values in ((32, INTS), (64, LONGS)):
         case(f"min.{t} {r}", lambda a, b, v=number: min(v(a), v(b)), *two)
         case(f"max.{t} {r}", lambda a, b, v=number: max(v(a), v(b)), *two)
         # Toward zero, and the remainder has the sign of a.
-        quotient = lambda a, b, v=number: abs(v(a)) // abs(v(b)) * (1 if (v(a) < 0) == (v(b) < 0) else -1)
+        quotient = lambda a, b, v=number: abs(v(a)) // abs(v(b)) * (1 if (v(a) < 0) == (v(b) < 0) else -1)  # noqa: E731
         case(f"div.{t} {r}", quotient, values, [x for x in values if x])
-        rest = lambda a, b, v=number, q=quotient: v(a) - v(b) * q(a, b)
+        rest = lambda a, b, v=number, q=quotient: v(a) - v(b) * q(a, b)  # noqa: E731
         case(f"rem.{t} {r}", rest, values, [x for x in values if x])
         case(f"shr.{t} %x{n}, %a{n}, %b32", lambda a, b, v=number: v(a) >> (b & M32), values, SHIFTS)
         for name, compare in (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="), ("eq", "=="), ("ne", "!=")):
@@ -230,7 +230,7 @@ def funnel(a, b, c, left, clamp):
 
 
 for side, how in itertools.product("lr", ("wrap", "clamp")):
-    f = lambda a, b, c, s=side, h=how: funnel(a, b, c, s == "l", h == "clamp")
+    f = lambda a, b, c, s=side, h=how: funnel(a, b, c, s == "l", h == "clamp")  # noqa: E731
     case(f"shf.{side}.{how}.b32 %x32, %a32, %b32, %c32", f, BYTES, BYTES, SHIFTS)
 
 
@@ -248,7 +248,7 @@ case(
     "prmt.b32 %x32, %a32, %b32, %c32", permuted, BYTES, BYTES, [0x3210, 0x7654, 0x5410, 0xFEDC, 0x89AB, 0x0123, 0x9180]
 )
 for table in (0x96, 0xEA, 0xF8, 0x01, 0xB8):  # the table is the function of the constants 0xF0, 0xCC, 0xAA
-    f = lambda a, b, c, t=table: sum(
+    f = lambda a, b, c, t=table: sum(  # noqa: E731
         (t >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i for i in range(32)
     )
     case(f"lop3.b32 %x32, %a32, %b32, %c32, {table}", f, BYTES, INTS, INTS)
@@ -271,7 +271,7 @@ def inserted(a, b, position, length):
 FIELDS = [0, 1, 4, 8, 31, 32, 33, 64, 256, 260]
 for t in ("u32", "s32", "u64", "s64"):
     n = int(t[1:])
-    f = lambda a, b, c, n=n, s=t[0] == "s": extracted(a, b, c, n, s)
+    f = lambda a, b, c, n=n, s=t[0] == "s": extracted(a, b, c, n, s)  # noqa: E731
     case(f"bfe.{t} %x{n}, %a{n}, %b32, %c32", f, [*BYTES, M32], FIELDS, FIELDS)
 case("bfi.b32 %x32, %a32, %b32, %c32, %d32", inserted, BYTES, [0, M32], FIELDS, FIELDS)
 
@@ -284,7 +284,7 @@ for t, view, bits, values in (("f32", f32, bits32, SINGLES), ("f64", f64, bits64
     case(f"sqrt.rn.{t} %x{n}, %a{n}", lambda a, o=(np.sqrt, view, bits): ieee(*o, a), values)
     case(f"rcp.rn.{t} %x{n}, %a{n}", lambda a, o=(np.reciprocal, view, bits): ieee(*o, a), values)
     for name in ("min", "max"):
-        f = lambda a, b, o=(view, bits, name == "max"): smaller(a, b, *o)
+        f = lambda a, b, o=(view, bits, name == "max"): smaller(a, b, *o)  # noqa: E731
         case(f"{name}.{t} {r}", f, values, values)
     case(f"neg.{t} %x{n}, %a{n}", lambda a, n=n: a ^ 1 << (n - 1), [x for x in values if not np.isnan(view(x))])
     case(f"abs.{t} %x{n}, %a{n}", lambda a, n=n: a & ~(1 << (n - 1)), [x for x in values if not np.isnan(view(x))])
@@ -292,9 +292,9 @@ for t, view, bits, values in (("f32", f32, bits32, SINGLES), ("f64", f64, bits64
         sign = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}[name]
         for u in ("", "u"):  # without u, a comparison with NaN is false, ne too
             f = eval(f"lambda a, b, v, u: u if v(a) != v(a) or v(b) != v(b) else v(a) {sign} v(b)")
-            f = lambda a, b, v=view, u=u, f=f: bool(f(a, b, v, bool(u)))
+            f = lambda a, b, v=view, u=u, f=f: bool(f(a, b, v, bool(u)))  # noqa: E731
             case(f"setp.{name}{u}.{t} %p, %a{n}, %b{n}", f, values, values)
-    nan = lambda a, b, v=view: bool(np.isnan(v(a)) or np.isnan(v(b)))
+    nan = lambda a, b, v=view: bool(np.isnan(v(a)) or np.isnan(v(b)))  # noqa: E731
     case(f"setp.nan.{t} %p, %a{n}, %b{n}", nan, values, values)
     case(f"setp.num.{t} %p, %a{n}, %b{n}", lambda a, b, f=nan: not f(a, b), values, values)
 case("fma.rn.f32 %x32, %a32, %b32, %c32", lambda a, b, c: bits32(fma(f32(a), f32(b), f32(c), F32)), FEW, FEW, FEW)
@@ -314,11 +314,11 @@ case("cvt.rn.bf16.f32 %x16, %a32", to_bf16, SINGLES)
 case("cvt.rn.f16x2.f32 %x32, %a32, %b32", lambda a, b: to_f16(a) << 16 | to_f16(b), SINGLES, SINGLES)
 case("cvt.rn.bf16x2.f32 %x32, %a32, %b32", lambda a, b: to_bf16(a) << 16 | to_bf16(b), SINGLES, SINGLES)
 HALVES = [0, 0x8000, 1, 0x3FF, 0x400, 0x3C00, 0x3C01, 0xC500, 0x7BFF, 0x7C00, 0xFC00, 0x7E01]
-half = lambda a: ieee(lambda x: np.float32(x), lambda b: np.uint16(b).view(np.float16), bits32, a)
+half = lambda a: ieee(lambda x: np.float32(x), lambda b: np.uint16(b).view(np.float16), bits32, a)  # noqa: E731
 case("cvt.f32.f16 %x32, %a16", half, HALVES)
 case("cvt.rna.tf32.f32 %x32, %a32", lambda a: bits32(rounded(Fraction(float(f32(a))), 10, -126, 127, "away")), FEW)
 case("cvt.sat.f32.f32 %x32, %a32", lambda a: bits32(0 if not f32(a) > 0 else min(f32(a), 1)), SINGLES)
-single = lambda a: ieee(lambda x: np.float32(x), f64, bits32, a)
+single = lambda a: ieee(lambda x: np.float32(x), f64, bits32, a)  # noqa: E731
 case("cvt.rn.f32.f64 %x32, %a64", single, DOUBLES)
 case("cvt.f64.f32 %x64, %a32", lambda a: ieee(np.float64, f32, bits64, a), SINGLES)
 for how, f in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
@@ -511,7 +511,8 @@ ld.global.v4.b32 {{%m0, %m1, %m2, %m3}}, [%at];
 ld.global.v2.b32 {{%m4, %m5}}, [%at+16];
 ld.global.v2.b32 {{%m8, %m9}}, [%at+24];
 ld.global.v2.b32 {{%m10, %m11}}, [%at+32];
-mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 {{%m12, %m13, %m14, %m15}}, {{%m0, %m1, %m2, %m3}}, {{%m4, %m5}}, {{%m8, %m9, %m10, %m11}};
+mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32
+  {{%m12, %m13, %m14, %m15}}, {{%m0, %m1, %m2, %m3}}, {{%m4, %m5}}, {{%m8, %m9, %m10, %m11}};
 st.global.v2.b32 [%at], {{%m12, %m13}};
 st.global.v2.b32 [%at+8], {{%m14, %m15}};
 """
@@ -614,7 +615,7 @@ def test_approximate_functions_keep_their_bounds(run, rough):
 def test_approximate_functions_of_special_numbers(run):
     tiny, smaller = bits32(2.0**-127), bits32(2.0**-140)
     inf, nan = 0x7F800000, 0x7FC00000
-    both = lambda name, x: [v for y in run(name, [(x,)]) for v in (y & M32, y >> 32)]
+    both = lambda name, x: [v for y in run(name, [(x,)]) for v in (y & M32, y >> 32)]  # noqa: E731
     assert both("ex2", inf) == [inf, inf] and both("ex2", inf | 1 << 31) == [0, 0]
     assert both("ex2", 0) == both("ex2", 1 << 31) == both("ex2", tiny) == [bits32(1)] * 2
     assert both("ex2", bits32(-127)) == [tiny, 0]  # ftz
@@ -777,7 +778,7 @@ def test_atomics(run, op, seed):
     values = [1 << (i % 32) | i for i in range(64)]
     start = {"and": M32, "min": M32}.get(op, 5)
     one = {"add": int.__add__, "or": int.__or__, "and": int.__and__, "max": max, "min": min}[op]
-    f = lambda a, b: one(a, b) & M32
+    f = lambda a, b: one(a, b) & M32  # noqa: E731
     word = np.array([start], np.uint32)
     in_global = run(f"atom_global_{op}", [(v, 0, word.ctypes.data) for v in values], seed=seed)
     in_shared = run(f"atom_shared_{op}", [(v, start) for v in values], shared=16, seed=seed)
@@ -814,7 +815,7 @@ def test_reductions_at_barriers(run):
 
 def test_copies_come_with_their_group(run):
     number = 0x1111111122222222
-    waited = lambda part: run("pending", [(number, part)], shared=64)[0]
+    waited = lambda part: run("pending", [(number, part)], shared=64)[0]  # noqa: E731
     assert waited(0) == number
     assert waited(1) == number & M32  # 4 bytes of 8, the rest is zero
     assert waited(2) == M64  # of the last group nothing is there

@@ -50,7 +50,7 @@ def split_operands(text):
             word = ""
         else:
             word += c
-    return out + [word.strip()] if word.strip() else out
+    return [*out, word.strip()] if word.strip() else out
 
 
 class Kernel:
@@ -184,7 +184,8 @@ class Kernel:
 
     def run(self):
         depth_labels = []
-        for self.line, statement in self.statements():
+        for line, statement in self.statements():
+            self.line = line
             if statement == "{":
                 self.scopes.append({})
                 self.out.append("{")
@@ -500,11 +501,8 @@ class Kernel:
     def op_bfi(self, m, f, a, b, c, d):
         self.only(m, ["b32"], ["b64"])
         (t,) = m
-        return self.write(
-            f,
-            f"ptx::insert<{ctype(t)}>({self.read(a, t)}, {self.read(b, t)}, {self.read(c, 'u32')}, {self.read(d, 'u32')})",
-            t,
-        )
+        operands = self.read(a, t), self.read(b, t), self.read(c, "u32"), self.read(d, "u32")
+        return self.write(f, f"ptx::insert<{ctype(t)}>({', '.join(operands)})", t)
 
     def op_bfind(self, m, d, a):
         self.only(m, ["shiftamt", "u32"], ["u32"])
@@ -573,7 +571,10 @@ class Kernel:
             return self.write(d, "{} << 16 | {}".format(*halves), "b32")
         if b is not None:
             self.fail(f"cvt {m} of two values")
-        integer = lambda t: t[0] in "us"
+
+        def integer(t):
+            return t[0] in "us"
+
         if integer(to) and integer(source):
             self.only(how, [])
             return self.write(d, f"({ctype(to)}){self.read(a, source)}", to)
@@ -617,19 +618,16 @@ class Kernel:
         if len(m) != 1 or m[0] not in WIDTH or m[0] == "pred" or (known != "ld" and space == "param"):
             self.fail(f"{known} {m}")
         t = m[0]
-        size = WIDTH[t] // 8 * count
-        return (
-            count,
-            t,
-            f"ptx::{space}_at<{size}>({self.address(address, space)}, {'ptx::kRead' if known == 'ld' else 'ptx::kWrite'}, {self.line})",
-        )
+        how = "ptx::kRead" if known == "ld" else "ptx::kWrite"
+        at = f"ptx::{space}_at<{WIDTH[t] // 8 * count}>({self.address(address, space)}, {how}, {self.line})"
+        return count, t, at
 
     def op_ld(self, m, d, address):
         count, t, pointer = self.access(m, address, "ld")
         c = STORED[WIDTH[t]] if t[0] in "bf" else ctype(t)
         raw = "b" + str(WIDTH[t]) if t[0] in "bf" else t
         code = f"{{ const void* const at = {pointer}; "
-        for i, name in enumerate(self.elements(d, count)):
+        for i in range(count):
             code += f"const {c} x{i} = ptx::load<{c}>(at, {i}); "
         for i, name in enumerate(self.elements(d, count)):
             code += self.write(name, f"x{i}", raw)
@@ -699,7 +697,8 @@ class Kernel:
         if size not in ((16,) if m[1] == "cg" else (4, 8, 16)):
             self.fail(f"cp.async of {size} bytes")
         valid = self.read(operands[3], "u32") if len(operands) > 3 else str(size)
-        return f"ptx::copy_async<{size}>({self.address(to, 'shared')}, {self.address(source, 'global')}, {valid}, {self.line});"
+        at = f"{self.address(to, 'shared')}, {self.address(source, 'global')}"
+        return f"ptx::copy_async<{size}>({at}, {valid}, {self.line});"
 
     # What threads do together
 
@@ -749,7 +748,8 @@ class Kernel:
         self.only(m, *(["sync", x, "b32"] for x in ("up", "down", "bfly", "idx")))
         d, _, p = d.partition("|")
         arguments = ", ".join(self.read(x, "b32") for x in (a, b, c, mask))
-        code = f"{{ const ptx::Shuffled x = ptx::shuffle<ptx::k{m[1].capitalize()}>({arguments}, {self.line}); {self.write(d, 'x.value', 'b32')}"
+        code = f"{{ const ptx::Shuffled x = ptx::shuffle<ptx::k{m[1].capitalize()}>({arguments}, {self.line}); "
+        code += self.write(d, "x.value", "b32")
         return code + (self.write(p, "x.valid", "pred") if p else "") + " }"
 
     def op_ldmatrix(self, m, d, address):
@@ -765,7 +765,8 @@ class Kernel:
         names = split_operands(d[1:-1])
         if len(names) != count:
             self.fail(d)
-        code = f"{{ uint32_t x[{count}]; ptx::load_matrices<{count}, {'true' if turned else 'false'}>(x, {self.address(address, 'shared')}, {self.line}); "
+        code = f"{{ uint32_t x[{count}]; ptx::load_matrices<{count}, {'true' if turned else 'false'}>"
+        code += f"(x, {self.address(address, 'shared')}, {self.line}); "
         return code + " ".join(self.write(n, f"x[{i}]", "b32") for i, n in enumerate(names)) + " }"
 
     def op_mma(self, m, d, a, b, c):
@@ -789,7 +790,8 @@ class Kernel:
         values = [self.read(x, "b32") for x in [*self.elements(a, in_a), *self.elements(b, in_b)]]
         sums = [self.read(x, "b32" if x.startswith("%") else "f32") for x in self.elements(c, 4)]
         sums = [s if x.startswith("%") else f"ptx::bits<uint32_t>({s})" for s, x in zip(sums, self.elements(c, 4))]
-        code = f"{{ const uint32_t in[] = {{{', '.join(values + sums)}}}; uint32_t x[4]; ptx::mma<ptx::{kind}>(x, in, {self.line}); "
+        code = f"{{ const uint32_t in[] = {{{', '.join(values + sums)}}}; uint32_t x[4]; "
+        code += f"ptx::mma<ptx::{kind}>(x, in, {self.line}); "
         return code + " ".join(self.write(n, f"x[{i}]", "b32") for i, n in enumerate(self.elements(d, 4))) + " }"
 
     # Control

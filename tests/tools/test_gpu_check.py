@@ -242,7 +242,7 @@ def test_the_rates_of_tensor_cores_compile(module, tmp_path, capfd, code):
 
 def test_one_table_has_what_was_measured_beside_what_was_counted(module, tmp_path, monkeypatch, capsys):
     look = module("first_look")
-    counted = {"kernels": {"pool<bf16>": {"sass": 6e6, "largest over mean": 2.5, "tiles": 1000}}}
+    counted = {"kernels": {"pool": {"sass": 6e6, "largest over mean": 2.5, "tiles": 1000}}}
     (tmp_path / "results/counted-2026-01-01").mkdir(parents=True)
     (tmp_path / "results/counted-2026-01-01/W2.json").write_text(json.dumps(counted))
     pool = {"name": "sea::pool<__nv_bfloat16>", "instructions": 7e6, "largest_over_mean": 2.25}

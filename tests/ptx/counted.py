@@ -1,4 +1,4 @@
-"""Tables of what counted launches execute and move, and lower bounds of their time on a GPU."""
+"""What counted launches execute and move, and lower bounds of their time on a GPU."""
 
 import os
 import re
@@ -12,84 +12,41 @@ from . import sass as machine
 from .build import short_name
 from .translate import translate
 
-# Multiprocessors, GHz under load, TB/s of a copy, MB of L2, TB/s of the L2, registers, bytes of shared memory, threads and blocks a
-# multiprocessor; a clock and multiprocessor: matrix products (mma m16n8k16 of 16-bit types, mma.sync), special functions (of a warp).
+# Multiprocessors, GHz under load, TB/s of a copy, MB of L2, TB/s of the L2; registers, bytes of shared memory, threads
+# and blocks of a multiprocessor; what it does in a clock: matrix products (mma m16n8k16 of 16-bit types, mma.sync),
+# special functions (of a warp).
 # L2 rates and the share that mma.sync reaches of the peak on sm_90 (0.62) are others' measurements, not NVIDIA's word.
+SM = {"registers": 65536, "threads": 2048, "blocks": 32, "mufu": 0.5}
+HOPPER = SM | {"sms": 132, "ghz": 1.755, "l2": 5.5, "shared": 228 << 10, "mma": 0.62}
 DEVICES = {
-    "H100": dict(
-        sms=132,
-        ghz=1.755,
-        hbm=3.0,
-        l2_mb=50,
-        l2=5.5,
-        registers=65536,
-        shared=228 << 10,
-        threads=2048,
-        blocks=32,
-        mma=0.62,
-        mufu=0.5,
-    ),
-    "H200": dict(
-        sms=132,
-        ghz=1.755,
-        hbm=4.3,
-        l2_mb=60,
-        l2=5.5,
-        registers=65536,
-        shared=228 << 10,
-        threads=2048,
-        blocks=32,
-        mma=0.62,
-        mufu=0.5,
-    ),
-    "A100": dict(
-        sms=108,
-        ghz=1.41,
-        hbm=1.5,
-        l2_mb=40,
-        l2=4.0,
-        registers=65536,
-        shared=164 << 10,
-        threads=2048,
-        blocks=32,
-        mma=0.5,
-        mufu=0.5,
-    ),
+    "H100": HOPPER | {"hbm": 3.0, "l2_mb": 50},
+    "H200": HOPPER | {"hbm": 4.3, "l2_mb": 60},
+    "A100": SM | {"sms": 108, "ghz": 1.41, "hbm": 1.5, "l2_mb": 40, "l2": 4.0, "shared": 164 << 10, "mma": 0.5},
 }
-CLASSES = [
-    "int",
-    "fp32",
-    "fp64",
-    "cvt",
-    "mufu",
-    "mma",
-    "shared",
-    "ldmatrix",
-    "global",
-    "cp.async",
-    "branch",
-    "barrier",
-    "shuffle",
-    "param",
-    "mov",
-]
 PTX_CLASS = [
-    (r"mma\.", "mma"), (r"ldmatrix", "ldmatrix"), (r"cp\.async", "cp.async"), (r"(ld|st|atom)\.shared", "shared"), (r"ld\.param", "param"),
-    (r"(ld|st|atom|red)\b", "global"), (r"(ex2|lg2|sin|cos|tanh)\.|(rcp|rsqrt|sqrt)\.approx", "mufu"), (r"(sqrt|rcp|div)\.rn", "mufu"),
-    (r"(bra|ret|exit|setp)", "branch"), (r"(bar\.(sync|red)|barrier|bar\.warp|membar|fence)", "barrier"), (r"(shfl|vote|redux)", "shuffle"),
-    (r"cvta", "mov"), (r"cvt\.(?:\w+\.)*(?:u|s)\d+\.(?:u|s)\d+", "int"), (r"cvt", "cvt"), (r"mov", "mov"), (r"\w+\.(?:\w+\.)*f32", "fp32"),
-    (r"\w+\.(?:\w+\.)*f64", "fp64"), (r".", "int"),
+    (r"mma\.", "mma"), (r"ldmatrix", "ldmatrix"), (r"cp\.async", "cp.async"), (r"(ld|st|atom)\.shared", "shared"),
+    (r"ld\.param", "param"), (r"(ld|st|atom|red)\b", "global"), (r"(sqrt|rcp|div)\.rn", "mufu"),
+    (r"(ex2|lg2|sin|cos|tanh)\.|(rcp|rsqrt|sqrt)\.approx", "mufu"), (r"(bra|ret|exit|setp)", "branch"),
+    (r"(bar\.(sync|red)|barrier|bar\.warp|membar|fence)", "barrier"), (r"(shfl|vote|redux)", "shuffle"),
+    (r"cvta", "mov"), (r"cvt\.(?:\w+\.)*(?:u|s)\d+\.(?:u|s)\d+", "int"), (r"cvt", "cvt"), (r"mov", "mov"),
+    (r"\w+\.(?:\w+\.)*f32", "fp32"), (r"\w+\.(?:\w+\.)*f64", "fp64"), (r".", "int"),
 ]  # fmt: skip
 SASS_CLASS = [
-    (r"[HI]MMA", "mma"), (r"LDSM", "ldmatrix"), (r"LDGSTS|LDGDEPBAR|DEPBAR", "cp.async"), (r"(LDS|STS|ATOMS)\b", "shared"), (r"(LDC|ULDC)\b", "param"),
-    (r"(LDG|STG|LD|ST|ATOMG?|RED|LDL|STL)\b", "global"), (r"MUFU", "mufu"), (r"(BRA|EXIT|RET|CALL|BSSY|BSYNC|BRX|WARPSYNC|[IFD]SETP|UISETP|U?PLOP3|R2P|P2R|BREAK|NOP|VOTEU)\b", "branch"),
-    (r"(BAR|MEMBAR|ERRBAR|CCTL|FENCE)\b", "barrier"), (r"(SHFL|VOTE|REDUX|MATCH)\b", "shuffle"), (r"(F2F|I2F\w*|F2I|F2FP|FRND|I2I|HADD2|HFMA2|HMUL2|PRMT)\b", "cvt"),
-    (r"(MOV|IMAD\.MOV|UMOV|S2R|S2UR|CS2R|R2UR|B2R)", "mov"), (r"(FFMA|FADD|FMUL|FMNMX|FSEL|FSET|FCHK|FSWZADD)\b", "fp32"), (r"D(FMA|ADD|MUL|SETP|MNMX)", "fp64"), (r".", "int"),
+    (r"[HI]MMA", "mma"), (r"LDSM", "ldmatrix"), (r"LDGSTS|LDGDEPBAR|DEPBAR", "cp.async"),
+    (r"(LDS|STS|ATOMS)\b", "shared"), (r"(LDC|ULDC)\b", "param"), (r"(LDG|STG|LD|ST|ATOMG?|RED|LDL|STL)\b", "global"),
+    (r"MUFU", "mufu"), (r"(BRA|EXIT|RET|CALL|BSSY|BSYNC|BRX|WARPSYNC|[IFD]SETP|UISETP|U?PLOP3)\b", "branch"),
+    (r"(R2P|P2R|BREAK|NOP|VOTEU)\b", "branch"), (r"(BAR|MEMBAR|ERRBAR|CCTL|FENCE)\b", "barrier"),
+    (r"(SHFL|VOTE|REDUX|MATCH)\b", "shuffle"),
+    (r"(F2F|I2F\w*|F2I|F2FP|FRND|I2I|HADD2|HFMA2|HMUL2|PRMT)\b", "cvt"),
+    (r"(MOV|IMAD\.MOV|UMOV|S2R|S2UR|CS2R|R2UR|B2R)", "mov"),
+    (r"(FFMA|FADD|FMUL|FMNMX|FSEL|FSET|FCHK|FSWZADD)\b", "fp32"), (r"D(FMA|ADD|MUL|SETP|MNMX)", "fp64"), (r".", "int"),
 ]  # fmt: skip
 
-# Pipes beneath the issue slots, as Nsight Compute's guide has them: ALU (half rate) and XU (special functions, conversions).
+# Pipes beneath the issue slots, as Nsight Compute's guide has them: ALU (half rate) and XU (special functions,
+# conversions).
 ALU = re.compile(
-    r"(IADD3|VIADD|LOP3|SHF|LEA|ISETP|FSETP|SEL|FSEL|PRMT|FMNMX|V?I?MNMX|VIADDMNMX|VIMNMX|PLOP3|LOP|IABS|BMSK|SGXT|F2FP|P2R|R2P|MOV|VOTE|FSET|HMNMX2)\b"
+    r"(IADD3|VIADD|LOP3|SHF|LEA|ISETP|FSETP|SEL|FSEL|PRMT|FMNMX|V?I?MNMX|VIADDMNMX|VIMNMX|PLOP3|LOP|IABS|BMSK|SGXT|"
+    r"F2FP|P2R|R2P|MOV|VOTE|FSET|HMNMX2)\b"
 )
 XU = re.compile(r"(MUFU|I2F|F2I|F2F|FRND|POPC|FLO|BREV|I2I)")
 
@@ -99,17 +56,17 @@ def classify(text, table):
 
 
 def features_of(launch):
-    """[columns of the grid, kinds]: tiles of each kind, as the launch's own table has them; and the losses of each kind.
-    None where the kernel deals out no tiles. All columns have about as many, so what a block takes by itself cannot be
-    told from them."""
+    """[columns of the grid, kinds]: tiles of each kind, as the launch's own table has them; and the losses of each
+    kind. None where the kernel deals out no tiles. All columns have about as many, so what a block takes by itself
+    cannot be told from them."""
     if not launch["kinds"]:
         return None
     return np.array([tiles for _, _, _, tiles in launch["kinds"]], float).T, [kind[0] for kind in launch["kinds"]]
 
 
 def costs_of_tiles(features, losses, known, y):
-    """Of each kind of tile, by least squares over the known columns. What they do not tell is taken to be as the mean of
-    the tiles of the same losses."""
+    """Of each kind of tile, by least squares over the known columns. What they do not tell is taken to be as the mean
+    of the tiles of the same losses."""
     weight = 1 / np.sqrt(y + 0.05 * y.mean() + 1)
     a = features[known]
     groups = sorted(set(losses))
@@ -169,7 +126,7 @@ def schedule(loads, sms, places):
     if loads.sum() == 0:
         return 1.0
     residents = [[] for _ in range(sms)]
-    queue, now, done_at = list(loads[::-1]), 0.0, 0.0
+    queue, now = list(loads[::-1]), 0.0
     for _ in range(places):
         for r in residents:
             if queue:
@@ -207,6 +164,8 @@ def make(about, launches, texts, device_name, architecture=None, folder=None):
     worst_lines, plain, again = [], defaultdict(float), defaultdict(lambda: np.zeros(4))
     for mangled in kernels:
         name = short_name(mangled)
+        if name in report["kernels"]:
+            raise SystemExit(f"a step has launched two kinds of {name}, and the report has room for one")
         blocks = translate(texts[mangled], True)[1]
         chains = machine.ptx_chains(texts[mangled])
         size = np.array([len(b) for b in blocks])
@@ -215,8 +174,8 @@ def make(about, launches, texts, device_name, architecture=None, folder=None):
         executed, lane_total, warp_sampled = np.zeros(len(blocks)), 0.0, 0.0
         classes, sites = defaultdict(float), defaultdict(lambda: np.zeros(7))
         loads, warps, tile_costs = [], 0, []
-        for l in (x for x in launches if x["kernel"] == mangled):
-            everything, per_block, left_out, off = expand(l)
+        for launch in (x for x in launches if x["kernel"] == mangled):
+            everything, per_block, left_out, off = expand(launch)
             pad = np.zeros((everything.shape[0], len(blocks)))
             pad[:, : everything.shape[1]] = everything[:, : len(blocks)]
             total = pad.sum(0)
@@ -225,29 +184,29 @@ def make(about, launches, texts, device_name, architecture=None, folder=None):
             for _, c in per_block:
                 sampled[: min(len(c), len(blocks))] += c[: len(blocks)]
             lanes = np.zeros(len(blocks))
-            lanes[: min(len(l["lanes"]), len(blocks))] = l["lanes"][: len(blocks)]
+            lanes[: min(len(launch["lanes"]), len(blocks))] = launch["lanes"][: len(blocks)]
             lane_total += float(lanes @ size)
             warp_sampled += float(sampled @ size)
-            for line, kind, bytes_, *numbers in l["sites"]:
+            for line, kind, bytes_, *numbers in launch["sites"]:
                 b = where[line]
                 factor = total[b] / sampled[b] if sampled[b] else 0
                 sites[line, kind, bytes_] += np.array(numbers) * factor
-            grid = l["grid"]
+            grid = launch["grid"]
             k["launches"] += 1
             k["blocks"] += grid[0] * grid[1] * grid[2]
             k["columns left out"] += left_out
             k["fit of columns off"] = max(k["fit of columns off"], off)
-            threads = l["block"][0] * l["block"][1] * l["block"][2]
+            threads = launch["block"][0] * launch["block"][1] * launch["block"][2]
             warps += grid[0] * grid[1] * grid[2] * -(-threads // 32)
-            k["shared"], k["threads"], k["grid.x"] = l["shared"], threads, grid[0]
-            k["divergent"] += l["divergent"] / max(l["folds"], 1)
+            k["shared"], k["threads"], k["grid.x"] = launch["shared"], threads, grid[0]
+            k["divergent"] += launch["divergent"] / max(launch["folds"], 1)
             columns, rows = pad, grid[1] * grid[2]
-            if (found := features_of(l)) is not None:
+            if (found := features_of(launch)) is not None:
                 features, losses = found
-                known = sorted({int(n) % grid[0] for n in l["blocks"]})
+                known = sorted({int(n) % grid[0] for n in launch["blocks"]})
                 y = (pad @ size)[known]
                 solution = costs_of_tiles(features, losses, known, y)
-                tile_costs = [(k[:3], sum(k[3]), float(x)) for k, x in zip(l["kinds"], solution)]
+                tile_costs = [(k[:3], sum(k[3]), float(x)) for k, x in zip(launch["kinds"], solution)]
                 met = features[known] @ solution
                 k["tiles off"] = float(abs(met - y).sum() / max(y.sum(), 1))
                 # The plain loads of global memory of the block with the most, one after another in each warp.
@@ -293,19 +252,19 @@ def make(about, launches, texts, device_name, architecture=None, folder=None):
         rows = loads[0][1]
         k["largest over mean"] = max(block_loads) / max(np.mean(block_loads), 1e-9)
         k["largest at"] = int(np.argmax(block_loads))
-        per_sm, limit = occupancy(device, k.get("registers", 0), k["shared"], k["threads"])
+        per_sm, _ = occupancy(device, k.get("registers", 0), k["shared"], k["threads"])
         k["blocks a multiprocessor"], k["waves"] = per_sm, k["blocks"] / k["launches"] / max(per_sm * device["sms"], 1)
         k["imbalance"] = (
             schedule(np.tile(block_loads, rows), device["sms"], max(per_sm, 1)) if k["blocks"] <= 20000 else 1.0
         )
         # Memory
         shared = [(key, v) for key, v in sites.items() if key[1] < 8 or key[1] >= 16]
-        for (line, kind, bytes_), v in shared:
+        for (line, _, _), v in shared:
             k["shared requests"] += v[0]
             k["wavefronts"] += v[2]
             k["ideal wavefronts"] += v[3]
             worst_lines.append((v[2] - v[3], v[2], v[3], name, line, blocks[where[line]], chains[line]))
-        for (line, kind, bytes_), v in sites.items():
+        for (line, kind, _), v in sites.items():
             if 8 <= kind < 16:
                 what = {8: "read", 9: "written", 10: "atomic", 11: "copied"}[kind]
                 k[what + " requests"] += v[0]
@@ -321,10 +280,16 @@ def make(about, launches, texts, device_name, architecture=None, folder=None):
         # Bounds, ms; those of a multiprocessor with the imbalance.
         clock = device["sms"] * device["ghz"] * 1e6
         bounds = {
-            "issue": k["sass"] / 4 / clock, "alu": k["alu"] / 2 / clock, "shared": k["wavefronts"] / clock, "xu": k["mufu"] / device["mufu"] / clock,
-            "tensor": k["mma"] / device["mma"] / clock, "l2": moved / device["l2"] / 1e9, "hbm": k["hbm bytes"] / device["hbm"] / 1e9,
-        }  # fmt: skip
+            "issue": k["sass"] / 4 / clock,
+            "alu": k["alu"] / 2 / clock,
+            "shared": k["wavefronts"] / clock,
+            "xu": k["mufu"] / device["mufu"] / clock,
+            "tensor": k["mma"] / device["mma"] / clock,
+            "l2": moved / device["l2"] / 1e9,
+            "hbm": k["hbm bytes"] / device["hbm"] / 1e9,
+        }
         balanced = {b: t * (k["imbalance"] if b not in ("l2", "hbm") else 1) for b, t in bounds.items()}
+        k["tiles"] = sum(n for _, n, _ in tile_costs)
         k["bound by"] = max(balanced, key=balanced.get)
         report["kernels"][name] = defaultdict(float, k) | {
             "ms": bounds,
@@ -335,122 +300,3 @@ def make(about, launches, texts, device_name, architecture=None, folder=None):
         }
     report["lines"] = worst_lines, plain, again
     return report
-
-
-def show(report, most_lines=10):
-    """Prints the tables; gives the lower bounds' sum in ms, with the blocks as they are and were all alike, and the
-    floor."""
-    about, kernels = report["about"], report["kernels"]
-    device, (worst_lines, plain, again) = DEVICES[report["device"]], report["lines"]
-    print(about.get("text", ""), "|", about.get("anchors"), "anchors |", report["device"])
-    print("\nWarp instructions, in millions (PTX as executed; SASS by flow fit); % of the SASS by class")
-    head = [
-        "int",
-        "mov",
-        "param",
-        "branch",
-        "fp32",
-        "cvt",
-        "mufu",
-        "mma",
-        "ldmatrix",
-        "shared",
-        "global",
-        "cp.async",
-        "shuffle",
-        "barrier",
-        "fp64",
-    ]
-    print(f"{'kernel':28}{'PTX':>9}{'SASS':>9}{'ratio':>6}{'off':>5}{'lanes':>6} " + "".join(f"{h:>9}" for h in head))
-    for name, k in kernels.items():
-        total = sum(k["sass classes"].values()) or 1
-        print(
-            f"{name:28}{k['ptx'] / 1e6:9.2f}{k['sass'] / 1e6:9.2f}{k['sass'] / k['ptx']:6.2f}{100 * k.get('anchors off', 0):4.0f}%{k['lanes']:6.1f} "
-            + "".join(f"{100 * k['sass classes'].get(h, 0) / total:9.1f}" for h in head)
-        )
-    print("\nShared and global memory, balance")
-    print(
-        f"{'kernel':28}{'wavefr. M':>10}{'conflict':>9}{'L2 MB':>9}{'once MB':>9}{'used':>6}{'req M':>8}{'sect/req':>9}{'blocks':>8}{'a SM':>5}{'waves':>7}{'max/mean':>9}{'at':>5}{'imbal.':>7}"
-    )
-    for name, k in kernels.items():
-        requests = k["read requests"] + k["written requests"] + k["copied requests"] + k["atomic requests"]
-        print(
-            f"{name:28}{k['wavefronts'] / 1e6:10.2f}{k['wavefronts'] / max(k['ideal wavefronts'], 1):9.2f}{k['l2 bytes'] / 1e6:9.1f}{k['hbm bytes'] / 1e6:9.1f}"
-            f"{100 * k['used of moved']:5.0f}%{requests / 1e6:8.2f}{k['l2 bytes'] / 32 / max(requests, 1):9.1f}{int(k['blocks']):8}{k['blocks a multiprocessor']:5}{k['waves']:7.2f}"
-            f"{k['largest over mean']:9.2f}{k['largest at']:5}{k['imbalance']:7.2f}"
-        )
-    print("\nLower bounds, ms; in brackets what bounds a multiprocessor times the imbalance")
-    print(
-        f"{'kernel':28}"
-        + "".join(f"{b:>9}" for b in ("issue", "alu", "shared", "xu", "tensor", "l2", "hbm"))
-        + f"{'largest':>9}  bound by"
-    )
-    sums = defaultdict(float)
-    for name, k in kernels.items():
-        largest = max(k["ms balanced"].values())
-        even = max(k["ms"].values())
-        sums["largest"] += largest
-        sums["even"] += even
-        for b, t in k["ms"].items():
-            sums[b] += t
-        print(
-            f"{name:28}"
-            + "".join(f"{k['ms'][b]:9.3f}" for b in ("issue", "alu", "shared", "xu", "tensor", "l2", "hbm"))
-            + f"{largest:9.3f}  {k['bound by']} ({even:.3f} were all blocks alike)"
-        )
-    print(
-        f"{'together':28}"
-        + "".join(f"{sums[b]:9.3f}" for b in ("issue", "alu", "shared", "xu", "tensor", "l2", "hbm"))
-        + f"{sums['largest']:9.3f}  ({sums['even']:.3f})"
-    )
-    print(
-        "\nA tile of each level, both sides and all channels: warp instructions (SASS; columns of blocks by least squares); waits: if every"
-    )
-    print(
-        "plain load of global memory of the block with the most took 600 clocks and none overlapped within a warp, ms (an upper end)"
-    )
-    shapes = about["shapes"]
-    print(
-        f"{'kernel':28}{'losses':>9}{'tiles':>8}{'mean':>9}{'off':>5}"
-        + "".join(f"{f'{h}x{w}':>11}" for h, w in shapes)
-        + f"{'waits':>7}"
-    )
-    for name, k in kernels.items():
-        ratio, costs = k["sass"] / k["ptx"], k["tile costs"]
-        for i, losses in enumerate(sorted({kind[0] for kind, _, _ in costs})):
-            at = {tuple(kind[1:]): x for kind, _, x in costs if kind[0] == losses}
-            tiles = sum(n for kind, n, _ in costs if kind[0] == losses)
-            words = "".join(letter for bit, letter in ((1, "A"), (2, "D"), (4, "L")) if losses & bit)
-            row = f"{name if i == 0 else '':28}{words:>9}{tiles:8}"
-            row += f"{k['sass'] / sum(n for _, n, _ in costs):9.0f}{100 * k['tiles off']:4.0f}%" if i == 0 else " " * 14
-            row += "".join(f"{at.get(tuple(s), 0) * ratio:11.0f}" for s in shapes)
-            print(row + (f"{k['waits of a warp'] * 600 / device['ghz'] / 1e6:7.2f}" if i == 0 else ""))
-    if plain:
-        print(
-            "\nPlain loads of global memory, executions by each warp of the block with the most; the lines with the most"
-        )
-        for (name, column, chain), n in sorted(plain.items(), key=lambda x: -x[1])[:most_lines]:
-            print(f"{n:12.0f}  {name}  column {column}  " + " < ".join(f"{f}:{l}" for f, l in chain))
-    print(
-        "\nGlobal memory touched again by the same launch, MB (of all that the line moves), sectors a request, bytes used; the lines with the most"
-    )
-    for (name, what, chain), (requests, sectors, used, more) in sorted(again.items(), key=lambda x: -x[1][3])[
-        :most_lines
-    ]:
-        print(
-            f"{32e-6 * more:10.1f} ({32e-6 * sectors:.1f})  {sectors / max(requests, 1):5.1f}  {100 * used / max(32 * sectors, 1):3.0f}%  {name}  {what}  "
-            + " < ".join(f"{f}:{l}" for f, l in chain)
-        )
-    print(f"\nThe {most_lines} lines with the most wavefronts beyond the ideal")
-    merged = defaultdict(lambda: [0.0, 0.0, 0.0, ""])
-    for extra, wave, ideal, name, line, block, chain in worst_lines:
-        text = next((t for n, t in block if n == line), "")
-        key = name, " < ".join(f"{f}:{n}" for f, n in chain[:3]), re.sub(r"^@!?%\w+\s+", "", text).split()[0]
-        m = merged[key]
-        m[0], m[1], m[2] = m[0] + extra, m[1] + wave, m[2] + ideal
-    for key, m in sorted(merged.items(), key=lambda x: -x[1][0])[:most_lines]:
-        if m[0] > 0:
-            print(
-                f"{m[0] / 1e6:9.3f} M beyond {m[2] / 1e6:8.3f} M ({m[1] / max(m[2], 1):.1f}x)  {key[0]}  {key[2]}  {key[1]}"
-            )
-    return sums["largest"], sums["even"], about["floor_bytes"] / device["hbm"] / 1e9
