@@ -81,18 +81,18 @@ def two_stage(model: nn.Module) -> Taps:
 
 
 def ssd(model: nn.Module) -> Taps:
-    """Each level has a head of its own: the depthwise convolution of SSDLite's, before its predictor. SSD's has none."""
-    levels = [len(getattr(model.head, f"{branch}_head").module_list) for branch in ("classification", "regression")]
+    """SSDLite's heads have a depthwise convolution before their predictor, one for each level. SSD's have none."""
+    heads = [f"head.{branch}_head.module_list" for branch in ("classification", "regression")]
+    blocks = [model.get_submodule(name) for name in heads]
+    lite = isinstance(blocks[0][0], nn.Sequential)
     cls, box = (
-        tuple(f"head.{branch}_head.module_list.{level}.0" for level in range(count))
-        for branch, count in zip(("classification", "regression"), levels)
+        tuple(f"{name}.{level}.0" for level in range(len(levels))) if lite else "backbone"
+        for name, levels in zip(heads, blocks)
     )
-    lite = isinstance(model.head.classification_head.module_list[0], nn.Sequential)
-    steps = model.anchor_generator.steps
     return Taps(
-        (cls,) if lite else ("backbone",),
-        (box,) if lite else ("backbone",),
-        steps and tuple(steps),  # without them its boxes divide the input evenly
+        (cls,),
+        (box,),
+        model.anchor_generator.steps,  # None: its boxes divide the input evenly
         run=partial(_run_ssd, head=lite),
         targets="transform",
         read_targets=partial(_read_targets, first_label=1),
