@@ -9,6 +9,4 @@ __all__ = ["Schedule"]
 register("torchvision", ("FCOS", "RetinaNet"), torchvision.dense)
 register("torchvision", ("FasterRCNN", "MaskRCNN"), torchvision.two_stage)
 register("torchvision", ("SSD",), torchvision.ssd)
-register("mmdet", ("FCOS", "RetinaNet", "ATSS", "GFL"), mmdet.dense)
-register("mmdet", ("FasterRCNN", "CascadeRCNN", "MaskRCNN"), mmdet.two_stage)
-register("mmdet", ("SOLOv2",), mmdet.solo)
+register("mmdet", ("BaseDetector",), mmdet.detector)
