@@ -8,6 +8,7 @@ takes the student out of a checkpoint of :class:`SEADistilled`, without what onl
 """
 
 import argparse
+import copy
 import os
 import pickle
 import sys
@@ -174,7 +175,9 @@ def _normalization(model: nn.Module) -> dict[str, Any]:
 
 
 def _build(config: Any) -> nn.Module:
-    return MODELS.build(Config.fromfile(os.fspath(config)).model if isinstance(config, (str, os.PathLike)) else config)
+    if isinstance(config, (str, os.PathLike)):
+        config = Config.fromfile(os.fspath(config)).model
+    return MODELS.build(copy.deepcopy(config))  # some detectors change theirs
 
 
 def _statistic(owner: Any, name: str) -> Any:

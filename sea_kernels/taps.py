@@ -4,15 +4,17 @@
 |---|---|---|---|
 | torchvision FCOS, RetinaNet | each convolution of the classification tower | each of the box tower | of its anchors |
 | torchvision Faster, Mask, Keypoint R-CNN | output of the FPN | output of the RPN's convolution | of its anchors |
-| MMDetection FCOS, RetinaNet, ATSS, GFL | `bbox_head.cls_convs` | `bbox_head.reg_convs` | the head's (8 .. 128) |
-| MMDetection Faster, Cascade, Mask R-CNN | output of `neck` | `rpn_head.rpn_conv` | the RPN's (4 .. 64) |
+| MMDetection with towers (FCOS, RTMDet, YOLOX, ...) | `bbox_head.cls_convs` | `bbox_head.reg_convs` | the head's |
+| MMDetection two-stage (Faster R-CNN, ...) | output of `neck` | `rpn_head.rpn_conv` | the RPN's (4 .. 64) |
 | MMDetection SOLOv2 | `mask_head.cls_convs` | `mask_head.kernel_convs` | input / grid |
+| other MMDetection detectors (DETR, DINO, ...) | output of `neck` | output of `neck` | powers of two |
 
 Two-stage detectors have no towers that all levels share, and the student's proposals cannot be paired with the
 teacher's. So the anchor and distance losses compare the outputs of the FPN, and only the localization loss uses the box
 maps.
 
-No detection library is imported: detectors are recognized by the names of their classes.
+No detection library is imported. torchvision's detectors are recognized by the names of their classes, MMDetection's by
+their parts.
 """
 
 from collections.abc import Callable, Sequence

@@ -28,7 +28,9 @@ def _head(model: nn.Module) -> str:
 
 
 def _run_head(model: nn.Module, images: Tensor) -> None:
-    model.get_submodule(_head(model))(model.extract_feat(images))
+    maps = model.extract_feat(images)
+    if not hasattr(model, "forward_transformer"):  # whose head takes queries
+        model.get_submodule(_head(model))(maps)
 
 
 def _run_neck(model: nn.Module, images: Tensor) -> None:

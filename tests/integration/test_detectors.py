@@ -16,6 +16,7 @@ from detectors import (
 )
 
 import sea_kernels as sk
+from sea_kernels.distill import mmdet
 
 NAMES = ("loss_sea_anchor", "loss_sea_distance", "loss_sea_localization")
 
@@ -105,6 +106,16 @@ TRAINED_BY_STRUCTURE = {
     "YOLOF": ("bbox_head.cls_subnet", "bbox_head.bbox_subnet"),
     **dict.fromkeys(("RTMDetIns", "SOLO", "SparseRCNN", "DETR", "DeformableDETR", "DINO"), ()),
 }
+
+
+@pytest.mark.parametrize("size", ((800, 1344), (427, 640), (33, 97)))
+def test_strides_of_maps_without_anchors(size):
+    """Where no head knows the strides, as for DETR's, they are those of convolutions that halve their input."""
+    halve, x, shapes = torch.nn.Conv2d(1, 1, 3, 2, 1, device="meta"), torch.empty(1, 1, *size, device="meta"), []
+    for _ in range(7):
+        x = halve(x)
+        shapes.append(tuple(x.shape[2:]))
+    assert mmdet._strides(size, shapes) == [2, 4, 8, 16, 32, 64, 128]
 
 
 # ------------------------------------------------------------------------------- ground truth, as the taps see it
