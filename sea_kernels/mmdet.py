@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.hub import get_config
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
@@ -37,7 +38,8 @@ class SEADistilled(BaseModel):
     validates, and training raises an error. Attributes that it lacks, such as `bbox_head`, are the student's.
 
     Args:
-        student, teacher: configs of detectors, or file names of configs, whose `model` is used.
+        student, teacher: configs of detectors, or file names of configs, whose `model` is used. "mmdet::fcos/..." is a
+            config that MMDetection brings along.
         teacher_checkpoint: file name or URL of the teacher's weights, all of them: a state_dict, or what MMEngine's
             Runner saves. None: as its config initializes it.
         taps, teacher_taps: a :class:`sea_kernels.taps.Taps`, or a dict of the fields that differ from those of
@@ -176,7 +178,8 @@ def _normalization(model: nn.Module) -> dict[str, Any]:
 
 def _build(config: Any) -> nn.Module:
     if isinstance(config, (str, os.PathLike)):
-        config = Config.fromfile(os.fspath(config)).model
+        path = os.fspath(config)
+        config = (get_config(path) if "::" in path else Config.fromfile(path)).model
     return MODELS.build(copy.deepcopy(config))  # some detectors change theirs
 
 

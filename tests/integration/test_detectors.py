@@ -206,7 +206,9 @@ def zoo(name):
             backbone.out_channels = 1280
             anchors = anchor_utils.AnchorGenerator(((32, 64),), ((1.0,),))
             return detection.FasterRCNN(backbone, NUM_CLASSES + 1, rpn_anchor_generator=anchors, **sizes)
-        options = {"num_classes": 2} if "keypoint" in name else {"num_classes": NUM_CLASSES + ("rcnn" in name)}
+        options = {"num_classes": NUM_CLASSES + ("rcnn" in name)}
+        if "keypoint" in name:
+            options = {"num_classes": 2, "box_batch_size_per_image": 16}
         return getattr(detection, name)(weights=None, weights_backbone=None, **options, **sizes)
 
     torch.manual_seed(0)
