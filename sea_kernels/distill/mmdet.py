@@ -142,22 +142,25 @@ def detector(model: nn.Module) -> Taps:
         ("neck",),
         strides,
         run=_run_neck,
-        num_classes=getattr(head, "num_classes", None),
+        num_classes=getattr(head, "num_classes", None) or _roi_classes(model),
         anchor_on_box=False,
     )
+
+
+def _roi_classes(model: nn.Module) -> int | None:
+    head = getattr(getattr(model, "roi_head", None), "bbox_head", None)
+    return getattr(head[0] if isinstance(head, nn.ModuleList) else head, "num_classes", None)
 
 
 def _two_stage(model: nn.Module) -> Taps:
     features = "backbone" if getattr(model, "neck", None) is None else "neck"
     conv = hasattr(model.rpn_head, "rpn_conv")
-    head = getattr(getattr(model, "roi_head", None), "bbox_head", None)
-    head = head[0] if isinstance(head, nn.ModuleList) else head
     return _taps(
         (features,),
         ("rpn_head.rpn_conv" if conv else features,),
         _strides_of(model.rpn_head),
         run=_run_two_stage if conv else _run_neck,
-        num_classes=getattr(head, "num_classes", None),
+        num_classes=_roi_classes(model),
         anchor_on_box=False,
     )
 

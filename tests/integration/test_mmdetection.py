@@ -1,8 +1,11 @@
 """SEADistilled in MMEngine's Runner: what it saves, resumes, and predicts without its teacher."""
 
+import ast
 import os
 import pickle
+import re
 from collections import OrderedDict
+from pathlib import Path
 
 import programs
 import pytest
@@ -33,18 +36,18 @@ class Images(torch.utils.data.Dataset):
         from mmdet.structures import DetDataSample
         from mmengine.structures import InstanceData
 
-        size = {"img_shape": (96, 128), "ori_shape": (96, 128), "scale_factor": (1.0, 1.0), "img_id": index}
+        size = {"img_shape": (96, 160), "ori_shape": (96, 160), "scale_factor": (1.0, 1.0), "img_id": index}
         boxes = InstanceData(bboxes=torch.tensor([[5.0, 5.0, 60.0, 50.0]]), labels=torch.tensor([index]))
         sample = DetDataSample(metainfo=size, gt_instances=boxes)
-        return {"inputs": torch.full((3, 96, 128), 20 + index, dtype=torch.uint8), "data_samples": sample}
+        return {"inputs": torch.full((3, 96, 160), 20 + index, dtype=torch.uint8), "data_samples": sample}
 
 
-def runner(model, folder, epochs=1, **options):
+def runner(model, folder, epochs=1, batch_size=2, **options):
     """A Runner with momentum, a schedule and an EMA: all that a checkpoint of it may hold."""
     from mmengine.runner import Runner
 
     loader = {
-        "batch_size": 2,
+        "batch_size": batch_size,
         "num_workers": 0,
         "dataset": Images(),
         "sampler": {"type": "DefaultSampler", "shuffle": False},
@@ -276,3 +279,39 @@ def test_the_group_of_all_processes(trained, tmp_path):
         torch.distributed.destroy_process_group()
     with pytest.raises(ValueError, match="group is 'all'; expected \"world\""):
         build(distilled(trained, group="all"))
+
+
+RANK = """
+import sys
+sys.path[:0] = {paths!r}
+import torch.distributed as dist
+from test_mmdetection import *
+import sea_kernels.mmdet
+from pathlib import Path
+
+folder = Path({folder!r})
+dist.init_process_group("gloo")  # MMEngine would want GPUs
+cpu = {{"model_wrapper_cfg": {{"type": "MMDistributedDataParallel", "device_ids": None}}}}
+run = runner(distilled(folder), folder / "ranks", launcher="pytorch", cfg=cpu, batch_size=1)
+run.train()
+logs = run.message_hub.log_scalars
+weight = run.model.module.student.backbone.conv1.weight
+print("rank", dist.get_rank(), [float(logs[f"train/loss_sea_{{kind}}"].current()) for kind in ("anchor", "distance")],
+      weight.double().sum().item())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.processes
+def test_two_processes_of_mmengine_share_their_anchors(trained):
+    """`group="world"` in a config: each rank has an image of its own, and the anchor loss is that of both."""
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    script = trained / "rank.py"
+    script.write_text(RANK.format(paths=paths, folder=str(trained)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = programs.run(*torchrun, cwd=trained, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = dict(re.findall(r"rank (\d) (.*)", done.stdout))
+    (first, second), (w0, w1) = zip(*(re.match(r"(\[.*\]) (.*)", found[rank]).groups() for rank in "01"))
+    first, second = ast.literal_eval(first), ast.literal_eval(second)
+    assert first[0] == second[0] > 0 and first[1] != second[1] and w0 == w1
