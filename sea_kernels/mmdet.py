@@ -167,7 +167,10 @@ def _student_of(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], bool]:
 
 
 def _read(path: os.PathLike | str) -> dict[str, Any]:
-    return CheckpointLoader.load_checkpoint(os.fspath(path), map_location="cpu", logger="silent")
+    checkpoint = CheckpointLoader.load_checkpoint(os.fspath(path), map_location="cpu", logger="silent")
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}; expected a state_dict, or a Runner's checkpoint")
+    return checkpoint
 
 
 def _normalization(model: nn.Module) -> dict[str, Any]:
@@ -218,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{args.checkpoint} has no entry 'distiller.step'; expected a checkpoint of SEADistilled")
         meta = {k: v for k, v in checkpoint.get("meta", {}).items() if k in ("dataset_meta", "epoch", "iter")}
         torch.save({"state_dict": state, "meta": meta}, args.out)
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(f"wrote {args.out}: {len(state)} tensors")

@@ -213,11 +213,25 @@ def test_one_command_takes_the_student_out(trained):
     distilled_state = load(path)["state_dict"]
     assert all(torch.equal(x, distilled_state[name]) for name, x in state["state_dict"].items())
 
+
+def test_the_command_says_what_is_wrong(trained, tmp_path, capsys):
     from sea_kernels.mmdet import main
 
-    assert main([str(trained / "teacher" / "epoch_1.pth"), str(trained / "wrong.pth")]) == 2
-    assert main([str(trained / "absent.pth"), str(trained / "wrong.pth")]) == 2
-    assert not (trained / "wrong.pth").exists()
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    whole = trained / "sea" / "epoch_1.pth"
+    for path, out, said in (
+        (trained / "teacher" / "epoch_1.pth", tmp_path / "out.pth", "no entry 'distiller.step'"),
+        (tmp_path / "absent.pth", tmp_path / "out.pth", "absent.pth can not be found"),
+        (tmp_path / "list.pth", tmp_path / "out.pth", "list.pth holds a list; expected a state_dict"),
+        (tmp_path / "empty.pth", tmp_path / "out.pth", ""),
+        (tmp_path / "text.pth", tmp_path / "out.pth", ""),
+        (whole, tmp_path / "nowhere" / "out.pth", "nowhere"),
+    ):
+        assert main([str(path), str(out)]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out.pth").exists()
 
 
 class Call:
