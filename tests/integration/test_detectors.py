@@ -266,6 +266,35 @@ def test_strides_are_those_of_torchvisions_anchor_generator(name, monkeypatch):
     assert_same_regions(captured.regions, wanted)
 
 
+@pytest.mark.parametrize("name", ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large"))
+def test_strides_are_those_of_ssds_default_boxes(name):
+    """Its maps and regions only: the losses do not yet take levels that differ in channels."""
+    require("torchvision")
+    from torchvision.models import detection
+
+    def build():
+        return getattr(detection, name)(weights=None, weights_backbone=None, num_classes=NUM_CLASSES + 1)
+
+    student, teacher = build().train(), build()
+    seen = []
+    student.transform.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    with sk.SEADistiller(student, teacher) as distiller:
+        student(*torchvision_batch("FasterRCNN"))
+        captured = distiller.capture()
+    (batch, shown), shapes = seen[0], captured.regions.level_shapes
+    assert len(shapes) == 6 and [len(sets) for sets in captured[:4]] == [1] * 4
+    size, generator = batch.tensors.shape[2:], student.anchor_generator
+    boxes, first, strides = generator._grid_default_boxes(shapes, size), 0, []
+    for (h, w), count in zip(shapes, generator.num_anchors_per_location()):
+        x, y = boxes[first, :2].tolist()  # the first box of a level has its center half a stride from the corner
+        strides.append((2 * y * size[0], 2 * x * size[1]))
+        first += h * w * count
+    wanted = sk.Regions.from_boxes(
+        [t["boxes"] for t in shown], [t["labels"] - 1 for t in shown], shapes, strides, image_sizes=batch.image_sizes
+    )
+    assert_same_regions(captured.regions, wanted)
+
+
 def test_a_pyramid_from_stride_4_covers_the_pixels_of_its_boxes():
     """The stride of its first level is not that of a table: a quarter of the image is a quarter of each map."""
     student, teacher, *_ = zoo("FCOS from stride 4")
