@@ -28,9 +28,9 @@ def _head(model: nn.Module) -> str:
 
 
 def _run_head(model: nn.Module, images: Tensor) -> None:
-    maps = model.extract_feat(images)
-    if not hasattr(model, "forward_transformer"):  # whose head takes queries
-        model.get_submodule(_head(model))(maps)
+    maps, name = model.extract_feat(images), _head(model)
+    if name and not hasattr(model, "forward_transformer"):  # whose head takes queries
+        model.get_submodule(name)(maps)
 
 
 def _run_neck(model: nn.Module, images: Tensor) -> None:
