@@ -2,17 +2,19 @@
 
 | detector | classification maps | box maps | strides |
 |---|---|---|---|
-| torchvision FCOS, RetinaNet | each convolution of the classification tower | each of the box tower | 8 .. 128 |
-| torchvision Faster, Mask R-CNN | output of the FPN | output of the RPN's convolution | 4 .. 64 |
-| MMDetection FCOS, RetinaNet, ATSS, GFL | `bbox_head.cls_convs` | `bbox_head.reg_convs` | the head's (8 .. 128) |
-| MMDetection Faster, Cascade, Mask R-CNN | output of `neck` | `rpn_head.rpn_conv` | the RPN's (4 .. 64) |
+| torchvision FCOS, RetinaNet | each convolution of the classification tower | each of the box tower | of its anchors |
+| torchvision Faster, Mask, Keypoint R-CNN | output of the FPN | output of the RPN's convolution | of its anchors |
+| MMDetection with towers (FCOS, RTMDet, YOLOX, ...) | `bbox_head.cls_convs` | `bbox_head.reg_convs` | the head's |
+| MMDetection two-stage (Faster R-CNN, ...) | output of `neck` | `rpn_head.rpn_conv` | the RPN's (4 .. 64) |
 | MMDetection SOLOv2 | `mask_head.cls_convs` | `mask_head.kernel_convs` | input / grid |
+| other MMDetection detectors (DETR, DINO, ...) | output of `neck` | output of `neck` | powers of two |
 
 Two-stage detectors have no towers that all levels share, and the student's proposals cannot be paired with the
 teacher's. So the anchor and distance losses compare the outputs of the FPN, and only the localization loss uses the box
 maps.
 
-No detection library is imported: detectors are recognized by the names of their classes.
+No detection library is imported. torchvision's detectors are recognized by the names of their classes, MMDetection's by
+their parts.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +49,8 @@ class Taps:
         cls: names of the modules (as in `named_modules()`) whose outputs are the classification maps, one set each.
         box: the same for the box maps.
         strides: for each level, as in :meth:`sea_kernels.Regions.from_boxes`. None if the maps divide the input evenly
-            whatever its size, as SOLOv2's grids do.
+            whatever its size, as SOLOv2's grids do. Or a function of the step's input size and map sizes:
+            `strides((height, width), [(H_1, W_1), ...])`.
         input: name of the module whose first argument is the batch of images, [B, 3, H, W], padded and normalized. The
             call of this module marks the start of a forward of the detector.
         run: `run(model, images)` computes a teacher's maps, and as little else as possible. None: `model(images)`.
@@ -67,7 +70,7 @@ class Taps:
 
     cls: tuple[str | tuple[str, ...], ...]
     box: tuple[str | tuple[str, ...], ...]
-    strides: Sequence[float | Sequence[float]] | None
+    strides: Sequence[float | Sequence[float]] | Callable[[Any, Any], Sequence] | None
     input: str = "backbone"
     run: Callable[[nn.Module, Tensor], Any] | None = None
     targets: str | None = None

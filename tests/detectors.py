@@ -20,6 +20,26 @@ MMDET = {
     "MaskRCNN": "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py",
     "SOLOv2": "solov2/solov2_r50_fpn_1x_coco.py",
 }
+# Found by the structure of their heads. A pair: student, teacher.
+MMDET_BY_STRUCTURE = {
+    "RTMDet": ("rtmdet/rtmdet_tiny_8xb32-300e_coco.py", "rtmdet/rtmdet_s_8xb32-300e_coco.py"),
+    "RTMDetIns": ("rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py", "rtmdet/rtmdet-ins_s_8xb32-300e_coco.py"),
+    "YOLOX": ("yolox/yolox_tiny_8xb8-300e_coco.py", "yolox/yolox_s_8xb8-300e_coco.py"),
+    "CondInst": "condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py",
+    "FSAF": "fsaf/fsaf_r50_fpn_1x_coco.py",
+    "AutoAssign": "autoassign/autoassign_r50-caffe_fpn_1x_coco.py",
+    "VFNet": "vfnet/vfnet_r50_fpn_1x_coco.py",
+    "PAA": "paa/paa_r50_fpn_1x_coco.py",
+    "DDOD": "ddod/ddod_r50_fpn_1x_coco.py",
+    "TOOD": "tood/tood_r50_fpn_1x_coco.py",
+    "YOLOF": "yolof/yolof_r50-c5_8xb8-1x_coco.py",
+    "FoveaBox": "foveabox/fovea_r50_fpn_4xb4-1x_coco.py",
+    "SOLO": "solo/solo_r50_fpn_1x_coco.py",
+    "SparseRCNN": "sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py",
+    "DETR": "detr/detr_r50_8xb2-150e_coco.py",
+    "DeformableDETR": "deformable_detr/deformable-detr_r50_16xb2-50e_coco.py",
+    "DINO": "dino/dino-4scale_r50_8xb2-12e_coco.py",
+}
 NUM_CLASSES = 80
 
 
@@ -113,13 +133,25 @@ def mmdet_config(name, depth=18):
     from mmengine.logging import MMLogger
 
     MMLogger.get_current_instance().setLevel("ERROR")  # it lists every weight that is initialized
-    model = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / MMDET[name]).model
+    paths = (MMDET | MMDET_BY_STRUCTURE)[name]
+    path = paths if isinstance(paths, str) else paths[depth != 18]
+    model = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / path).model
     model.backbone.init_cfg = None
-    if depth == 18:
+    if depth == 18 and model.backbone.type == "ResNet":
         model.backbone.depth = 18
-        model.neck.in_channels = [64, 128, 256, 512]
+        channels = model.neck.in_channels
+        model.neck.in_channels = channels // 4 if isinstance(channels, int) else [c // 4 for c in channels]
     if name == "SOLOv2":
         model.mask_head.feat_channels = 128  # its grids are as large for small images: 512 channels take a minute
+    if name == "SparseRCNN":
+        model.roi_head.num_stages, model.roi_head.stage_loss_weights = 1, [1]
+        model.roi_head.bbox_head = model.roi_head.bbox_head[:1]
+        model.train_cfg.rcnn = model.train_cfg.rcnn[:1]
+    if "encoder" in model:
+        model.encoder.num_layers = model.decoder.num_layers = 1
+        model.num_queries = 30  # a small image has few proposals
+    if name.startswith(("RTMDet", "YOLOX")):  # their images have one size
+        model.data_preprocessor.update(batch_augments=None, pad_size_divisor=32, pad_mask=name == "RTMDetIns")
     return model
 
 
@@ -135,6 +167,26 @@ def mmdet_detector(name, depth=18, seed=0):
     return model
 
 
+def patch_deformable_convolutions(monkeypatch):
+    """mmcv-lite lacks them; torchvision has them."""
+    require("mmdet")
+    require("torchvision")
+    import mmcv.ops.deform_conv
+    import mmcv.ops.modulated_deform_conv
+    import mmdet.models.dense_heads.tood_head
+    from torchvision.ops import deform_conv2d
+
+    def plain(x, offset, weight, stride=1, padding=0, dilation=1, *_):
+        return deform_conv2d(x, offset, weight, None, stride, padding, dilation)
+
+    def modulated(x, offset, mask, weight, bias, stride, padding, dilation, *_):
+        return deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask)
+
+    monkeypatch.setattr(mmcv.ops.deform_conv, "deform_conv2d", plain)
+    monkeypatch.setattr(mmdet.models.dense_heads.tood_head, "deform_conv2d", plain)
+    monkeypatch.setattr(mmcv.ops.modulated_deform_conv, "modulated_deform_conv2d", modulated)
+
+
 def mmdet_batch(name, count=2, divisor=2):
     """What an MMDetection data loader gives: {"inputs": [...], "data_samples": [...]}; images at half their size."""
     from mmdet.structures import DetDataSample
@@ -146,7 +198,8 @@ def mmdet_batch(name, count=2, divisor=2):
         pixels, boxes = pixels[:, ::divisor, ::divisor].contiguous(), boxes / divisor
         h, w = pixels.shape[1:]
         instances = InstanceData(bboxes=boxes, labels=labels)
-        instances.masks = BitmapMasks(box_masks(boxes, (h, w)).numpy(), h, w)
+        if name != "RTMDet":  # which assigns by masks if there are any
+            instances.masks = BitmapMasks(box_masks(boxes, (h, w)).numpy(), h, w)
         ignored = InstanceData(bboxes=torch.tensor([[4.0, 4.0, 40.0, 30.0]]), labels=torch.tensor([0]))
         meta = {"img_shape": (h, w), "ori_shape": (h, w), "scale_factor": (1.0, 1.0), "img_id": len(samples)}
         samples.append(DetDataSample(metainfo=meta, gt_instances=instances, ignored_instances=ignored))

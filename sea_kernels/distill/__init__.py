@@ -8,6 +8,5 @@ __all__ = ["Schedule"]
 
 register("torchvision", ("FCOS", "RetinaNet"), torchvision.dense)
 register("torchvision", ("FasterRCNN", "MaskRCNN"), torchvision.two_stage)
-register("mmdet", ("FCOS", "RetinaNet", "ATSS", "GFL"), mmdet.dense)
-register("mmdet", ("FasterRCNN", "CascadeRCNN", "MaskRCNN"), mmdet.two_stage)
-register("mmdet", ("SOLOv2",), mmdet.solo)
+register("torchvision", ("SSD",), torchvision.ssd)
+register("mmdet", ("BaseDetector",), mmdet.detector)

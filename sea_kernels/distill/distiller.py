@@ -149,7 +149,7 @@ class SEADistiller(nn.Module):
         self._taps = taps, teacher_taps
         self._group = group
         if group is not None:
-            self._group = ranks.join(group)._replace(compares_strides=taps.strides is not None)
+            self._group = ranks.join(group)._replace(compares_strides=isinstance(taps.strides, Sequence))
         self.num_classes = taps.num_classes if num_classes is None else num_classes
         if self.num_classes is None:
             raise ValueError("num_classes is None; expected the number of categories, which these taps do not know")
@@ -302,6 +302,8 @@ class SEADistiller(nn.Module):
         strides = taps.strides
         if strides is None:
             strides = [tuple(n / m for n, m in zip(images.shape[2:], shape)) for shape in shapes]
+        elif callable(strides):
+            strides = strides(tuple(images.shape[2:]), shapes)
         if masks is not None:
             return Regions.from_masks(masks, labels, shapes, strides, **options)
         return Regions.from_boxes(boxes, labels, shapes, strides, **options)

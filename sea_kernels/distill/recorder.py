@@ -1,7 +1,7 @@
 """Hooks on a detector, which record what its modules returned in the last forward."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ class Recorder:
                     "it; expected a module whose output stays, such as the block around it"
                 )
         try:
-            sets = self.sets(None if self.taps.strides is None else len(self.taps.strides))
+            sets = self.sets(len(self.taps.strides) if isinstance(self.taps.strides, Sequence) else None)
         finally:
             self.forget()
         for name, x in [(n, x) for b in sets for n, maps in zip(getattr(self.taps, b), sets[b]) for x in maps]:

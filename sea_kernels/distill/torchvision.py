@@ -10,10 +10,26 @@ from torch import Tensor, nn
 from ..taps import Taps, Targets
 
 
+def _features(model: nn.Module, images: Tensor) -> list[Tensor]:
+    out = model.backbone(images)
+    return [out] if isinstance(out, Tensor) else list(out.values())
+
+
 def _run(model: nn.Module, images: Tensor, towers: Sequence[str]) -> None:
-    for x in model.backbone(images).values():
+    for x in _features(model, images):
         for name in towers:
             model.get_submodule(name)(x)
+
+
+def _run_ssd(model: nn.Module, images: Tensor, head: bool) -> None:
+    features = _features(model, images)
+    if head:
+        model.head(features)
+
+
+def _strides(size: Sequence[int], shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Those of torchvision's AnchorGenerator: the padded input divided by the map, rounded down."""
+    return [tuple(n // m for n, m in zip(size, shape)) for shape in shapes]
 
 
 def _read_targets(output: Any, with_masks: bool, first_label: int) -> Targets | None:
@@ -42,7 +58,7 @@ def dense(model: nn.Module) -> Taps:
     return Taps(
         cls,
         box,
-        (8, 16, 32, 64, 128),
+        _strides,
         run=partial(_run, towers=towers),
         targets="transform",
         read_targets=partial(_read_targets, first_label=0),
@@ -51,13 +67,35 @@ def dense(model: nn.Module) -> Taps:
 
 
 def two_stage(model: nn.Module) -> Taps:
+    classes = getattr(model.roi_heads.box_predictor, "cls_score", None)
     return Taps(
         ("backbone",),
         ("rpn.head.conv",),
-        (4, 8, 16, 32, 64),
+        _strides,
         run=partial(_run, towers=("rpn.head.conv",)),
         targets="transform",
         read_targets=partial(_read_targets, first_label=1),  # 0 is the background
-        num_classes=model.roi_heads.box_predictor.cls_score.out_features - 1,
+        num_classes=classes.out_features - 1 if isinstance(classes, nn.Linear) else None,
         anchor_on_box=False,
+    )
+
+
+def ssd(model: nn.Module) -> Taps:
+    """SSDLite's heads have a depthwise convolution before their predictor, one for each level. SSD's have none."""
+    heads = [f"head.{branch}_head.module_list" for branch in ("classification", "regression")]
+    blocks = [model.get_submodule(name) for name in heads]
+    lite = isinstance(blocks[0][0], nn.Sequential)
+    cls, box = (
+        tuple(f"{name}.{level}.0" for level in range(len(levels))) if lite else "backbone"
+        for name, levels in zip(heads, blocks)
+    )
+    return Taps(
+        (cls,),
+        (box,),
+        model.anchor_generator.steps,  # None: its boxes divide the input evenly
+        run=partial(_run_ssd, head=lite),
+        targets="transform",
+        read_targets=partial(_read_targets, first_label=1),
+        num_classes=model.head.classification_head.num_columns - 1,
+        anchor_on_box=lite,
     )

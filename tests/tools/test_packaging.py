@@ -76,6 +76,7 @@ def test_sdist_holds_what_builds_and_tests_it(source, tmp_path):
         "sea_kernels": ("py", "typed"),
         "tests": ("py",),
         "benchmarks": ("py", "sh", "cu"),
+        "recipes": ("py", "md"),
     }.items():
         wanted = {str(p.relative_to(source)) for kind in kinds for p in (source / folder).rglob(f"*.{kind}")}
         assert wanted <= names
