@@ -6,9 +6,9 @@ Before, where the wheel is built (git ignores carry/):
     cp FOLDER/instances_val2014_100.json carry
 Then, with carry/, on a machine with torch, pytest, pytest-xdist, hypothesis, numpy, matplotlib, ncu, compute-sanitizer
 and nvcc:
-    benchmarks/gpu_check.sh --part 1 --commit COMMIT --out DIR    # first_look.py, profiles, are the kernels right
-    benchmarks/gpu_check.sh --part 2 --commit COMMIT --out DIR    # sanitizers, how fast are W1 to W5
-    benchmarks/gpu_check.sh --part 3 --commit COMMIT --out DIR    # W3 to W5 with torch.compile, if there is time for it
+    benchmarks/gpu_check.sh --part 1 --commit COMMIT --out DIR    # how fast are W1 to W5, are the kernels right
+    benchmarks/gpu_check.sh --part 2 --commit COMMIT --out DIR    # first_look.py, profiles, torch.compile
+    benchmarks/gpu_check.sh --part 3 --commit COMMIT --out DIR    # races, real boxes, torch.compile of W3 to W5
     benchmarks/gpu_check.sh --rehearse                            # without a GPU: all parts, as far as they go
 
 The parts need nothing of each other. Where the machine is lent for a shorter time than a part may take, --seconds N
@@ -107,7 +107,7 @@ compute-sanitizer --tool "$3" --port "$4" --error-exitcode 9 --launch-timeout 12
 TABLE = '"$1" "$2" results/bench_losses*.json'
 TESTS = "kernels", "spec", "integration", "tools/test_benchmark.py"
 FEW_TESTS = "kernels/test_everything_once.py", "kernels/test_on_a_gpu.py"
-SANITIZERS = "memcheck", "racecheck", "initcheck", "synccheck"
+SANITIZERS = "memcheck", "initcheck", "synccheck"  # and racecheck, which is slow
 
 
 def plan(wheels=(), annotations="instances.json"):
@@ -132,45 +132,46 @@ def plan(wheels=(), annotations="instances.json"):
         command = python("profile_step.py", "--workload", workload, "--ncu", "results")
         return Step(f"profile_{workload}", 60, ALONE, command)
 
-    def sanitized(tool, port):
+    def sanitized(tool, seconds, port):
         for share in ("0/2", "1/2"):
             command = script(SANITIZE, ROOT / "benchmarks/sanitize.py", tool, port + 100 * int(share[0]), share)
             on_cpu = python("sanitize.py", "--device", "cpu", "--share", share) if tool == "memcheck" else ()
-            yield Step(f"{tool}_{share[0]}", 150, 1, command, on_cpu)
+            yield Step(f"{tool}_{share[0]}", seconds, 1, command, on_cpu)
 
     install = [
         Step("install", 30, ALONE, setup, setup),
         Step("kernels", 15, ALONE, script(KERNELS, "CUDA"), script(KERNELS, "CPU")),
     ]
+    quick = "--no-compile", "--budget", 20
     first = [
         Step("machine", 15, ALONE, machine, machine),
         *install,
-        Step("first_look", 90, ALONE, look, (*look, "--device", "cpu", "--smoke")),
-        profiled("W2"),
-        profiled("W1"),
-        Step("decisions", 15, ALONE, decided, decided, shown=True),
-        Step("tests", 150, 6, tests("tests", 6, chosen, *TESTS), tests("tests", 1, "", *FEW_TESTS)),
-        *sanitized("memcheck", 50000),
-        profiled("W4"),
-        profiled("W3"),
+        measured("W1", 35, *quick, rehearsal=smoke),
+        *(measured(workload, 35, *quick) for workload in ("W2", "W3", "W5", "W4")),
+        Step("table", 15, ALONE, table, table, shown=True),
+        Step("tests", 110, 4, tests("tests", 4, chosen, *TESTS), tests("tests", 1, "", *FEW_TESTS)),
+        *(step for i, tool in enumerate(SANITIZERS) for step in sanitized(tool, 60, 50000 + 200 * i)),
     ]
     # torch.compile takes a third of its time where it finds its cache filled; nothing is timed beside it.
     second = [
         *install,
+        Step("first_look", 60, ALONE, look, (*look, "--device", "cpu", "--smoke")),
+        profiled("W2"),
+        profiled("W1"),
+        Step("decisions", 15, ALONE, decided, decided, shown=True),
         compiled("W1"),
         compiled("W2"),
-        *(step for i, tool in enumerate(SANITIZERS[1:]) for step in sanitized(tool, 50200 + 200 * i)),
-        measured("W1", 70, rehearsal=smoke),
-        measured("W2", 70),
-        *(measured(workload, 45, "--no-compile", "--budget", 30) for workload in ("W3", "W5", "W4")),
+        measured("W1", 60),
+        measured("W2", 60),
         Step("table", 15, ALONE, table, table, shown=True),
     ]
     # Each takes a minute or more to compile. W3 and W4 need so much memory for it that neither does it beside another.
     third = [
         *install,
+        *sanitized("racecheck", 130, 50800),
         Step("coco", 40, ALONE, bench("W1", "--no-compile", "--annotations", annotations, "--out", "results/coco")),
         Step("large_tests", 45, ALONE, tests("large_tests", 0, "gpu and two_to_the_31", "kernels")),
-        *(measured(workload, 135) for workload in ("W3", "W4", "W5")),
+        *(measured(workload, 95) for workload in ("W3", "W4", "W5")),
         Step("table", 15, ALONE, table, table, shown=True),
     ]
     return {1: first, 2: second, 3: third}

@@ -1,10 +1,13 @@
 """The benchmark runs, writes what it promises, and its sampler and its memory meter are right. No timing is checked."""
 
+import gc
 import importlib
 import json
 import os
 import time
+import weakref
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -220,6 +223,19 @@ def test_launches_and_synchronizations_on_a_gpu(benchmark_module):
     with torch.cuda.graph(graph):
         torch.sin_(torch.cos_(x))
     assert measure.cuda_calls(lambda inputs, mark: graph.replay(), None) == (1, 0)
+
+
+def test_a_captured_graph_keeps_the_boxes_that_it_reads(benchmark_module, monkeypatch):
+    """What replaces them in memory would be taken for boxes by every replay."""
+    steps, workloads = map(benchmark_module, ("steps", "workloads"))
+    w = workloads.SMOKE
+    inputs = workloads.make_inputs(w, w.choose_boxes(), torch.device("cpu"), 1)
+    read = []
+    with monkeypatch.context() as m:
+        m.setattr(torch, "cuda", MagicMock())
+        graph = steps.GraphStep(lambda x, mark: read.append(weakref.ref(x.boxes.labels)), inputs, room=64)
+    gc.collect()
+    assert graph.captured and all(labels() is not None for labels in read)
 
 
 @needs_cuda

@@ -104,7 +104,7 @@ def test_the_largest_workloads_compile_alone(check, module):
 def test_a_sanitizer_that_reports_something_fails(check, folder, report, status, good):
     text = f'echo "$@"; echo "========= SUMMARY: {report}"; exit {status}'
     path = tool(folder, "compute-sanitizer", text)
-    (step,) = [step for step in check.plan()[2] if step.name == "racecheck_1"]
+    (step,) = [step for step in check.plan()[3] if step.name == "racecheck_1"]
     done = subprocess.run([str(x) for x in step.command], env=os.environ | path, capture_output=True, text=True)
     assert (done.returncode == 0) == good
     assert "--tool racecheck" in done.stdout and done.stdout.splitlines()[0].endswith("sanitize.py --share 1/2")
