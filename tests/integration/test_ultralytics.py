@@ -1,6 +1,7 @@
 """sea_kernels.ultralytics: YOLO models that Ultralytics' own trainers train, on COCO images."""
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -24,11 +25,8 @@ FAST = {"imgsz": 64, "batch": 4, "workers": 0, "device": "cpu", "amp": False, "p
 @pytest.fixture(scope="module")
 def ultralytics():
     require("ultralytics")
-    import ultralytics
-
-    import sea_kernels.ultralytics
-
-    return ultralytics
+    importlib.import_module("sea_kernels.ultralytics")
+    return importlib.import_module("ultralytics")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +43,9 @@ def folder(tmp_path_factory):
             labels.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / "images" / image["file_name"], images)
             rows = []
-            for x, y, w, h, label in [(*a["bbox"], a["category_id"]) for a in coco["annotations"] if a["image_id"] == image["id"]]:
-                x, y, w, h = x / image["width"], y / image["height"], w / image["width"], h / image["height"]
+            for annotation in [a for a in coco["annotations"] if a["image_id"] == image["id"]]:
+                label, size = annotation["category_id"], (image["width"], image["height"])
+                x, y, w, h = (value / size[i % 2] for i, value in enumerate(annotation["bbox"]))
                 box, corners = (x + w / 2, y + h / 2, w, h), (x, y, x + w, y, x + w, y + h, x, y + h)
                 values = {"detect": box, "segment": corners, "pose": (*box, *corners)}[task]
                 rows.append(" ".join(map(str, (label, *(min(max(v, 0), 1) for v in values)))))
@@ -88,9 +87,7 @@ def trained(ultralytics, folder, teacher):
     model.add_callback("on_model_save", keep)
     # 8 images in batches of 4, a step of the optimizer every second batch, sizes of 32 to 96 pixels
     options = FAST | {"plots": True, "multi_scale": 0.5, "nbs": 8, "warmup_epochs": 0, "project": str(folder / "runs")}
-    model.train(
-        trainer=sk.ultralytics.trainer(teacher), data=str(folder / "detect/data.yaml"), epochs=2, **options
-    )
+    model.train(trainer=sk.ultralytics.trainer(teacher), data=str(folder / "detect/data.yaml"), epochs=2, **options)
     return model.trainer, folder / "first.pt", kept
 
 
@@ -164,25 +161,114 @@ VERSIONS = [
     ("yolov10n", "yolo11s", "detect", {}),
     ("yolo11n-seg", "yolo11s-seg", "segment", {}),
     ("yolo11n-pose", "yolo11s", "pose", {}),
-    ("yolo11n", "yolo11s", "detect", {"amp": "bf16"}),
+    ("yolo11n", "yolo11s", "detect", {"amp": True}),
     ("yolo11n", "yolo11s", "detect", {"optimizer": "MuSGD"}),
 ]
 
 
 @pytest.mark.parametrize("student, teacher, task, options", VERSIONS)
-def test_an_epoch(ultralytics, folder, tmp_path, student, teacher, task, options):
+def test_one_epoch(ultralytics, folder, tmp_path, monkeypatch, student, teacher, task, options):
     path = checkpoint(ultralytics, tmp_path / "teacher.pt", f"{teacher}.yaml")
-    model, gradients = ultralytics.YOLO(f"{student}.yaml"), {}
+    model, own = ultralytics.YOLO(f"{student}.yaml"), []
+    monkeypatch.setattr("ultralytics.engine.trainer.check_amp", lambda model: True)  # it would download a model
+
+    def begin(trainer):
+        criterion = trainer.model.criterion._own
+        trainer.model.criterion._own = lambda *args: own.append(criterion(*args)) or own[-1]
 
     def look(trainer):
-        own = {n: x for n, x in trainer.loss_items.items() if n not in COLUMNS}
-        sea = sum(trainer.loss_items[n] for n in COLUMNS)
-        # as Ultralytics: what is logged is for an image, what is differentiated for the batch
-        torch.testing.assert_close(trainer.loss.detach(), 4 * (sum(own.values()) + sea), rtol=1e-5, atol=0.0)
-        gradients.update(trainer.loss_items)
+        sea = sum(trainer.loss_items[name] for name in COLUMNS)
+        # as Ultralytics does: what is logged is for one image, what is differentiated for the batch
+        torch.testing.assert_close(trainer.loss.detach(), own[-1][0].sum().detach() + 4 * sea, rtol=1e-5, atol=0.0)
+        assert all(trainer.loss_items[name] > 0 for name in COLUMNS)
 
+    model.add_callback("on_train_start", begin)
     model.add_callback("on_train_batch_end", look)
     options = FAST | {"data": str(folder / task / "data.yaml"), "project": str(tmp_path), "val": False} | options
     model.train(trainer=sk.ultralytics.trainer(path, weights=(1, 1, 1)), epochs=1, **options)
-    assert type(model.trainer).__name__ == f"SEA{ {'detect': 'Detection', 'segment': 'Segmentation', 'pose': 'Pose'}[task] }Trainer"
-    assert all(gradients[name] > 0 for name in COLUMNS) and model.trainer.distiller.step == 2
+    assert len(own) == model.trainer.distiller.step == 2
+    assert model.trainer.amp == bool(options["amp"]) and model.trainer.args.task == task
+
+
+def test_boxes_of_a_batch_are_those_of_its_images(ultralytics):
+    """Packed, centers and sizes relative to the image, images without boxes; in pixels, as a list they are the same."""
+    xywh = torch.tensor([[0.5, 0.5, 0.5, 0.25], [0.25, 0.75, 0.1, 0.2], [0.3, 0.3, 0.2, 0.2]])
+    batch = {"img": torch.zeros(3, 3, 64, 96), "bboxes": xywh, "cls": torch.tensor([[3.0], [1.0], [3.0]])}
+    found = sk.ultralytics._targets(batch | {"batch_idx": torch.tensor([0.0, 2.0, 2.0])})
+    boxes = torch.tensor([[24.0, 24, 72, 40], [19.2, 41.6, 28.8, 54.4], [19.2, 12.8, 38.4, 25.6]])
+    wanted = {"boxes": [boxes[:1], boxes[:0], boxes[1:]], "labels": [torch.tensor(x) for x in ([3], [], [1, 3])]}
+    wanted["labels"][1] = wanted["labels"][1].long()
+    options = {"level_shapes": [(8, 12), (4, 6)], "strides": (8, 16), "num_classes": 4}
+    found, wanted = sk.Regions.from_boxes(**found, **options), sk.Regions.from_boxes(**wanted, **options)
+    for level in range(2):
+        for k, label in enumerate(wanted.classes[:2].tolist()):
+            assert found.classes[k] == label
+            assert torch.equal(found.masks(level)[: 3 + 2 * k], wanted.masks(level)[: 3 + 2 * k])
+
+
+def test_a_copy_of_the_criterion_is_the_students_own(ultralytics):
+    import copy
+    import pickle
+
+    own = {"a": 1}
+    criterion = sk.ultralytics._Criterion(own, None, torch.nn.Identity())
+    assert copy.deepcopy(criterion) == own and pickle.loads(pickle.dumps(criterion)) == own
+
+
+def train(ultralytics, folder, tmp_path, trainer, student="yolo11n.yaml", task="detect", **options):
+    options = FAST | {"data": str(folder / task / "data.yaml"), "project": str(tmp_path), "epochs": 1} | options
+    ultralytics.YOLO(student).train(trainer=trainer, **options)
+
+
+def test_bad_input_is_named(ultralytics, folder, tmp_path, teacher):
+    with pytest.raises(ValueError, match=r"teacher is 'yolo11s.yaml', which has no weights; expected a checkpoint"):
+        sk.ultralytics.trainer("yolo11s.yaml")
+    with pytest.raises(TypeError, match="teacher is a int; expected a checkpoint"):
+        sk.ultralytics.trainer(3)
+    with pytest.raises(TypeError, match="the teacher's last layer is a RTDETRDecoder; expected a Detect head"):
+        sk.ultralytics.trainer(ultralytics.RTDETR("rtdetr-l.yaml").model)
+    with pytest.raises(TypeError, match="'weight' is no option; expected maps, base, center_ratio"):
+        sk.ultralytics.trainer(teacher, weight=1)
+    with pytest.raises(ValueError, match="maps is 'head'; expected \"towers\""):
+        sk.ultralytics.trainer(teacher, maps="head")
+    trainer = sk.ultralytics.trainer(teacher)
+    with pytest.raises(ValueError, match="the student's task is 'obb'; expected detect, segment, pose"):
+        train(ultralytics, folder, tmp_path, trainer, "yolo11n-obb.yaml")
+    with pytest.raises(ValueError, match=r"the teacher's head has strides \(8.0, 16.0, 32.0\); expected \(4.0, 8.0"):
+        train(ultralytics, folder, tmp_path, trainer, "yolov8n-p2.yaml")
+    with pytest.raises(ValueError, match=r"distill_model is 'yolo11s\.pt'; expected None"):
+        train(ultralytics, folder, tmp_path, trainer, distill_model="yolo11s.pt")
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(ultralytics, folder, tmp_path, trained, teacher):
+    _, first, _ = trained
+    saved = torch.load(first, weights_only=False)
+    del saved["optimizer"]["sea_kernels"]
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="the checkpoint has no state of a distiller; expected one that this trainer"):
+        ultralytics.YOLO(tmp_path / "last.pt").train(trainer=sk.ultralytics.trainer(teacher), resume=True)
+
+
+def test_the_recipe(ultralytics, folder, tmp_path, teacher):
+    recipe = Path(__file__).parents[2] / "recipes" / "ultralytics_yolo.py"
+    data, options = (
+        folder / "detect" / "data.yaml",
+        ("epochs=1", "imgsz=64", "batch=4", "device=cpu", f"project={tmp_path}"),
+    )
+    done = programs.run(str(recipe), "yolo11n.yaml", str(teacher), str(data), *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (results,) = tmp_path.rglob("results.csv")
+    assert "train/sea_anchor,train/sea_dist,train/sea_loc" in results.read_text()
+
+
+def test_the_example_of_ultralytics(ultralytics, folder, tmp_path, teacher, monkeypatch):
+    from test_readme_examples import example
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(teacher, "yolo11s.pt")
+    shutil.copy(folder / "detect" / "data.yaml", "coco.yaml")
+    code = example("ultralytics").replace(
+        "epochs=100", ", ".join(f"{k}={v!r}" for k, v in {**FAST, "epochs": 1}.items())
+    )
+    exec(code, names := {})
+    assert names["student"].trainer.distiller.step == 2
