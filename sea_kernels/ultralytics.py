@@ -40,7 +40,8 @@ def trainer(
             except the last, which predicts; or "neck", the head's inputs.
         base: the trainer to extend. Default: Ultralytics' own for the student's task (detect, segment, pose).
         **options: those of :class:`sea_kernels.SEADistiller`, except taps and masks. While it trains, the distiller
-            is the attribute `distiller` of the trainer.
+            is the attribute `distiller` of the trainer; for the neck, whose channels differ from level to level, that
+            is a list with one for each level.
 
     Raises:
         TypeError, ValueError: the teacher has no weights or no Detect head, an option is wrong. When the training
@@ -60,7 +61,7 @@ def trainer(
     teacher = _load(teacher)
     head = _head("teacher", teacher)
     # The teacher is a copy: its head computes the maps and no more.
-    head.forward = functools.partial(_towers, head) if maps == "towers" else _nothing
+    head.forward = functools.partial(_towers, head) if maps == "towers" else list
 
     def make(*args: Any, **kwargs: Any) -> Any:
         overrides = kwargs.get("overrides") or {}
@@ -82,12 +83,13 @@ def _distilling(base: type, teacher: nn.Module, maps: str, options: dict[str, An
             # Here the student is on its device, and what is saved of the optimizer has not yet been loaded.
             optimizer = super().build_optimizer(model, *args, **kwargs)
             student = unwrap(model)
-            ours, theirs = _taps("student", student, maps), _taps("teacher", teacher, maps)
-            if ours.strides != theirs.strides:
-                raise ValueError(f"the teacher's head has strides {theirs.strides}; expected {ours.strides}")
+            found, expected = (_strides(side, x) for side, x in (("teacher", teacher), ("student", student)))
+            if found != expected:
+                raise ValueError(f"the teacher's head has strides {found}; expected {expected}, as the student's")
             if (channels := teacher.yaml.get("channels", 3)) != student.yaml.get("channels", 3):
                 raise ValueError(f"the teacher takes {channels} channels; expected {student.yaml.get('channels', 3)}")
-            self.distiller = SEADistiller(student, teacher, ours, teacher_taps=theirs, **options).to(self.device)
+            make = _on_towers if maps == "towers" else _on_neck
+            self.distiller = make(student, teacher, options).to(self.device)
             adapters = list(self.distiller.parameters())
             if adapters:
                 groups = [g for g in optimizer.param_groups if g.get("param_group") == "weight"]
@@ -186,21 +188,23 @@ def _head(side: str, model: nn.Module) -> Detect:
     return head
 
 
-def _taps(side: str, model: nn.Module, maps: str) -> Taps:
-    head = _head(side, model)
-    name, strides = f"model.{len(model.model) - 1}", tuple(head.stride.tolist())
-    options = {"strides": strides, "input": "model.0", "num_classes": head.nc}
-    if maps == "neck":
-        sources = (tuple(f"model.{i % len(model.model)}" for i in head.f),)
-        return Taps(sources, sources, **options, anchor_on_box=False)
-    cls, box = (
-        tuple(
-            tuple(f"{name}.{branch}.{level}.{i}" for level in range(head.nl))
-            for i in range(len(getattr(head, branch)[0]) - 1)
-        )
-        for branch in ("cv3", "cv2")
-    )
-    return Taps(cls, box, **options)
+def _strides(side: str, model: nn.Module) -> tuple[float, ...]:
+    return tuple(_head(side, model).stride.tolist())
+
+
+def _on_towers(student: nn.Module, teacher: nn.Module, options: dict[str, Any]) -> SEADistiller:
+    return SEADistiller(student, teacher, _tower_taps(student), teacher_taps=_tower_taps(teacher), **options)
+
+
+def _tower_taps(model: nn.Module) -> Taps:
+    head, name = model.model[-1], f"model.{len(model.model) - 1}"
+
+    def convolutions(branch: str) -> tuple[tuple[str, ...], ...]:
+        count = len(getattr(head, branch)[0]) - 1
+        return tuple(tuple(f"{name}.{branch}.{level}.{i}" for level in range(head.nl)) for i in range(count))
+
+    strides = tuple(head.stride.tolist())
+    return Taps(convolutions("cv3"), convolutions("cv2"), strides, input="model.0", num_classes=head.nc)
 
 
 def _towers(head: Detect, maps: list[Tensor]) -> None:
@@ -210,15 +214,48 @@ def _towers(head: Detect, maps: list[Tensor]) -> None:
                 x = layer(x)
 
 
-def _nothing(maps: list[Tensor]) -> None:
-    pass
+class _Levels(nn.ModuleList):
+    """A distiller for each level. Each loss is a sum over levels, so theirs add up."""
+
+    def forward(self, **targets: Any) -> dict[str, Tensor]:
+        levels = [distiller(**targets) for distiller in self]
+        return {name: sum(losses[name] for losses in levels) for name in levels[0]}
+
+    def close(self) -> None:
+        for distiller in self:
+            distiller.close()
 
 
-def _save(distiller: SEADistiller, _optimizer: Any, state: dict[str, Any]) -> None:
+def _on_neck(student: nn.Module, teacher: nn.Module, options: dict[str, Any]) -> _Levels:
+    ours, theirs = student.model[-1], teacher.model[-1]
+    theirs.neck = nn.ModuleList(nn.Identity() for _ in range(theirs.nl))
+    distillers = _Levels()
+    for level, stride in enumerate(ours.stride.tolist()):
+        source, target = (f"model.{ours.f[level] % len(student.model)}",), (f"model.{theirs.i}.neck.{level}",)
+        taps = Taps(source, source, (stride,), input="model.0", num_classes=ours.nc, anchor_on_box=False)
+        run = functools.partial(_run_neck, level)
+        teacher_taps = Taps(target, target, (stride,), input="model.0", run=run, anchor_on_box=False)
+        channels = tuple(head.cv2[level][0].conv.in_channels for head in (ours, theirs))
+        distillers.append(
+            SEADistiller(student, teacher, taps, teacher_taps=teacher_taps, **{"channels": (channels,) * 2} | options)
+        )
+    return distillers
+
+
+def _run_neck(level: int, teacher: nn.Module, images: Tensor) -> None:
+    """The teacher runs for the first level and keeps the maps of the others."""
+    head = teacher.model[-1]
+    if level == 0:
+        head.kept = teacher(images)
+    head.neck[level](head.kept[level])
+    head.kept[level] = None
+
+
+def _save(distiller: nn.Module, _optimizer: Any, state: dict[str, Any]) -> None:
     state["sea_kernels"] = OrderedDict(distiller.state_dict())  # without the metadata, and so a plain dict of tensors
 
 
-def _restore(distiller: SEADistiller, _optimizer: Any, state: dict[str, Any]) -> None:
+def _restore(distiller: nn.Module, _optimizer: Any, state: dict[str, Any]) -> None:
     if "sea_kernels" not in state:
         raise ValueError("the checkpoint has no state of a distiller; expected one that this trainer saved")
     distiller.load_state_dict(state["sea_kernels"])

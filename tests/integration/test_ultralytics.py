@@ -163,6 +163,8 @@ VERSIONS = [
     ("yolo11n-pose", "yolo11s", "pose", {}),
     ("yolo11n", "yolo11s", "detect", {"amp": True}),
     ("yolo11n", "yolo11s", "detect", {"optimizer": "MuSGD"}),
+    ("yolo11n", "yolo11s", "detect", {"maps": "neck"}),
+    ("yolo26n-seg", "yolo11s", "segment", {"maps": "neck", "optimizer": "AdamW"}),
 ]
 
 
@@ -185,8 +187,9 @@ def test_one_epoch(ultralytics, folder, tmp_path, monkeypatch, student, teacher,
     model.add_callback("on_train_start", begin)
     model.add_callback("on_train_batch_end", look)
     options = FAST | {"data": str(folder / task / "data.yaml"), "project": str(tmp_path), "val": False} | options
-    model.train(trainer=sk.ultralytics.trainer(path, weights=(1, 1, 1)), epochs=1, **options)
-    assert len(own) == model.trainer.distiller.step == 2
+    trainer = sk.ultralytics.trainer(path, maps=options.pop("maps", "towers"), weights=(1, 1, 1))
+    model.train(trainer=trainer, epochs=1, **options)
+    assert len(own) == 2
     assert model.trainer.amp == bool(options["amp"]) and model.trainer.args.task == task
 
 
@@ -272,3 +275,28 @@ def test_the_example_of_ultralytics(ultralytics, folder, tmp_path, teacher, monk
     )
     exec(code, names := {})
     assert names["student"].trainer.distiller.step == 2
+
+
+def test_the_maps_of_the_neck_are_the_inputs_of_the_head(ultralytics):
+    """For each level those of student and teacher, which runs once, through an adapter of the level's own channels."""
+    torch.manual_seed(0)
+    student, teacher = ultralytics.YOLO("yolo11n.yaml").model.train(), ultralytics.YOLO("yolo11s.yaml")
+    make = sk.ultralytics.trainer(teacher, maps="neck")
+    copy = dict(zip(make.__code__.co_freevars, make.__closure__))["teacher"].cell_contents
+    levels = sk.ultralytics._on_neck(student, copy, {})
+    seen, runs, images = {}, [], torch.rand(2, 3, 64, 64)
+    for name, model in (("student", student), ("teacher", copy)):
+        model.model[-1].register_forward_pre_hook(lambda _, args, name=name: seen.update({name: list(args[0])}))
+    copy.model[0].register_forward_hook(lambda *_: runs.append(1))
+    student(images)
+    boxes, labels = [torch.tensor([[8.0, 8, 40, 50]])] * 2, [torch.tensor([3])] * 2
+    captured = [distiller.capture(boxes, labels) for distiller in levels]
+    assert len(runs) == 1
+    for level, (capture, distiller) in enumerate(zip(captured, levels)):
+        own = distiller.adapters["cls_0"](seen["student"][level])
+        assert torch.equal(capture.student_cls[0][0], own) and own.shape[1] == (128, 256, 512)[level]
+        assert torch.equal(capture.teacher_cls[0][0], seen["teacher"][level])
+    found = []
+    teacher.model.eval().model[-1].register_forward_pre_hook(lambda _, args: found.extend(args[0]))
+    teacher.model(images)
+    assert all(torch.equal(x, y) for x, y in zip(found, seen["teacher"]))
