@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from ultralytics import YOLO
+from ultralytics import __version__ as version
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
@@ -142,6 +143,8 @@ class _Criterion:
 
     def __call__(self, preds: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         loss, items = self._own(preds, batch)
+        if not isinstance(items, dict):
+            raise RuntimeError(f"ultralytics {version} gives its losses in a tensor; expected 8.4.190 or later")
         if self._student.training and torch.is_grad_enabled():
             sea = list(self._distiller(**_targets(batch)).values())
             items = items | {name: x.detach() for name, x in zip(_COLUMNS, sea)}
@@ -160,10 +163,10 @@ def _targets(batch: dict[str, Any]) -> dict[str, list[Tensor]]:
     height, width = batch["img"].shape[2:]
     x, y, w, h = batch["bboxes"].unbind(1)
     boxes = torch.stack([(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height], 1)
-    labels, index = batch["cls"].flatten().long(), batch["batch_idx"].flatten()
     # To select the boxes of an image would wait for the device: every image has all, and a label of -1 skips a box.
-    images = range(len(batch["img"]))
-    return {"boxes": [boxes for _ in images], "labels": [torch.where(index == b, labels, -1) for b in images]}
+    images = torch.arange(len(batch["img"]), device=boxes.device).unsqueeze(1)
+    labels = torch.where(batch["batch_idx"].flatten() == images, batch["cls"].flatten().long(), -1)
+    return {"boxes": [boxes] * len(images), "labels": list(labels)}
 
 
 def _load(teacher: Any) -> nn.Module:
