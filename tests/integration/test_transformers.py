@@ -108,7 +108,11 @@ def test_two_steps_of_training(kind, tmp_path):
     strides = STRIDES.get(kind, (8, 16, 32))
     assert tuple(trainer.distiller._taps[0].strides) == tuple((s, s) for s in strides)
     assert trainer.distiller.num_classes == 80 and not trainer.distiller.adapters
+    masks = []
+    teacher.model.backbone.register_forward_pre_hook(lambda _module, args: masks.append(args[1]))
     trainer.train()
+    valid = collate(samples())["pixel_mask"].sum()
+    assert [x.sum() for x in masks] == [valid, valid]
     assert len(logged(trainer)) == 2 and trainer.distiller.step == 2
     assert all(0 < x < float("inf") for row in logged(trainer) for x in row)
     assert equal(teacher.state_dict(), fixed) and not equal(student.state_dict(), before)
@@ -129,9 +133,9 @@ def test_the_example_in_the_readme(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_maps_and_the_regions_are_those_of_the_models(kind, tmp_path):
     """The teacher's maps are those of its whole forward with the mask; boxes and sizes are the images' own."""
+    student, teacher = detector(kind).train(), detector(kind, seed=1).eval()
     from sea_kernels.transformers import ground_truth
 
-    student, teacher = detector(kind).train(), detector(kind, seed=1).eval()
     distiller = make(student, teacher, tmp_path, options={"num_classes": 80}).distiller
     batch = collate(samples())
     student(**batch)
@@ -218,17 +222,17 @@ with torch.no_grad():
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 
-def test_autocast_accumulation_and_a_model_that_is_made_in_train(tmp_path):
-    """bfloat16 by accelerate, adapters included; two batches a step; hooks follow the model that model_init makes."""
-    teacher = detector("RTDetr", 48, seed=1)
-    dtypes = set()
-    teacher.model.decoder_input_proj[0][0].register_forward_hook(lambda _m, _a, out: dtypes.add(out.dtype))
+@pytest.mark.parametrize("width", [32, 48])
+def test_autocast_accumulation_and_a_model_that_is_made_in_train(width, tmp_path):
+    """bfloat16 by accelerate, with adapters or without; two batches a step; hooks follow the model of model_init."""
+    teacher = detector("RTDetr", width, seed=1)
     options = {"bf16": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_strategy": "no"}
     trainer = make(lambda: detector("RTDetr"), teacher, tmp_path, **options)
-    first = trainer.distiller
+    first, dtypes, projection = trainer.distiller, [], teacher.model.decoder_input_proj[0][0]
+    projection.register_forward_hook(lambda _module, _args, out: dtypes.append(out.dtype) if not out.is_meta else None)
     trainer.train()
     assert trainer.distiller is not first and trainer.distiller.student is trainer.model
-    assert trainer.distiller.step == 4 and len(logged(trainer)) == 2 and torch.bfloat16 in dtypes
+    assert trainer.distiller.step == 4 and len(logged(trainer)) == 2 and dtypes == [torch.bfloat16] * 4
 
 
 def test_the_losses_are_divided_as_the_own_loss_is(tmp_path):
