@@ -4,6 +4,7 @@ The collectives are torch's functional ones, which torch.compile can trace and a
 waits for a GPU, except the one consistency check in which the ranks compare their arguments.
 """
 
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,6 +40,31 @@ def join(group: Any) -> Group:
             "after init_process_group or the get_group() of a DeviceMesh"
         )
     return Group(group.group_name, _size(group))
+
+
+def check(group: Any) -> Any:
+    """A distiller's `group`, checked as far as it can be before there are processes: a Group, None, or a name."""
+    if isinstance(group, str) and group not in ("local", "world"):
+        raise ValueError(f"group is {group!r}; expected 'local', 'world' or a torch.distributed.ProcessGroup")
+    return group if group is None or isinstance(group, str) else join(group)
+
+
+def resolve(group: Any) -> Group | None:
+    """The group of a step, of what `check` returned."""
+    ready = dist.is_initialized()
+    if group is None and ready and dist.get_world_size() > 1:
+        raise ValueError(
+            f"group is None with {dist.get_world_size()} processes, as dist.group.WORLD is before init_process_group; "
+            "expected group='world', or group='local' for the anchors of each process alone"
+        )
+    if group == "world" and not ready and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"group is 'world' and WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected init_process_group before the "
+            "first losses()"
+        )
+    if group == "world":
+        return join(dist.group.WORLD) if ready else None
+    return group if isinstance(group, Group) else None
 
 
 @assume_constant_result

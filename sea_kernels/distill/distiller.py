@@ -70,8 +70,10 @@ class SEADistiller(nn.Module):
             :func:`sea_kernels.sea_loss`.
         use_masks: build the regions from the instances' masks (:meth:`sea_kernels.Regions.from_masks`) instead of their
             boxes.
-        group: a `torch.distributed.ProcessGroup`. The anchors are then those of the batch of all its ranks, and all
-            ranks must call `losses` at every step, with the same options. Default: each process is alone.
+        group: a `torch.distributed.ProcessGroup`, or "world": all processes, whose group may be initialized until the
+            first `losses`. The anchors are then those of the batch of all its ranks, and all ranks must call `losses`
+            at every step, with the same options. Default: "local", each process is alone. None is an error where there
+            are several processes, because `dist.group.WORLD` is None before `init_process_group`.
 
     Attributes:
         adapters: a 1x1 convolution for each set of maps in which student and teacher differ in channels. It maps the
@@ -119,7 +121,7 @@ class SEADistiller(nn.Module):
         detach_anchors: bool = False,
         distance_on_box: bool = False,
         use_masks: bool = False,
-        group: "ProcessGroup | None" = None,
+        group: "ProcessGroup | str | None" = "local",
     ) -> None:
         super().__init__()
         if not isinstance(weights, Sequence) or len(weights) != 3 or not all(math.isfinite(w) for w in weights):
@@ -147,9 +149,7 @@ class SEADistiller(nn.Module):
                     f"as the student's, {ours}"
                 )
         self._taps = taps, teacher_taps
-        self._group = group
-        if group is not None:
-            self._group = ranks.join(group)._replace(compares_strides=isinstance(taps.strides, Sequence))
+        self._group = ranks.check(group)
         self.num_classes = taps.num_classes if num_classes is None else num_classes
         if self.num_classes is None:
             raise ValueError("num_classes is None; expected the number of categories, which these taps do not know")
@@ -297,8 +297,10 @@ class SEADistiller(nn.Module):
         if labels is None:
             raise ValueError("labels not given; expected one tensor for each image beside boxes or masks")
         shapes = [tuple(x.shape[2:]) for x in maps]
-        options = {"image_sizes": image_sizes, "ignore_boxes": ignore, "group": self._group}
-        options |= self._region_options
+        group = ranks.resolve(self._group)
+        if group is not None:
+            group = group._replace(compares_strides=isinstance(taps.strides, Sequence))
+        options = {"image_sizes": image_sizes, "ignore_boxes": ignore, "group": group} | self._region_options
         strides = taps.strides
         if strides is None:
             strides = [tuple(n / m for n, m in zip(images.shape[2:], shape)) for shape in shapes]

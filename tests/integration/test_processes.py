@@ -142,6 +142,41 @@ def test_training_in_two_processes_equals_one(wrap, tmp_path):
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
 
 
+def _group_before_init(rank, meeting):
+    """The losses of distillers that were made before the process group, by what they were given as group."""
+    images, boxes, labels = _batch(rank)
+    distillers = {}
+    for given in ("world", "local", dist.group.WORLD):  # the last is None
+        student = Toy().eval()
+        distillers[given] = student, sk.SEADistiller(student, Toy(seed=1), TAPS, group=given)
+    os.environ["WORLD_SIZE"] = "2"  # as torchrun sets it
+    student, distiller = distillers["world"]
+    student(images)
+    with pytest.raises(ValueError, match=r"group is 'world' and WORLD_SIZE is 2; expected init_process_group before"):
+        distiller.losses(boxes, labels)
+    distillers["joined"] = student, sk.SEADistiller(student, Toy(seed=1), TAPS, group=meeting.join(rank))
+    out = {}
+    for given, (student, distiller) in distillers.items():
+        student(images)
+        if given is None:
+            with pytest.raises(ValueError, match=r"group is None with 2 processes, as dist.group.WORLD is before init"):
+                distiller.losses(boxes, labels)
+        else:
+            out[given] = {k: x.detach() for k, x in distiller.losses(boxes, labels).items()}
+    meeting.leave(rank, out)
+
+
+@pytest.mark.processes
+def test_a_group_given_before_the_process_group_is_not_dropped(tmp_path):
+    """ "world" is all processes once they have met; None, as which dist.group.WORLD was read, is an error then."""
+    meeting = Meeting(tmp_path, 2)
+    torch.multiprocessing.spawn(_group_before_init, (meeting,), nprocs=2)
+    first, second = meeting.results()
+    anchor = "loss_sea_anchor"
+    assert first["world"] == first["joined"] and second["world"] == second["joined"]
+    assert first["world"][anchor] == second["world"][anchor] != first["local"][anchor] != second["local"][anchor]
+
+
 def _compile(rank, group, _meeting):
     def step(boxes, labels, index, cls, cls_teacher, box, box_teacher):
         regions = sk.Regions.from_boxes(
@@ -338,8 +373,8 @@ def test_bad_groups_are_refused(alone, monkeypatch):
     with pytest.raises(RuntimeError, match="the first call of a group compares its ranks: run it before a CUDA graph"):
         groups._exchange(alone, "call", "cpu", [])
     monkeypatch.undo()
-    with pytest.raises(TypeError, match=r"group is a str"):
-        sk.SEADistiller(Toy(), Toy(seed=1), TAPS, group="world")
+    with pytest.raises(ValueError, match=r"group is 'word'; expected 'local', 'world' or a torch.distributed.Process"):
+        sk.SEADistiller(Toy(), Toy(seed=1), TAPS, group="word")
     assert pickle.loads(pickle.dumps(sk.SEADistiller(Toy(), Toy(seed=1), TAPS, group=alone)))._group == own
     dist.destroy_process_group()
     with pytest.raises(ValueError, match=r"group is not initialized, or was destroyed; expected one of the running"):
