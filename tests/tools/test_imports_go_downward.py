@@ -16,7 +16,7 @@ ORDER = """
     native.schemas native.library native.saved native.autograd native
     taps
     distill.schedule distill.recorder distill.torchvision distill.mmdet distill.distiller distill
-    plot page pictures ground_truth mmdet
+    plot page pictures ground_truth mmdet ultralytics transformers
     __init__ __main__
 """.split()
 
