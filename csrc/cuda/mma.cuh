@@ -78,40 +78,26 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
   const int lane = thread_index() % 32;
   if constexpr (sizeof(A) == 2) {
     const int low = lane / 8 % 2 * 8, high = lane / 16 * 8;
-    using BlocksOfA = uint32_t[kRows][kA][4];
-    using BlocksOfB = uint32_t[kColumns][kB][4];
-    const auto load = [&](BlocksOfA& a, BlocksOfB& b, int k) {
+#pragma unroll 2
+    for (int k = 0; k < inner; k += 16) {
+      uint32_t b[kColumns][kB][4];
 #pragma unroll
       for (int n = 0; n < kColumns; ++n)
         if (column + n * step < columns)
 #pragma unroll
-          for (int r = 0; r < kB; ++r)
+          for (int r = 0; r < kB; ++r) {
             Blocks<kTransposedB, B>(b_operand.parts[r], column + n * step, high, low, lane).load(b[n][r], k);
+            if constexpr (!std::is_same_v<A, B>)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) b[n][r][i] = half_to_bfloat16(b[n][r][i]);
+          }
+      uint32_t a[kRows][kA][4];
 #pragma unroll
       for (int m = 0; m < kRows; ++m)
         if (row + 16 * m < rows)
 #pragma unroll
           for (int l = 0; l < kA; ++l)
             Blocks<kTransposedA, A>(a_operand.parts[l], row + 16 * m, low, high, lane).load(a[m][l], k);
-    };
-    // Where there are registers for it, the operands of the next products are loaded while these are computed.
-    constexpr bool kAhead = kRows * kColumns <= 4;
-    BlocksOfA a;
-    BlocksOfB b;
-    if constexpr (kAhead) load(a, b, 0);
-#pragma unroll 2
-    for (int k = 0; k < inner; k += 16) {
-      BlocksOfA next_a;
-      BlocksOfB next_b;
-      if constexpr (!kAhead)
-        load(a, b, k);
-      else if (k + 16 < inner)
-        load(next_a, next_b, k + 16);
-      if constexpr (!std::is_same_v<A, B>)
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n)
-#pragma unroll
-          for (int i = 0; i < 4 * kB; ++i) b[n][i / 4][i % 4] = half_to_bfloat16(b[n][i / 4][i % 4]);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n)
         if (column + n * step < columns)
@@ -128,14 +114,6 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
                       const uint32_t half[2] = {b[n][r][2 * h], b[n][r][2 * h + 1]};
                       multiply_add(products[m][n][h], a[m][l], half, A());
                     }
-      if constexpr (kAhead) {
-#pragma unroll
-        for (int i = 0; i < kRows * kA * 4; ++i)
-          a[i / (kA * 4)][i / 4 % kA][i % 4] = next_a[i / (kA * 4)][i / 4 % kA][i % 4];
-#pragma unroll
-        for (int i = 0; i < kColumns * kB * 4; ++i)
-          b[i / (kB * 4)][i / 4 % kB][i % 4] = next_b[i / (kB * 4)][i / 4 % kB][i % 4];
-      }
     }
   } else {
     const int g = lane / 4, t = lane % 4;
