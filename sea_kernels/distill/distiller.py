@@ -255,9 +255,13 @@ class SEADistiller(nn.Module):
         for branch, sets in ours.items():
             for m, maps in enumerate(sets):
                 if f"{branch}_{m}" in self.adapters:
-                    maps = sets[m] = [self.adapters[f"{branch}_{m}"](x) for x in maps]
+                    maps = sets[m] = [self._adapt(self.adapters[f"{branch}_{m}"], x) for x in maps]
                 theirs[branch][m] = self._pair(getattr(self._taps[0], branch)[m], maps, theirs[branch][m])
         return Capture(ours["cls"], theirs["cls"], ours["box"], theirs["box"], regions)
+
+    @staticmethod
+    def _adapt(adapter: nn.Conv2d, x: Tensor) -> Tensor:
+        return adapter(x if torch.is_autocast_enabled(x.device.type) else x.to(adapter.weight.dtype))
 
     def _pair(self, name: str, student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
         """The teacher's maps, resampled to the student's sizes."""

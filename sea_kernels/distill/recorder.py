@@ -70,6 +70,11 @@ class Recorder:
         self.closed = True
         self.forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, whose hooks do nothing: without what was recorded, which may have a graph."""
+        recorded = {"open": False, "images": None, "targets": None, "next_targets": None, "fired": {}, "versions": []}
+        return self.__dict__ | recorded | {"handles": []}
+
     def forget(self) -> None:
         self.open, self.images, self.targets = False, None, None
         self.fired: dict[str, list[Any]] = {}
@@ -77,11 +82,13 @@ class Recorder:
 
     def run(self, images: Tensor, levels: int) -> dict[str, list[list[Tensor]]]:
         """The teacher's maps of these images."""
-        here = next(self.model.parameters(), images).device
-        if here != images.device:
+        like = next((p for p in self.model.parameters() if p.is_floating_point()), images)
+        if like.device != images.device:
             raise ValueError(
-                f"the teacher is on {here}; expected {images.device}, as its input (distiller.to moves it)"
+                f"the teacher is on {like.device}; expected {images.device}, as its input (distiller.to moves it)"
             )
+        if not torch.is_autocast_enabled(images.device.type):  # a student of another dtype has other images
+            images = images.to(like.dtype)
         self.open = True
         try:
             with torch.no_grad():

@@ -577,6 +577,45 @@ def test_schedule_scales_the_losses_and_stops_the_teacher():
     assert twin.step == 3
 
 
+# ------------------------------------------------------------------------------------------------- copies and dtypes
+
+
+def test_a_copy_between_forward_and_losses_takes_no_maps_along():
+    student, teacher = pair()
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    student(IMAGES)  # what it recorded has a graph, which cannot be copied
+    copied = copy.deepcopy(nn.ModuleDict({"student": student, "distiller": distiller}))
+    assert not copied["distiller"]._recorders[0].fired
+    losses = distiller.losses(BOXES, LABELS)
+    expected = by_hand(student, teacher)
+    assert value(losses) == pytest.approx(0.02 * sum(expected).item(), rel=1e-4)
+
+
+def test_copies_can_be_copied_and_pickled():
+    distiller = sk.SEADistiller(*pair(width=24), TAPS)
+    distiller.step = 7
+    for twin in (copy.deepcopy(copy.deepcopy(distiller)), pickle.loads(pickle.dumps(copy.deepcopy(distiller)))):
+        assert twin.step == 7 and all(map(torch.equal, twin.state_dict().values(), distiller.state_dict().values()))
+
+
+@pytest.mark.parametrize("width", [16, 24], ids=["without adapters", "adapters"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_student_and_teacher_of_two_dtypes(dtypes, width):
+    """Each computes in its own dtype, as do the adapters, which the student's was when they were made."""
+    student, teacher = pair(width=width)
+    student.eval()
+    distiller = sk.SEADistiller(student, teacher, TAPS)
+    student(IMAGES)
+    expected = distiller.losses(BOXES, LABELS)
+    student.to(dtypes[0]), teacher.to(dtypes[1])
+    student(IMAGES.to(dtypes[0]))
+    losses = distiller.losses(BOXES, LABELS)
+    for name, x in losses.items():
+        assert x.item() == pytest.approx(expected[name].item(), rel=0.1), name
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in student.head.cls_tower.parameters())
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
