@@ -310,10 +310,13 @@ class MainLoop {
   __device__ void load(int stage, int64_t t, int group) {
     next_.seek(pyramid, t, kM);
     const E& e = pyramid.entries[next_.entry];
-    const int side = thread_index() / (kMainThreads / 2);
-    if (side < sides)
+    // Sides that are loaded at once, by some of the threads each. A row of a tile needs a thread for every 4 bytes.
+    constexpr int kSides = sizeof(X) == 2 ? 2 : 1, kThreads = kMainThreads / kSides;
+    static_assert(kMaxBlockK * static_cast<int>(sizeof(X) > 4 ? 4 : sizeof(X)) <= 4 * kThreads);
+#pragma unroll 1
+    for (int side = thread_index() / kThreads; side < sides; side += kSides)
       load_tile(tile_data(stage, side), e.maps[side], next_.image, next_.first, next_.count, kM,
-                static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k, kMainThreads / 2);
+                static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k, kThreads);
     copy_async_commit();
   }
 
