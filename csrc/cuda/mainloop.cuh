@@ -310,13 +310,15 @@ class MainLoop {
   __device__ void load(int stage, int64_t t, int group) {
     next_.seek(pyramid, t, kM);
     const E& e = pyramid.entries[next_.entry];
-    // Sides that are loaded at once, by some of the threads each. A row of a tile needs a thread for every 4 bytes.
-    constexpr int kSides = sizeof(X) == 2 ? 2 : 1, kThreads = kMainThreads / kSides;
-    static_assert(kMaxBlockK * static_cast<int>(sizeof(X) > 4 ? 4 : sizeof(X)) <= 4 * kThreads);
+    // The threads share the sides where half of them are enough for a row of a tile: one for every 4 bytes.
+    constexpr int kTurns = sizeof(X) == 2 ? 1 : 2, kThreads = kMainThreads / 2 * kTurns;
 #pragma unroll 1
-    for (int side = thread_index() / kThreads; side < sides; side += kSides)
-      load_tile(tile_data(stage, side), e.maps[side], next_.image, next_.first, next_.count, kM,
-                static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k, kThreads);
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int side = thread_index() / kThreads + turn;
+      if (side < sides)
+        load_tile(tile_data(stage, side), e.maps[side], next_.image, next_.first, next_.count, kM,
+                  static_cast<int64_t>(group) * block.k, channels_of(e, group), block.k, kThreads);
+    }
     copy_async_commit();
   }
 
