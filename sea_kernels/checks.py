@@ -148,8 +148,8 @@ def image_sizes(sizes: object, batch_size: int, device: torch.device, like: str)
 # ------------------------------------------------------------------------------------------------------------- maps
 
 
-def maps(name: str, maps: object) -> list[Tensor]:
-    """One set of maps: a list or tuple of L tensors [B, C, H_l, W_l] of one dtype, device, B and C."""
+def maps(name: str, maps: object, one_channels: bool = True) -> list[Tensor]:
+    """One set of maps: a list or tuple of L tensors [B, C, H_l, W_l] of one dtype, device and B, and C if asked."""
     if not isinstance(maps, (list, tuple)):
         raise TypeError(f"{name} is a {_type(maps)}; expected a list of maps [B, C, H, W], one for each level")
     if len(maps) == 0:
@@ -173,19 +173,18 @@ def maps(name: str, maps: object) -> list[Tensor]:
             raise ValueError(f"{name}[{i}] has shape {shape_of(x)}; expected at least one channel, row and column")
         if first is None:
             first, batch_size, number = x, batch, channels
-        elif batch != batch_size or channels != number:
-            raise ValueError(
-                f"{name}[{i}] has shape {shape_of(x)}; expected batch size {batch_size} and "
-                f"{number} channels, as {name}[0]"
-            )
+        elif batch != batch_size:
+            raise ValueError(f"{name}[{i}] has shape {shape_of(x)}; expected batch size {batch_size}, as {name}[0]")
+        elif one_channels and channels != number:
+            raise ValueError(f"{name}[{i}] has shape {shape_of(x)}; expected {number} channels, as {name}[0]")
     return list(maps)
 
 
 def pyramid(name: str, sets: object) -> list[list[Tensor]]:
-    """A list of L maps, or a list of M such lists, as a list of M lists. One dtype and device; C may differ by set."""
+    """A list of L maps, or a list of M such lists, as a list of M lists. One dtype and device; C may differ."""
     if not (isinstance(sets, (list, tuple)) and len(sets) > 0 and isinstance(sets[0], (list, tuple))):
-        return [maps(name, sets)]
-    out = [maps(f"{name}[{m}]", s) for m, s in enumerate(sets)]
+        return [maps(name, sets, False)]
+    out = [maps(f"{name}[{m}]", s, False) for m, s in enumerate(sets)]
     first = out[0][0]
     for m, s in enumerate(out):
         if s[0].dtype != first.dtype:

@@ -31,8 +31,8 @@ def anchor_pool(backend: Backend, features: Sequence[Tensor], regions: Regions) 
     `a[l, p] = sum_u m_p(u) F_l(u) / area[l, p]`, zero where the area is zero.
 
     Args:
-        features: L maps `[B, C, H_l, W_l]` of one dtype (float32, float64, float16, bfloat16), with any strides. NCHW
-            and channels_last are read without a copy.
+        features: L maps `[B, C, H_l, W_l]` of one C and one dtype (float32, float64, float16, bfloat16), with any
+            strides. NCHW and channels_last are read without a copy.
         regions: the masks, of the same levels and batch. With a group, the mean is over the images of all its ranks.
             Forward then takes one all-reduce, and backward takes one for the anchors' gradient, which is the sum of the
             gradients of all ranks. All ranks must make the call and run backward.
@@ -103,7 +103,8 @@ def anchor_loss(backend: Backend, student: Maps, teacher: Maps, regions: Regions
 
     Args:
         student, teacher: L maps `[B, C, H_l, W_l]`, or a list of M such lists (one for each convolution of a branch).
-            Shapes must agree. Each side has one dtype of its own (float32, float64, float16, bfloat16).
+            Shapes must agree between the sides. C may differ from level to level and from list to list. Each side has
+            one dtype of its own (float32, float64, float16, bfloat16).
         regions: the masks, of the same levels and batch.
 
     Returns:
@@ -232,9 +233,9 @@ def sea_loss(
     process with the whole batch. A rank's backward gives the gradient of the sum of all ranks' losses with respect to
     its own maps. So if gradients are averaged over the ranks, as by DDP and FSDP, they are those of the whole batch.
     Forward takes two all-reduces: one for the anchors of all levels, maps and sides (without distances, the difference
-    of the sides), and one for the gradient of the distance loss with respect to the student's anchors. Backward
-    communicates nothing, but assumes that the gradients of the losses are the same on every rank. All this also holds
-    for the single functions.
+    of the sides), and one for the gradient of the distance loss with respect to the student's anchors. Where C changes
+    from level to level, it takes them for each run of levels without a change. Backward communicates nothing, but
+    assumes that the gradients of the losses are the same on every rank. All this also holds for the single functions.
 
     Args:
         student_cls, teacher_cls, student_box, teacher_box: as for :func:`anchor_loss`. Each has one dtype of its own.
@@ -280,13 +281,28 @@ def _losses(
     backend: Backend, student: list[list], teacher: list[list], regions: Regions | None, options: Options
 ) -> SEALoss:
     if regions is None or regions.group is None:
-        return SEALoss(*backend.losses(student, teacher, regions, options))
+        return SEALoss(*_sum_of_runs(backend, student, teacher, regions, options))
     dtype = checks.compute_dtype(*student, *teacher)
     regions = regions._consistent(
         f"sea_loss of the {backend.name} backend with the loss flags {list(options.losses)} in {dtype}",
-        {f"channels[{i}]": maps[0].shape[1] for i, maps in enumerate(student)}
+        {f"channels[{i}][{level}]": x.shape[1] for i, maps in enumerate(student) for level, x in enumerate(maps)}
         | {"detach_anchors": int(options.detach_anchors)},
         {name: getattr(options, name) for name in ("distance_temperature", "localization_temperature")},
     )
-    anchor, distance, localization = backend.losses(student, teacher, regions, options)
+    anchor, distance, localization = _sum_of_runs(backend, student, teacher, regions, options)
     return SEALoss(anchor, *regions._share(distance, localization))
+
+
+def _sum_of_runs(
+    backend: Backend, student: list[list], teacher: list[list], regions: Regions | None, options: Options
+) -> Sequence[Tensor]:
+    """The backend's losses, which take levels of one C each set: summed over the runs of levels where no C changes."""
+    levels = range(1, len(student[0]))
+    cuts = [i for i in levels if any(maps[i].shape[1] != maps[i - 1].shape[1] for maps in student)]
+    if not cuts:
+        return backend.losses(student, teacher, regions, options)
+    parts = []
+    for start, stop in zip([0, *cuts], [*cuts, len(student[0])]):
+        sides = ([maps[start:stop] for maps in side] for side in (student, teacher))
+        parts.append(backend.losses(*sides, None if regions is None else regions._levels(start, stop), options))
+    return [sum(losses[1:], losses[0]) for losses in zip(*parts)]

@@ -91,6 +91,20 @@ class Regions:
             bits, runs = torch.cat(levels, dim=1).flatten(), _pack_runs(levels, self.extent, self.level_shapes)
         return [self.classes, self.area, self.counted, self.extent, bits, runs]
 
+    def _levels(self, start: int, stop: int) -> "Regions":
+        """The same regions, of the levels from `start` to before `stop` alone."""
+        shapes, bits, runs = self.level_shapes, self.bits, self.runs
+        if self.dense is None:
+            pixels = [self.batch_size * h * w for h, w in shapes]
+            words = [self.batch_size * ((h * w + 31) // 32) for h, w in shapes]
+            bits = bits.view((self.area.shape[1] + 31) // 32, sum(pixels))[:, sum(pixels[:start]) : sum(pixels[:stop])]
+            # A copy even of one row: flatten() alone would have torch.compile ask whether there is only one.
+            bits = bits.clone(memory_format=torch.contiguous_format).flatten()
+            runs = runs[3 * sum(words[:start]) : 3 * sum(words[:stop])]
+        own = {name: getattr(self, name)[start:stop] for name in ("area", "counted", "extent")}
+        dense = None if self.dense is None else self.dense[start:stop]
+        return replace(self, **own, bits=bits, runs=runs, dense=dense, level_shapes=shapes[start:stop])
+
     # ------------------------------------------------------------------------------------------------- what ranks share
 
     def _consistent(self, call: str, integers: dict[str, int], numbers: dict[str, float] | None = None) -> "Regions":

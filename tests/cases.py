@@ -59,8 +59,11 @@ def make_regions(
 
 
 def make_maps(shapes, batch=2, channels=40, seed=0, dtype=F32, device="cpu"):
+    """`channels`: of all levels, or a list with those of each."""
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, channels, h, w, generator=g, dtype=F64).to(dtype).to(device) for h, w in shapes]
+    channels = [channels] * len(shapes) if isinstance(channels, int) else channels
+    sizes = [(batch, c, h, w) for c, (h, w) in zip(channels, shapes, strict=True)]
+    return [torch.randn(*size, generator=g, dtype=F64).to(dtype).to(device) for size in sizes]
 
 
 def _embed(x, pad, start, step):
@@ -135,7 +138,7 @@ def make_inputs(
             student.append([(scale * (0.7 * y + 0.5 * x)).to(dtype).to(device) for x, y in zip(b, a)])
         out += [student, teacher]
     g = torch.Generator().manual_seed(seed)
-    anchors = torch.randn(len(shapes), regions.area.shape[1], channels, generator=g, dtype=F64)
+    anchors = torch.randn(len(shapes), regions.area.shape[1], out[0][0][0].shape[1], generator=g, dtype=F64)
     return Inputs(*out, anchors.to(F64 if dtype == F64 else F32).to(device))
 
 

@@ -293,7 +293,7 @@ def test_ranks_that_differ_get_the_same_error(tmp_path):
         "backend": ("the call", "Regions of the reference backend", "Regions of the native backend"),
         "channels of the reference": ("channels", "8", "24"),
         "channels of the compiled reference": ("channels", "8", "24"),
-        "channels": ("channels[0]", "8", "24"),
+        "channels": ("channels[0][0]", "8", "24"),
         "dtype": (
             "the call",
             "anchor_pool of the native backend in torch.float32",

@@ -108,6 +108,21 @@ def test_options_and_several_sets_are_traced(name, device):
     assert_same(f, compiled(f), (inputs, regions), inputs.leaves())
 
 
+@pytest.mark.parametrize("name", ["anchor_loss", "distance", "localization", "sea_loss"])
+def test_channels_that_differ_from_level_to_level_are_one_graph(name, backend, device):
+    """Also over other numbers of boxes, with one and several words of masks."""
+    f = lambda inputs, regions: CALLS[name](inputs, regions)  # noqa: E731
+    fast = compiled(f)
+    for number in (4, 9, 40) if backend == "native" else (4,):
+        regions = make_regions(device, number, num_classes=40)
+        inputs = make_inputs(regions, [12, 8, 8], [8, 8, 5], 1, BF16, F32, device=device)
+        inputs = inputs.map(lambda x: x.requires_grad_())
+        inputs.anchors = None
+        leaves = [x for maps in inputs.cls + inputs.box for x in maps]
+        assert_same(f, fast, (inputs, regions), leaves)
+    assert graphs(f) == 1
+
+
 @pytest.mark.parametrize("where", ["inside", "argument", "closure"])
 def test_regions_inside_as_argument_and_in_a_closure(where, backend, device):
     """Packed boxes, image sizes as a tensor, ignore boxes; a graph serves all values, a second one other numbers."""

@@ -5,9 +5,12 @@ import math
 import numpy as np
 import oracle
 import pytest
+import tolerance
 import torch
-from cases import BF16, F16, F32, F64
-from scenes import CASES, arrays, assert_near, build, expected_regions, make_maps, regions_of
+from cases import BF16, F16, F32, F64, VARIANTS, Inputs, make_inputs, make_regions, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scenes import CASES, arrays, assert_near, assert_same_regions, build, expected_regions, make_maps, regions_of
 
 import sea_kernels as sk
 
@@ -266,3 +269,75 @@ def test_losses_do_not_depend_on_the_layout_of_maps(backend, device):
     dense = [x.contiguous() for x in expanded]
     for x, y in zip(all_losses(expanded, teacher, regions), all_losses(dense, teacher, regions)):
         torch.testing.assert_close(x, y)
+
+
+# ------------------------------------------------------------------------------------ channels that differ by level
+
+LOSSES = [name for name in VARIANTS if name not in ("anchor_pool", "anchor_cosine")]
+
+
+def sum_of_levels(variant, inputs, regions_of_levels, backend):
+    """The outputs of one call for each level, summed up, and the gradients in the order of a call for all levels."""
+    results = []
+    for level, regions in enumerate(regions_of_levels):
+        names = ("cls", "cls_teacher", "box", "box_teacher")
+        sets = [[[maps[level]] for maps in getattr(inputs, name)] for name in names]
+        results.append(run(variant, Inputs(*sets, inputs.anchors), regions, backend))
+    outputs, gradients = zip(*results)
+    return [sum(x) for x in zip(*outputs)], [x for maps in list(zip(*gradients))[:-1] for x in maps]
+
+
+def assert_sum_of_levels(variant, channels, box_channels, dtype, seeds, sets=1, device="cpu", **scene):
+    """The call for all levels, by the rule: as exact as plain PyTorch that is called for each level alone."""
+    shapes, strides = scene.pop("shapes"), scene.pop("strides")
+    found, plain, exact = [], [], []
+    for seed in range(seeds):
+        whole = make_regions(device, shapes=shapes, strides=strides, seed=seed, **scene)
+        each = [make_regions(device, shapes=[h], strides=[s], seed=seed, **scene) for h, s in zip(shapes, strides)]
+        inputs = make_inputs(whole, channels, box_channels, sets, dtype, seed=seed, device=device)
+        outputs, gradients = run(variant, inputs, whole)
+        found.append(outputs)
+        sums = [sum_of_levels(variant, x, each, "reference") for x in (inputs, inputs.map(torch.Tensor.double))]
+        plain.append(sums[0][0])
+        exact.append(sums[1][0])
+        for i, x in enumerate(zip(gradients[:-1], sums[0][1], sums[1][1], strict=True)):
+            tolerance.assert_close(*x, tolerance.GRADIENT, f"gradient {i}", 1e-11 if dtype == F64 else 0.0)
+    for outputs in zip(*(zip(*x) for x in (found, plain, exact))):
+        tolerance.assert_scalars_close(*outputs)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("variant", LOSSES)
+def test_channels_may_differ_from_level_to_level(variant, dtype, backend, device):
+    """More than 32 masks, three images, odd widths; the two branches change their channels at other levels."""
+    scene = {"batch": 3, "number": 60, "num_classes": 30, "strides": [13, 26, 40, 80]}
+    scene["shapes"] = [(13, 17), (7, 9), (4, 5), (2, 3)]
+    assert make_regions(**scene).area.shape[1] > 32
+    assert_sum_of_levels(variant, [40, 24, 24, 33], [8, 8, 8, 12], dtype, 8, device=device, **scene)
+
+
+@st.composite
+def sets_of_channels(draw):
+    levels = draw(st.integers(1, 4))
+    channels = st.lists(st.sampled_from([1, 3, 8, 33]), min_size=levels, max_size=levels)
+    sides = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=levels, max_size=levels)
+    scene = {"shapes": draw(sides), "strides": [16, 20, 40, 70][:levels]}
+    scene |= {"batch": draw(st.integers(0, 3)), "number": draw(st.sampled_from([0, 5, 17, 50])), "num_classes": 40}
+    return draw(channels), draw(channels), draw(st.integers(1, 2)), scene
+
+
+@settings(max_examples=30)
+@given(drawn=sets_of_channels())
+def test_any_channels_of_levels_give_the_sum_of_the_levels(drawn, backend):
+    channels, box_channels, sets, scene = drawn
+    assert_sum_of_levels("sea_loss, everything", channels, box_channels, F64, 1, sets, **scene)
+
+
+def test_masks_of_some_levels_are_those_of_all(backend, device):
+    regions = make_regions(device, 60, 3, 3, 30, shapes=[(13, 17), (7, 9), (4, 5)], strides=[13, 26, 40])
+    for start, stop in ((0, 1), (1, 3), (2, 3)):
+        some = regions._levels(start, stop)
+        alone = make_regions(
+            device, 60, 3, 3, 30, shapes=regions.level_shapes[start:stop], strides=[13, 26, 40][start:stop]
+        )
+        assert_same_regions(some, alone)

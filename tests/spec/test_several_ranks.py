@@ -25,6 +25,15 @@ def test_several_ranks_equal_one(variant, backend):
     assert_equal_to_one_process(variant, RANKS, run_threads(variant, RANKS))
 
 
+@pytest.mark.parametrize("variant", [name for name in REDUCING if name != "anchor_pool"])
+def test_several_ranks_equal_one_where_channels_differ_from_level_to_level(variant, backend):
+    ranks = [
+        make_rank(seed, batch, number, size, 3, [24, 9, 9], [8, 8, 16])
+        for seed, (batch, number, size) in enumerate([(2, 5, (80, 112)), (1, 0, (64, 130)), (0, 0, (80, 112))])
+    ]
+    assert_equal_to_one_process(variant, ranks, run_threads(variant, ranks))
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("variant", REDUCING)
 def test_several_ranks_are_as_exact_as_plain_pytorch_in_one_process(variant, dtype):
