@@ -30,6 +30,8 @@ def rasterizer(given: RasterInput, validate: bool) -> Callable[[Tensor | None], 
 
 def anchor_pool(features: list[Tensor], regions: Regions) -> Tensor:
     require("anchor_pool", features[0].device)
+    if _in_func():
+        return _AnchorPoolInFunc.apply(regions.tensors(), *features)
     if _needs_gradient(*features):
         return _AnchorPool.apply(regions.tensors(), *features)
     return run("anchor_pool", features, regions.tensors())
@@ -38,6 +40,8 @@ def anchor_pool(features: list[Tensor], regions: Regions) -> Tensor:
 def anchor_cosine(features: list[Tensor], anchors: Tensor, regions: Regions) -> list[Tensor]:
     require("anchor_cosine", features[0].device)
     anchors = anchors.contiguous()
+    if _in_func():
+        return list(_AnchorCosineInFunc.apply(regions.tensors(), anchors, *features))
     if _needs_gradient(anchors, *features):
         return list(_AnchorCosine.apply(regions.tensors(), anchors, *features))
     return run("anchor_cosine", features, anchors, regions.tensors())
@@ -54,6 +58,8 @@ def losses(
     fixed = [x.detach() for t in teacher for x in t]
     tensors, group = ([], None) if regions is None else (regions.tensors(), regions.group)
     flags, temperatures = list(options.losses), (options.distance_temperature, options.localization_temperature)
+    if _in_func():
+        return _LossesInFunc.apply(flags, tensors, fixed, temperatures, options.detach_anchors, group, *maps)[:3]
     if _needs_gradient(*maps):
         return _Losses.apply(flags, tensors, fixed, temperatures, options.detach_anchors, group, *maps)
     return _run(maps, fixed, flags, tensors, temperatures, group, saved.Elements())[:3]
@@ -93,27 +99,42 @@ def _run(
 
 class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, flags, regions, teacher, temperatures, detach_anchors, group, *student):
-        masks = regions[1].shape[1] if regions else 0
-        elements = saved.elements(student, teacher, flags, masks, detach_anchors)
-        *losses, tensors = _run(student, teacher, flags, regions, temperatures, group, elements)
-        ctx.flags, ctx.temperatures, ctx.group = flags, temperatures, group
-        ctx.count = len(student), len(regions)
-        _save(ctx, *student, *teacher, *regions, *tensors)
-        ctx.set_materialize_grads(False)
+    def forward(ctx, *inputs):
+        *losses, tensors = _run_for_backward(*inputs)
+        _save_losses(ctx, inputs, tensors)
         return tuple(losses)
 
     @staticmethod
-    def backward(ctx, anchor, distance, localization):
+    def backward(ctx, *gradients):
         _refuse_second_derivative("sea_loss")
-        maps, regions = ctx.count
-        tensors = _saved(ctx)
+        return *[None] * 6, *_losses_backward(ctx)(*gradients, *_saved(ctx))
+
+
+def _run_for_backward(flags, regions, teacher, temperatures, detach_anchors, group, *student):
+    masks = regions[1].shape[1] if regions else 0
+    elements = saved.elements(student, teacher, flags, masks, detach_anchors)
+    return _run(student, teacher, flags, regions, temperatures, group, elements)
+
+
+def _save_losses(ctx, inputs, tensors) -> None:
+    flags, regions, teacher, temperatures, _, group, *student = inputs
+    ctx.flags, ctx.temperatures, ctx.group = flags, temperatures, group
+    ctx.count = len(student), len(regions)
+    _save(ctx, *student, *teacher, *regions, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _losses_backward(ctx) -> Callable[..., Sequence[Tensor]]:
+    flags, temperatures, group, (maps, regions) = ctx.flags, ctx.temperatures, ctx.group, ctx.count
+
+    def backward(anchor, distance, localization, *tensors):
         student, teacher, rest = tensors[:maps], tensors[maps : 2 * maps], tensors[2 * maps :]
-        gradients = run(
-            "sea_loss_backward", ranks.gradient_of_all(anchor, ctx.group), distance, localization,
-            student, teacher, ctx.flags, rest[:regions], rest[regions:], *ctx.temperatures,
+        return run(
+            "sea_loss_backward", ranks.gradient_of_all(anchor, group), distance, localization,
+            student, teacher, flags, rest[:regions], rest[regions:], *temperatures,
         )  # fmt: skip
-        return None, None, None, None, None, None, *gradients
+
+    return backward
 
 
 class _AnchorPool(torch.autograd.Function):
@@ -126,9 +147,12 @@ class _AnchorPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         _refuse_second_derivative("anchor_pool")
-        tensors = _saved(ctx)
-        regions, features = tensors[: ctx.count], tensors[ctx.count :]
-        return None, *run("anchor_pool_backward", gradient.contiguous(), features, regions)
+        return None, *_anchor_pool_backward(ctx)(gradient, *_saved(ctx))
+
+
+def _anchor_pool_backward(ctx) -> Callable[..., Sequence[Tensor]]:
+    n = ctx.count
+    return lambda gradient, *tensors: run("anchor_pool_backward", gradient.contiguous(), tensors[n:], tensors[:n])
 
 
 class _AnchorCosine(torch.autograd.Function):
@@ -141,10 +165,93 @@ class _AnchorCosine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         _refuse_second_derivative("anchor_cosine")
-        tensors = _saved(ctx)
-        regions, (anchors, *features) = tensors[: ctx.count], tensors[ctx.count :]
-        out = run("anchor_cosine_backward", gradients, features, anchors, regions)
-        return None, out[-1], *out[:-1]
+        return None, *_anchor_cosine_backward(ctx, len(gradients))(*gradients, *_saved(ctx))
+
+
+def _anchor_cosine_backward(ctx, levels: int) -> Callable[..., Sequence[Tensor]]:
+    n = levels + ctx.count
+
+    def backward(*tensors):
+        gradients, regions, (anchors, *features) = tensors[:levels], tensors[levels:n], tensors[n:]
+        *out, of_anchors = run("anchor_cosine_backward", gradients, features, anchors, regions)
+        return of_anchors, *out
+
+    return backward
+
+
+# ----------------------------------------------------------------------------------------------------------- torch.func
+# It takes Functions with a setup_context alone, and always runs backward as if for a second derivative. Outside they
+# would cost every call: apply() binds the arguments to forward's signature.
+
+
+class _LossesInFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs):
+        *losses, tensors = _run_for_backward(*inputs)
+        return *losses, *tensors
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[3:])
+        _save_losses(ctx, inputs, output[3:])
+
+    @staticmethod
+    def backward(ctx, anchor, distance, localization, *_):
+        tensors = anchor, distance, localization, *_saved(ctx)
+        return *[None] * 6, *_Once.apply("sea_loss", _losses_backward(ctx), *tensors)
+
+
+class _AnchorPoolInFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(regions, *features):
+        return run("anchor_pool", features, regions)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        regions, *features = inputs
+        ctx.count = len(regions)
+        _save(ctx, *regions, *features)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, *_Once.apply("anchor_pool", _anchor_pool_backward(ctx), gradient, *_saved(ctx))
+
+
+class _AnchorCosineInFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(regions, anchors, *features):
+        return tuple(run("anchor_cosine", features, anchors, regions))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        regions, anchors, *features = inputs
+        ctx.count = len(regions)
+        _save(ctx, *regions, anchors, *features)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        backward = _anchor_cosine_backward(ctx, len(gradients))
+        return None, *_Once.apply("anchor_cosine", backward, *gradients, *_saved(ctx))
+
+
+class _Once(torch.autograd.Function):
+    """A backward that may be part of a graph, but refuses to be differentiated."""
+
+    @staticmethod
+    def forward(name, backward, *tensors):
+        return tuple(backward(*tensors))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.name} has no second derivative: its gradient cannot be differentiated")
+
+
+def _in_func() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _refuse_second_derivative(name: str) -> None:

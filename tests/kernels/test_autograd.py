@@ -1,8 +1,11 @@
 """What the kernels save for backward and compute again, which changes of a map they notice, and what they refuse."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import CALLS, make_inputs, make_maps, make_regions
+from cases import CALLS, VARIANTS, make_inputs, make_maps, make_regions, upstream
+from cases import run as gradients_of
 
 import sea_kernels as sk
 from sea_kernels.native import saved as sizes_of_saved
@@ -130,3 +133,81 @@ def test_saved_memory_is_below_15_percent_of_the_maps(categories, device):
     saved = saved_bytes(losses, [x for s in maps for x in s])
     most = 0.3 if device == "cuda" and categories == 400 else 0.15
     assert saved < most * sum(x.numel() * 4 for s in maps for x in s)
+
+
+# ---------------------------------------------------------------------------------------------------------- torch.func
+
+
+def scalar(variant, inputs, regions):
+    """The weighted sum of its outputs as a function of the first map of the first branch that it has."""
+    call, options = VARIANTS[variant]
+    branch = "box" if variant.startswith("localization") else "cls"
+    (first, *maps), *sets = getattr(inputs, branch)
+
+    def f(x):
+        outputs = call(replace(inputs, **{branch: [[x, *maps], *sets]}), regions, **options)
+        return sum((x * y).sum() for x, y in zip(outputs, upstream(outputs)))
+
+    return f, first
+
+
+@pytest.mark.parametrize("teacher", ["plain", "inference"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_torch_func_gives_the_same_gradients(variant, teacher, device):
+    regions = make_regions(device)
+    inputs = make_inputs(regions, device=device)
+    outputs, gradients = gradients_of(variant, inputs, regions)
+    if teacher == "inference":
+        with torch.inference_mode():
+            inputs.cls_teacher = [[x.clone() for x in maps] for maps in inputs.cls_teacher]
+            inputs.box_teacher = [[x.clone() for x in maps] for maps in inputs.box_teacher]
+    f, x = scalar(variant, inputs, regions)
+    wanted = gradients[len(inputs.cls_teacher[0]) if variant.startswith("localization") else 0]
+    value, pull = torch.func.vjp(f, x)
+    torch.testing.assert_close(value, sum((x * y).sum() for x, y in zip(outputs, upstream(outputs))))
+    for gradient in (torch.func.grad(f)(x), *pull(torch.ones_like(value))):
+        assert torch.equal(gradient, wanted)
+    if variant == "anchor_cosine":
+        of_anchors = torch.func.grad(lambda a: scalar(variant, replace(inputs, anchors=a), regions)[0](x))
+        assert torch.equal(of_anchors(inputs.anchors), gradients[-1])
+
+
+def test_torch_func_of_a_module(device):
+    """functional_call with parameters; the same as backward()."""
+    regions = make_regions(device)
+    inputs = make_inputs(regions, 8, 8, device=device)
+    layer = torch.nn.Conv2d(8, 8, 1).to(device)
+
+    def loss(parameters):
+        maps = [torch.func.functional_call(layer, parameters, (x,)) for x in inputs.cls[0]]
+        return sum(CALLS["sea_loss"](replace(inputs, cls=[maps]), regions))
+
+    parameters = dict(layer.named_parameters())
+    loss(parameters).backward()
+    for name, gradient in torch.func.grad(loss)({k: x.detach() for k, x in parameters.items()}).items():
+        assert torch.equal(gradient, parameters[name].grad), name
+
+
+@pytest.mark.parametrize("variant", CALLS)
+def test_torch_func_refuses_what_has_no_formula(variant, device):
+    """Second derivatives, also of a sum of which another term has one; forward mode; vmap."""
+    regions = make_regions(device)
+    f, x = scalar(variant, make_inputs(regions, device=device), regions)
+    grad, refused = torch.func.grad, "has no second derivative: its gradient cannot be differentiated"
+    leaf = x.clone().requires_grad_()
+    for second in (
+        lambda: grad(lambda y: grad(f)(y).sum())(x),
+        lambda: grad(lambda y: grad(lambda z: f(z) + z.pow(3).sum())(y).sum())(x),
+        lambda: torch.autograd.grad(grad(f)(leaf).sum(), leaf),
+        lambda: torch.autograd.grad(torch.func.vjp(f, leaf)[1](torch.ones((), device=device))[0].sum(), leaf),
+    ):
+        with pytest.raises(RuntimeError, match=refused):
+            second()
+    for transformed, message in (
+        (lambda: torch.func.hessian(f)(x), "vmap"),
+        (lambda: torch.func.vmap(f)(x[None]), "vmap"),
+        (lambda: torch.func.vmap(grad(f))(x[None]), "vmap"),
+        (lambda: torch.func.jvp(f, (x,), (x,)), "jvp"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            transformed()
