@@ -97,13 +97,14 @@ class Regions:
         if self.dense is None:
             pixels = [self.batch_size * h * w for h, w in shapes]
             words = [self.batch_size * ((h * w + 31) // 32) for h, w in shapes]
-            bits = bits.view((self.area.shape[1] + 31) // 32, sum(pixels))[:, sum(pixels[:start]) : sum(pixels[:stop])]
-            # A copy even of one row: flatten() alone would have torch.compile ask whether there is only one.
-            bits = bits.clone(memory_format=torch.contiguous_format).flatten()
+            # With a row of zeros below: of a table that may have one row alone, torch.compile makes two graphs.
+            rows, own = (self.area.shape[1] + 31) // 32, sum(pixels[start:stop])
+            table = torch.cat([bits, bits.new_zeros(sum(pixels))]).view(rows + 1, sum(pixels))
+            bits = table[:, sum(pixels[:start]) : sum(pixels[:stop])].flatten()[: rows * own]
             runs = runs[3 * sum(words[:start]) : 3 * sum(words[:stop])]
-        own = {name: getattr(self, name)[start:stop] for name in ("area", "counted", "extent")}
+        fields = {name: getattr(self, name)[start:stop] for name in ("area", "counted", "extent")}
         dense = None if self.dense is None else self.dense[start:stop]
-        return replace(self, **own, bits=bits, runs=runs, dense=dense, level_shapes=shapes[start:stop])
+        return replace(self, **fields, bits=bits, runs=runs, dense=dense, level_shapes=shapes[start:stop])
 
     # ------------------------------------------------------------------------------------------------- what ranks share
 

