@@ -113,7 +113,7 @@ def test_channels_that_differ_from_level_to_level_are_one_graph(name, backend, d
     """With one word of masks and with two. Beyond these numbers of boxes the CPU saves other tables: another graph."""
     f = lambda inputs, regions: CALLS[name](inputs, regions)  # noqa: E731
     fast = compiled(f)
-    for number in (12, 20) if backend == "native" else (12,):
+    for number in (15, 17) if backend == "native" else (15,):
         regions = make_regions(device, number, num_classes=40)
         inputs = make_inputs(regions, [12, 8, 8], [8, 8, 5], 1, BF16, F32, device=device)
         inputs = inputs.map(lambda x: x.requires_grad_())
