@@ -1,12 +1,16 @@
-"""The detector trained with and without distillation: data, targets, evaluation, rows, continuing after a stop."""
+"""The accuracy study: data, detector, evaluation, peers' losses, rule of the weights, rows, going on after a stop."""
 
 import dataclasses
 import importlib
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from detectors import require
+
+import sea_kernels as sk
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytest.importorskip("pycocotools", reason="the evaluation needs pycocotools")
@@ -29,11 +33,12 @@ def shapes():
 
 @pytest.fixture
 def fcos():
+    require("torchvision")
     return importlib.import_module("fcos")
 
 
 @pytest.fixture
-def distill():
+def distill(fcos):
     return importlib.import_module("distill_ap")
 
 
@@ -78,220 +83,374 @@ def test_an_image_shows_its_objects(shapes, monkeypatch):
         assert (pixels.amax(1) - pixels.amin(1)).max() <= 2 * 0.05 * 255 + 1
 
 
-STRIDES = (8, 16, 32)
+# --------------------------------------------------------------------------------------------------------- detector
 
 
-def perfect(fcos, boxes, labels, classes, size):
-    """An output that says what `targets` asks for."""
-    levels = [(size // s, size // s) for s in STRIDES]
-    points, sizes = fcos.locations(levels, STRIDES, "cpu")
-    label, sides, centerness = fcos.targets(points, sizes, boxes, labels)
-    scores = torch.where(label[..., None] == torch.arange(classes), 8.0, -8.0)
-    split = [h * w for h, w in levels]
-
-    def maps(x):
-        return [y.transpose(1, 2).unflatten(2, hw) for y, hw in zip(x.split(split, 1), levels)]
-
-    return fcos.Output(maps(scores), maps(sides), maps(torch.logit(centerness[..., None], 1e-4)), [], [])
-
-
-def scattered(size):
-    """Two images with objects of three sizes, no two of which share a pixel of any level; a third image has none."""
+def scattered():
+    """Two images with objects of three sizes; a third image has none."""
     boxes = torch.zeros(3, 4, 4)
     labels = torch.full((3, 4), -1)
     boxes[0, :3] = torch.tensor([[4.0, 4, 20, 22], [64, 70, 120, 125], [80, 8, 112, 40]])
     boxes[1, :2] = torch.tensor([[1.0, 2, 127, 126], [30, 30, 40, 38]])
     labels[0, :3], labels[1, :2] = torch.tensor([3, 0, 11]), torch.tensor([5, 5])
-    assert boxes.max() <= size
     return boxes, labels
 
 
-def test_pixels_answer_for_their_centers(fcos):
-    points, sizes = fcos.locations([(2, 3), (1, 1)], (8, 16), "cpu")
-    assert points.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8]]
-    assert sizes.tolist() == [8] * 6 + [16]
-    boxes, labels = torch.tensor([[[2.0, 0, 10, 8], [0, 0, 24, 16], [0, 0, 24, 16]]]), torch.tensor([[7, 1, -1]])
-    label, sides, centerness = fcos.targets(points, sizes, boxes, labels)
-    assert label.tolist() == [[7, 1, 1, 1, 1, 1, -1]]  # the smallest of those that claim it; no box for the last level
-    assert sides[0, 0].tolist() == [2 / 8, 4 / 8, 6 / 8, 4 / 8]
-    assert centerness[0, 0].item() == pytest.approx((2 / 6) ** 0.5) and centerness[0, 2].item() < centerness[0, 1]
-
-
 def test_perfect_answers_have_ap_100(fcos, shapes):
-    boxes, labels = scattered(128)
-    out = perfect(fcos, boxes, labels, 12, 128)
-    metrics = fcos.coco_metrics(fcos.decode(out, STRIDES, 128), boxes, labels, shapes.CATEGORIES)
-    assert metrics == pytest.approx(dict.fromkeys(fcos.METRICS, 100.0), abs=0.1)
-    wrong = labels.where(labels != 3, 4)
-    metrics = fcos.coco_metrics(fcos.decode(out, STRIDES, 128), boxes, wrong, shapes.CATEGORIES)
-    assert metrics["AP"] == pytest.approx(75.0, abs=0.1)  # one of four categories is never found
-    moved = boxes + 3  # IoU of a large box stays above 0.75, that of a small one falls below 0.5
-    metrics = fcos.coco_metrics(fcos.decode(out, STRIDES, 128), moved, labels, shapes.CATEGORIES)
-    assert metrics["AP50"] < 90 and metrics["APl"] > metrics["APs"]
+    boxes, labels = scattered()
+
+    def metrics(boxes, labels, truth=labels):
+        found = [
+            {"boxes": b[x >= 0], "scores": torch.ones(int((x >= 0).sum())), "labels": x[x >= 0]}
+            for b, x in zip(boxes, labels)
+        ]
+        return fcos.coco_metrics(found, scattered()[0], truth, shapes.CATEGORIES)
+
+    assert metrics(boxes, labels) == pytest.approx(dict.fromkeys(fcos.METRICS, 100.0), abs=0.1)
+    assert metrics(boxes, labels.where(labels != 3, 4))["AP"] == pytest.approx(75.0, abs=0.1)  # 1 of 4 is never found
+    moved = metrics(boxes + 3, labels)  # IoU of a large box stays above 0.75, that of a small one falls below 0.5
+    assert moved["AP50"] < 90 and moved["APl"] > moved["APs"]
+    assert metrics(boxes, torch.full_like(labels, -1)) == dict.fromkeys(fcos.METRICS, 0.0)
 
 
-def test_perfect_answers_have_the_least_detection_loss(fcos):
-    boxes, labels = scattered(128)
-    out = perfect(fcos, boxes, labels, 12, 128)
-    best = fcos.detection_loss(out, STRIDES, boxes, labels)
-    farther = out._replace(box=[x * 1.3 for x in out.box])
-    silent = out._replace(cls=[torch.full_like(x, -8.0) for x in out.cls])
-    assert best < 0.75  # what remains is the entropy of the centerness
-    assert fcos.detection_loss(farther, STRIDES, boxes, labels) > best + 0.1
-    assert fcos.detection_loss(silent, STRIDES, boxes, labels) > best + 0.5
+def test_the_detector_is_torchvisions_and_every_level_has_objects_to_find(fcos, shapes, monkeypatch):
+    from torchvision.models.detection import FCOS
+
+    data = shapes.generate(64, 128, 1, 112)
+    model = fcos.make(fcos.Net(8, (8, 8, 8, 8), (0, 0, 0, 0)), 16, 1, 12, 128)
+    assert isinstance(model, FCOS) and sk.taps.find(model).num_classes == 12
+    matched = []
+    monkeypatch.setattr(model.head, "compute_loss", lambda *arguments: matched.append(arguments[3]) or {})
+    model(fcos.images(data, torch.arange(64)), fcos.targets(data, torch.arange(64)))
+    there = torch.stack(matched[0])
+    of_level = [(x >= 0).sum() for x in there.split([256, 64, 16], 1)]
+    assert min(of_level) > 20
+    found = [len(set(m[m >= 0].tolist())) for m in there]  # objects that some pixel answers for
+    assert sum(found) > 0.95 * int((data.labels >= 0).sum())
 
 
-def test_suppression_leaves_one_box_of_a_category(fcos):
-    boxes, labels = torch.tensor([[[40.0, 40, 72, 72]]]), torch.tensor([[2]])
-    out = perfect(fcos, boxes, labels, 12, 128)
-    assert sum(int((x > 0).sum()) for x in out.cls) > 1  # several pixels find it
-    found, scores, found_labels = fcos.decode(out, STRIDES, 128)
-    assert (scores > 0).sum() == 1
-    assert found_labels[0, 0] == 2 and torch.allclose(found[0, 0], boxes[0, 0])
-    for x in out.cls:
-        x[:, 7] = x[:, 2]  # as sure of a second category
-    assert (fcos.decode(out, STRIDES, 128)[1] > 0).sum() == 2
+# ----------------------------------------------------------------------------------------------------- peers' losses
+
+
+def test_peers_losses_are_what_a_hand_computes():
+    peers = importlib.import_module("peers")
+    student, teacher = torch.zeros(1, 2, 1, 2), torch.zeros(1, 2, 1, 2)
+    student[0, :, 0] = torch.tensor([[1.0, 3.0], [0.0, 1.0]])  # channels, pixels
+    teacher[0, :, 0] = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+    pair = [[student]], [[teacher]]
+    assert peers.pixel_loss(*pair) == (1 + 4 + 4 + 0) / 4
+    assert peers.pixel_loss([[student, student]], [[teacher, student]]) == 9 / 4  # levels add up
+
+    # Scores 0.75 and 0.5: the highest of each pixel. Squared differences, means over channels: 5 / 2 and 4 / 2.
+    logits = torch.tensor([[-1.0, 0.0], [math.log(3), -2.0]]).view(1, 2, 1, 2)
+    loss = peers.score_weighted_loss(*pair, [logits])
+    assert loss.item() == pytest.approx((0.75 * 2.5 + 0.5 * 2) / 1.25)
+
+    def kl(a, b):  # of the softmax over two positions
+        p, q = 1 / (1 + math.exp(-a)), 1 / (1 + math.exp(-b))
+        return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+    assert peers.cwd_loss(*pair).item() == pytest.approx((kl(1, 2) + kl(-1, 1)) / 2)  # differences of the positions
+
+
+def test_a_projector_is_two_convolutions_of_each_level_with_a_relu_between():
+    projectors = importlib.import_module("peers").Projectors(2, 3)
+    maps = [[torch.randn(2, 3, 4, 4), torch.randn(2, 3, 2, 2)]]
+    out = projectors(maps)
+    for x, y, (first, _, second) in zip(maps[0], out[0], projectors):
+        hidden = torch.einsum("oc,bchw->bohw", first.weight[:, :, 0, 0], x) + first.bias[:, None, None]
+        torch.testing.assert_close(
+            y, torch.einsum("oc,bchw->bohw", second.weight[:, :, 0, 0], hidden.relu()) + second.bias[:, None, None]
+        )
+    assert not torch.equal(projectors[0][0].weight, projectors[1][0].weight)
+
+
+# ------------------------------------------------------------------------------------------------ rule of the weights
+
+
+def test_a_weight_is_an_average_of_logarithms_and_then_frozen():
+    balance = importlib.import_module("balance")
+    rule = balance.Balance(("a", "b"), "gradients", 0.1)
+    assert rule.weights == {"a": 0, "b": 0}
+    assert [step for step in range(600) if rule.measures(step)] == list(range(0, 512, 8))
+    rule.measure(0, 8.0, {"a": 2.0, "b": 0.0})
+    assert rule.weights == {"a": pytest.approx(0.4), "b": 0}  # b has no gradient yet
+    rule.measure(8, 1.0, {"a": 1.0, "b": 4.0})
+    assert rule.weights == {"a": pytest.approx(0.1 * 4**0.5), "b": pytest.approx(0.1 / 4)}
+    for step in range(16, 512, 8):
+        rule.measure(step, math.e, {"a": 1.0, "b": math.nan})
+    log = math.log(4)
+    for n, x in enumerate([0.0] + [1.0] * 62, 1):
+        new = max(1 / (n + 1), 0.1)
+        log = (1 - new) * log + new * x
+    assert rule.weights == {"a": pytest.approx(0.1 * math.exp(log)), "b": pytest.approx(0.1 / 4)}
+    frozen = rule.weights
+    rule.measure(700, 100.0, {"a": 1.0, "b": 1.0})
+    assert rule.weights == frozen and rule.measured[-1] == {"step": 700, "a": 10.0, "b": 10.0}
+
+
+def test_a_gradients_norm_is_that_of_all_maps_together():
+    balance = importlib.import_module("balance")
+    x, y, unused = (torch.ones(2, requires_grad=True) for _ in range(3))
+    assert balance.gradient_norm((3 * x).sum() + (4 * y).sum(), [x, y, unused]) == pytest.approx(50**0.5)
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
 
 
 @pytest.fixture
-def little(distill):
-    return dataclasses.replace(distill.TINY, train=16, val=8, batch=4, student_images=8, teacher_images=8)
+def little(distill, monkeypatch):
+    preset = dataclasses.replace(distill.PRESETS["tiny"], train=16, student_images=12, points=1)
+    monkeypatch.setitem(distill.PRESETS, "tiny", preset)
+    return preset
 
 
-def test_a_rows_loss_has_the_terms_it_names(distill, shapes, little):
-    """Every row's gradient is that of the detection loss and its own terms, each with its weight; no two agree."""
-    scenes = shapes.generate(4, little.size, 1, little.largest)
-    teacher = distill.TeacherMaps(distill.make_net(little, little.teacher, 0, "cpu"), scenes.images, False)
-    index = torch.arange(4)
-    model = distill.make_net(little, little.student, 0, "cpu").train()
-    out = model(scenes.images)
-    maps = [x for sets in (out.cls_maps, out.box_maps) for levels in sets for x in levels]
-    arguments = out, teacher(index), scenes.boxes, scenes.labels, little
+@pytest.fixture
+def step(distill, fcos, shapes, little):
+    """step(row, rule, share): the distillation, the detection loss and the student's maps of one forward."""
+    data = shapes.generate(4, little.size, 1, little.largest)
+    teacher = distill.make(little, little.teacher, 1, "cpu")
 
-    def gradient(terms):
-        losses = distill.distillation_losses(terms, *arguments)
-        assert set(losses) == set(terms)
-        found = torch.autograd.grad(sum(losses.values()), maps, retain_graph=True, allow_unused=True)
-        return torch.cat([torch.zeros(x.numel()) if g is None else g.flatten() for x, g in zip(maps, found)])
+    def run(row, rule="gradients", share=0.2):
+        student = distill.make(little, little.student, 0, "cpu").train()
+        distillation = distill.Distillation(student, teacher, row, rule, share, little.channels)
+        maps, capture = [], distillation.distiller.capture
 
-    single = {term: gradient((term,)) for term in distill.TERMS}
-    rows = {row: gradient(terms) for row, terms in distill.ROWS.items() if terms}
-    for row, g in rows.items():
-        assert g.norm() > 0
-        torch.testing.assert_close(g, sum(single[t] for t in distill.ROWS[row]), rtol=1e-4, atol=1e-7)
-        for other, h in rows.items():
-            assert other == row or (g - h).norm() > 1e-3 * g.norm(), (row, other)
-    box = sum(x.numel() for levels in out.box_maps for x in levels)
-    for term, branches in {"pixel": (1, 1), "pixel_box": (0, 1), "anchor": (1, 1), "distance": (1, 0)}.items():
-        assert (single[term][:-box].any(), single[term][-box:].any()) == branches, term
-    assert not single["localization"][:-box].any() and single["localization"][-box:].any()
+        def captured(*arguments, **regions):
+            found = capture(*arguments, **regions)
+            maps[:] = [x for sets in (found.student_cls, found.student_box) for levels in sets for x in levels]
+            return found
+
+        distillation.distiller.capture = captured
+
+        def forward():
+            return sum(student(fcos.images(data, torch.arange(4)), fcos.targets(data, torch.arange(4))).values())
+
+        return distillation, forward, maps
+
+    return run
 
 
-def test_rows_of_a_seed_differ_by_their_losses_alone(distill, shapes, little):
-    scenes = shapes.generate(little.train, little.size, 1, little.largest)
-    live = distill.TeacherMaps(distill.make_net(little, little.teacher, 0, "cpu"), scenes.images, False)
-    one_step = dataclasses.replace(little, student_images=4)
-
-    def train(weights, seed=0, preset=one_step):
-        model, log = distill.train(preset, little.student, preset.student_images, seed, scenes, "", live, weights)
-        return model.state_dict(), log["first"]
-
-    alone, log = train({})
-    again, _ = train({})
-    assert all(torch.equal(alone[k], again[k]) for k in alone)
-    distilled, distilled_log = train({"anchor": 0.3, "localization": 0.7})
-    assert set(log) == {"detection"} and set(distilled_log) == {"detection", "anchor", "localization"}
-    assert distilled_log["detection"] == log["detection"]  # the same images, the same initialization
-    assert any(not torch.equal(alone[k], distilled[k]) for k in alone)
-    assert train({}, seed=1)[1]["detection"] != log["detection"]
-    _, doubled = train({"anchor": 0.6, "localization": 0.7})
-    assert doubled["anchor"] == pytest.approx(2 * distilled_log["anchor"], rel=1e-5)
+def gradient(loss, maps):
+    found = torch.autograd.grad(loss, maps, retain_graph=True, allow_unused=True)
+    return torch.cat([torch.zeros(x.numel()) if g is None else g.flatten() for x, g in zip(maps, found)])
 
 
-def test_cached_maps_are_the_teachers(distill, shapes, little):
-    scenes = shapes.generate(little.train, little.size, 1, little.largest)
-    teacher = distill.make_net(little, little.teacher, 0, "cpu")
-    live, cached = (distill.TeacherMaps(teacher, scenes.images, cache) for cache in (False, True))
-    index = torch.tensor([5, 0, 11])
-    out = teacher(scenes.images[index])
-    for a, b, c in zip(live(index), cached(index), (out.cls_maps, out.box_maps)):
-        for m in range(little.convolutions):
-            for x, y, z in zip(a[m], b[m], c[m]):
-                torch.testing.assert_close(x, z, rtol=1e-4, atol=1e-4)
-                torch.testing.assert_close(x, y.float(), rtol=2e-3, atol=2e-3)
+def test_a_measured_step_adds_nothing_and_then_a_loss_pulls_by_its_share(distill, step):
+    """With one map a branch no map is made from another: a loss's whole gradient is what reaches it directly."""
+    for name in distill.ROWS:
+        row = distill.EVERY_ROW[name]
+        if not row.terms:
+            continue
+        distillation, forward, maps = step(row)
+        assert distillation.losses(0, forward(), False) == {}
+        detection = forward()
+        losses = distillation.losses(1, detection, False)
+        assert tuple(losses) == row.terms
+        if "score" in row.terms:
+            maps = maps[-3:]
+            assert all(x.shape[1] == 16 for x in maps)
+        whole = gradient(detection, maps).norm()
+        for term, loss in losses.items():
+            assert gradient(loss, maps).norm() / whole == pytest.approx(0.2, rel=0.02), (name, term)
+
+
+def test_by_values_a_loss_is_worth_its_share(distill, step):
+    distillation, forward, _ = step(distill.EVERY_ROW["all three"], "values")
+    distillation.losses(0, forward(), False)
+    detection = forward()
+    for loss in distillation.losses(1, detection, False).values():
+        assert loss.item() == pytest.approx(0.2 * detection.item(), rel=0.02)
+
+
+def test_no_two_rows_pull_the_same_way(distill, step, little):
+    pulls = {}
+    teachers = {"boxes": [torch.tensor([[8.0, 8, 40, 56]])] * 4, "labels": [torch.tensor([3])] * 4}
+    for name, row in distill.EVERY_ROW.items():
+        if not row.terms:
+            continue
+        distillation, forward, maps = step(row)
+        regions = teachers if row.boxes == "teacher" else {}
+        distillation.losses(0, forward(), False, **regions)
+        losses = distillation.losses(1, forward(), False, **regions)
+        if "score" not in row.terms:
+            pulls[name] = gradient(sum(losses.values()), maps)
+    for name, pull in pulls.items():
+        assert all(other == name or (pull - x).norm() > 1e-3 * pull.norm() for other, x in pulls.items()), name
+    box = len(pulls["anchor"]) // 2
+    for name, branches in {
+        "pixel matching": (1, 1),
+        "CWD": (1, 1),
+        "L2 on the box branch": (0, 1),
+        "anchor": (1, 1),
+        "distance": (1, 0),
+        "localization": (0, 1),
+    }.items():
+        assert (pulls[name][:box].any(), pulls[name][box:].any()) == branches, name
+
+
+def perform(distill, preset, out, run, deadline=math.inf):
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    distill.perform(run, preset, out, "cpu", deadline, lambda effort: None)
+    return json.loads(run.file(out).read_text()) if run.file(out).exists() else None
+
+
+def test_runs_of_a_seed_differ_by_their_losses_alone(distill, little, tmp_path):
+    perform(distill, little, tmp_path, distill.Run("teacher", 0))
+    first = dataclasses.replace(little, points=3)  # of its three steps the first and those of the curve measure
+    alone = perform(distill, little, tmp_path, distill.Run("student alone", 0))
+    again = perform(distill, little, tmp_path / "again", distill.Run("student alone", 0))
+    other = perform(distill, little, tmp_path, distill.Run("student alone", 1))
+    score = perform(distill, little, tmp_path, distill.Run("score-weighted", 0, "gradients", 0.1))
+    measured = perform(distill, first, tmp_path, distill.Run("all three", 0, "values", 0.1))
+    weak, strong = (perform(distill, little, tmp_path, distill.Run("all three", 0, "values", x)) for x in (0.2, 0.4))
+    losses = [x["curve"][-1]["losses"] for x in (alone, again, other, score, weak, strong)]
+    assert losses[0] == losses[1] and losses[0]["detection"] != losses[2]["detection"]
+    assert set(losses[3]) == {"detection", "score"} and losses[3]["detection"] != losses[0]["detection"]
+    assert set(measured["curve"][-1]["losses"]) == {"detection"}
+    # Only the second of three steps distills: so the first step's loss and the weights are measured on equal students.
+    assert [x["step"] for x in weak["measured"]] == [0, 2]
+    for k in ("anchor", "distance", "localization"):
+        assert losses[5][k] == pytest.approx(2 * losses[4][k], rel=1e-4)
+
+
+def test_a_run_goes_on_where_it_stopped(distill, little, tmp_path):
+    preset = dataclasses.replace(little, student_images=24, points=3)
+    for out in (tmp_path / "whole", tmp_path / "parts"):
+        perform(distill, little, out, distill.Run("teacher", 0))
+    run = distill.Run("score-weighted", 0, "gradients", 0.1)
+    whole = perform(distill, preset, tmp_path / "whole", run)
+    assert perform(distill, preset, tmp_path / "parts", run, deadline=0) is None
+    assert perform(distill, preset, tmp_path / "parts", run, deadline=0) is None
+    assert torch.load(run.file(tmp_path / "parts").with_suffix(".pt"), weights_only=False)["step"] == 4
+    parts = perform(distill, preset, tmp_path / "parts", run)
+    assert {k: v for k, v in parts.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
+    assert [p["images"] for p in whole["curve"]] == [8, 16, 24]
+    assert not list((tmp_path / "parts" / "runs").glob("*.p*t"))
+
+
+def test_the_teachers_boxes_stand_in_for_labels(distill, little, tmp_path, monkeypatch):
+    perform(distill, little, tmp_path, distill.Run("teacher", 0))
+    monkeypatch.setattr(distill, "TEACHERS_SCORE", 0.0)  # an untrained teacher is sure of nothing
+    run = distill.Run("all three, teacher's boxes", 0, "gradients", 0.1)
+    without = perform(distill, little, tmp_path, distill.Run("all three", 0, "gradients", 0.1))
+    result = perform(distill, little, tmp_path, run)
+    found = torch.load(tmp_path / "teachers_boxes.pt")
+    assert found["boxes"].shape[:2] == found["labels"].shape and len(found["labels"]) == little.train
+    assert result["measured"][0]["anchor"] != without["measured"][0]["anchor"]
+
+
+# ------------------------------------------------------------------------------------------------- plan and program
+
+
+def arguments(distill, out, *more):
+    return distill.arguments(["--preset", "tiny", "--device", "cpu", "--out", str(out), *more])
+
+
+def test_tuning_comes_before_the_runs_that_it_serves(distill, little, tmp_path):
+    (tmp_path / "tuning").mkdir()
+    args = arguments(distill, tmp_path, "--rows", "student alone", "distance", "distance, temperature 5", "all three")
+    runs = distill.plan(args, little)
+    assert runs[0] == distill.Run("teacher", 0)
+    assert [r.row for r in runs[1:4]] == ["student alone"] * 3
+    tuning = [r for r in runs if r.tuning]
+    assert [(r.row, r.share) for r in tuning] == [(n, x) for n in ("all three", "distance") for x in little.shares]
+    assert {r.seed for r in tuning}.isdisjoint({0, 1, 2})
+    rest = runs[4 + len(tuning) :]
+    assert [r.row for r in rest] == ["all three", "distance", "distance, temperature 5"] * 3
+    assert all(r.share is None and not distill.ready(r, tmp_path) for r in rest)
+    for run, ap in zip(tuning, (5.0, 6.0, 8.0, 7.0)):
+        distill.write(run.file(tmp_path), {"metrics": {"AP": ap}})
+    chosen = {r.row: r.share for r in distill.plan(args, little) if r.share and not r.tuning}
+    assert chosen == {"all three": 0.3, "distance": 0.1, "distance, temperature 5": 0.1}
+    fixed = distill.plan(arguments(distill, tmp_path, "--share", "0.2", "--rows", "distance", "--seeds", "1"), little)
+    assert fixed == [distill.Run("teacher", 0), distill.Run("distance", 0, "gradients", 0.2)]
+
+
+def test_no_two_runs_share_a_file(distill, little, tmp_path):
+    args = arguments(distill, tmp_path, "--share", "0.1", "--rows", *distill.EVERY_ROW)
+    runs = distill.plan(args, little) + [r for row in distill.ROWS for r in distill.tuning_runs(row, "values", little)]
+    assert len({r.file(tmp_path) for r in runs}) == len(runs)
 
 
 def test_a_second_call_goes_on_and_a_third_does_nothing(distill, little, tmp_path, monkeypatch, capsys):
-    rows = {name: distill.ROWS[name] for name in ("student alone", "pixel matching", "distance", "all three")}
-    monkeypatch.setattr(distill, "ROWS", rows)
-    monkeypatch.setattr(distill, "TINY", little)
-    trained = []
-    train = distill.train
+    rows = ("student alone", "pixel matching", "all three")
+    done, perform = [], distill.perform
 
-    def counted(preset, net, images, seed, scenes, name, *more):
-        trained.append((name.split(", ")[1] if ", " in name else name, seed))
-        if len(trained) == 3:
+    def counted(run, *more):
+        done.append(run)
+        if len(done) == 3:
             raise KeyboardInterrupt
-        return train(preset, net, images, seed, scenes, name, *more)
+        return perform(run, *more)
 
-    monkeypatch.setattr(distill, "train", counted)
-    call = ["--tiny", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(distill, "perform", counted)
+    call = ["--preset", "tiny", "--device", "cpu", "--out", str(tmp_path), "--seeds", "1", "--rows", *rows]
     with pytest.raises(KeyboardInterrupt):
         distill.main(call)
-    assert trained == [("teacher", 0), ("student alone", 0), ("all three", 0)]
-    first = (tmp_path / "runs" / "student_alone-0.json").read_text()
+    assert [r.row for r in done] == ["teacher", "student alone", "all three"] and done[-1].tuning
+    first = (tmp_path / "runs" / "student_alone_seed_0.json").read_text()
     distill.main([*call, "--budget", "0"])
-    assert len(trained) == 3 and "1 of 4 student runs are done" in capsys.readouterr().out
-    distill.main([*call, "--rows", "all three"])
-    assert trained[3:] == [("all three", 0)]
+    assert len(done) == 3 and "| student alone" in capsys.readouterr().out
     distill.main(call)
-    assert trained[3:] == [("all three", 0), ("pixel matching", 0), ("distance", 0)]
-    assert (tmp_path / "runs" / "student_alone-0.json").read_text() == first
-    with pytest.raises(SystemExit, match="other settings"):
-        distill.main([*call, "--share", "0.1"])
+    assert len(done) == 3 + 4 + 2 and not any(r.tuning for r in done[-2:])
+    assert (tmp_path / "runs" / "student_alone_seed_0.json").read_text() == first
     capsys.readouterr()
     distill.main(call)
-    assert len(trained) == 6
+    assert len(done) == 9
 
     text = capsys.readouterr().out
     assert text.strip() == (tmp_path / "distill_ap.md").read_text().strip()
-    assert all(f"| {row} " in text for row in (*rows, "teacher")) and "4 of 4 student runs" in text
+    assert all(f"| {row} " in text for row in (*rows, "teacher")) and "AP on the tuning set" in text
     report = json.loads((tmp_path / "distill_ap.json").read_text())
-    assert {"commit", "machine", "versions", "settings", "weights"} <= set(report)
-    assert all(f"{k} {v:g}" in text for k, v in report["weights"].items())
+    assert {"commit", "machine", "versions", "settings", "rows", "tuning"} <= set(report)
+    assert len(report["tuning"]) == 4 and len(report["rows"]) == 4
     assert (tmp_path / "distill_ap.png").stat().st_size > 1000
-    monkeypatch.setattr(distill, "TINY", dataclasses.replace(little, rate=1e-3))
+    monkeypatch.setitem(distill.PRESETS, "tiny", dataclasses.replace(little, rate=1e-3))
     with pytest.raises(SystemExit, match="other settings"):
         distill.main(call)
 
 
-def test_weights_make_every_loss_the_same_share_of_the_detection_loss(distill, shapes, little):
-    scenes = shapes.generate(little.train, little.size, 1, little.largest)
-    one = dataclasses.replace(little, student_images=4)  # one batch, that of the first step
-    teacher = distill.TeacherMaps(distill.make_net(one, one.teacher, 3, "cpu"), scenes.images, False)
-    weights = distill.calibrate(one, scenes, teacher)
-    assert set(weights) == set(distill.TERMS)
-    for term in distill.TERMS:
-        _, log = distill.train(one, one.student, 4, 0, scenes, "", teacher, {term: weights[term]})
-        assert log["first"][term] == pytest.approx(one.share * log["first"]["detection"], rel=0.06)  # two digits
+def test_two_processes_find_what_one_finds(distill, tmp_path):
+    call = [
+        "--preset",
+        "tiny",
+        "--device",
+        "cpu",
+        "--seeds",
+        "1",
+        "--share",
+        "0.1",
+        "--rows",
+        "student alone",
+        "anchor",
+    ]
+    found = []
+    for jobs in ("1", "2"):
+        distill.main([*call, "--jobs", jobs, "--out", str(tmp_path / jobs)])
+        found.append({f.name: json.loads(f.read_text()) for f in (tmp_path / jobs / "runs").glob("*.json")})
+        assert all(run.pop("seconds") > 0 for run in found[-1].values())
+    assert len(found[0]) == 3 and found[0] == found[1]
 
 
 def test_gains_are_paired_by_seed(distill, tmp_path):
-    preset = dataclasses.replace(distill.TINY, seeds=3)
     (tmp_path / "runs").mkdir()
-    for row, values in {"student alone": (10.0, 20.0, 30.0), "anchor": (11.0, 22.0), "teacher": (40.0,)}.items():
+    for row, values in {
+        "student alone": (10.0, 20.0, 30.0),
+        "anchor": (11.0, 22.0, 33.0),
+        "distance": (9.0, 23.0),
+        "teacher": (40.0,),
+    }.items():
         for seed, ap in enumerate(values):
+            share = {} if row in ("student alone", "teacher") else {"rule": "gradients", "share": 0.1}
+            run = distill.Run(row, seed, **share)
             metrics = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), ap)
-            distill.write(distill.run_file(tmp_path, row, seed), {"row": row, "seed": seed, "metrics": metrics})
-    rows = {row["name"]: row for row in distill.collect(tmp_path, preset)}
-    assert list(rows) == ["student alone", "anchor", "teacher"]
+            distill.write(run.file(tmp_path), dataclasses.asdict(run) | {"metrics": metrics})
+    rows = {row["name"]: row for row in distill.collect(tmp_path)}
+    assert list(rows) == ["student alone", "anchor", "distance", "teacher"]
     assert rows["student alone"]["mean"]["AP"] == 20 and rows["student alone"]["deviation"]["AP"] == 10
-    assert rows["anchor"]["gain"] == {"mean": 1.5, "deviation": pytest.approx(0.5**0.5)}
+    gain = rows["anchor"]["gain"]["AP"]  # differences 1, 2, 3
+    assert gain["mean"] == 2 and gain["half"] == pytest.approx(4.303 / 3**0.5)
+    gain = rows["distance"]["gain"]["AP"]  # differences -1 and 3
+    assert gain["mean"] == 1 and gain["half"] == pytest.approx(12.706 * 8**0.5 / 2**0.5)
     assert rows["teacher"]["deviation"]["AP"] is None and "gain" not in rows["teacher"]
-
-
-def test_runs_that_say_most_come_first(distill):
-    runs = distill.runs(distill.PRESETS["cpu"])
-    assert runs[:3] == [("student alone", 0), ("all three", 0), ("pixel matching", 0)]
-    assert [seed for _, seed in runs[:9]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert sorted(set(runs)) == sorted((row, seed) for row in distill.ROWS for seed in range(3)) == sorted(runs)
+    assert distill.interval([1.0])["half"] is None

@@ -1,0 +1,50 @@
+"""One rule for the weights of all methods: each loss pulls `share` as hard as the detection loss."""
+
+import math
+
+import torch
+from torch import Tensor
+
+EVERY, UNTIL = 8, 512  # steps: a measurement every so many, until the weights are frozen
+RULES = {
+    "gradients": "norm of its gradient at the student's maps over that of the detection loss",
+    "values": "its value over that of the detection loss",
+}
+
+
+class Balance:
+    """Weights of named losses: `share` times the ratio detection / loss, measured while training starts.
+
+    A step that measures trains on the detection loss alone. The logarithm of the ratio is averaged exponentially, the
+    newest of n + 1 measurements with max(1 / (n + 1), 0.1).
+    """
+
+    def __init__(self, names, rule: str, share: float):
+        self.rule, self.share = rule, share
+        self.logs: dict[str, float | None] = dict.fromkeys(names)
+        self.counts = dict.fromkeys(names, 0)
+        self.measured: list[dict] = []  # of each measurement: step, and the weight at which each loss has its share
+
+    def measures(self, step: int) -> bool:
+        return step % EVERY == 0 and step < UNTIL
+
+    def measure(self, step: int, detection: float, losses: dict[str, float]) -> None:
+        """detection, losses: norms or values. After UNTIL a measurement is recorded and changes nothing."""
+        ratios = {k: detection / x for k, x in losses.items() if x > 0 and math.isfinite(detection / x)}
+        self.measured.append({"step": step} | {k: self.share * x for k, x in ratios.items()})
+        for k, ratio in ratios.items():
+            if step < UNTIL and ratio > 0:
+                new = max(1 / (self.counts[k] + 1), 0.1)
+                self.logs[k] = (1 - new) * (self.logs[k] or 0.0) + new * math.log(ratio)
+                self.counts[k] += 1
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """0 for a loss that was never measured."""
+        return {k: 0.0 if log is None else self.share * math.exp(log) for k, log in self.logs.items()}
+
+
+def gradient_norm(loss: Tensor, maps: list[Tensor]) -> float:
+    """Of the loss's gradient with respect to all maps together."""
+    found = torch.autograd.grad(loss, maps, retain_graph=True, allow_unused=True)
+    return torch.stack([g.double().square().sum() for g in found if g is not None]).sum().sqrt().item()
