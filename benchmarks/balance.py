@@ -1,13 +1,14 @@
 """One rule for the weights of all methods: each loss pulls `share` as hard as the detection loss."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 EVERY, UNTIL = 8, 512  # steps: a measurement every so many, until the weights are frozen
 RULES = {
-    "gradients": "norm of its gradient at the student's maps over that of the detection loss",
+    "gradients": "norm of its gradient, at the student's maps that it compares, over that of the detection loss there",
     "values": "its value over that of the detection loss",
 }
 
@@ -28,9 +29,9 @@ class Balance:
     def measures(self, step: int) -> bool:
         return step % EVERY == 0 and step < UNTIL
 
-    def measure(self, step: int, detection: float, losses: dict[str, float]) -> None:
-        """detection, losses: norms or values. After UNTIL a measurement is recorded and changes nothing."""
-        ratios = {k: detection / x for k, x in losses.items() if x > 0 and math.isfinite(detection / x)}
+    def measure(self, step: int, pairs: dict[str, tuple[float, float]]) -> None:
+        """pairs: (detection, loss), norms or values. After UNTIL a measurement is recorded and changes nothing."""
+        ratios = {k: detection / x for k, (detection, x) in pairs.items() if x > 0 and math.isfinite(detection / x)}
         self.measured.append({"step": step} | {k: self.share * x for k, x in ratios.items()})
         for k, ratio in ratios.items():
             if step < UNTIL and ratio > 0:
@@ -44,7 +45,19 @@ class Balance:
         return {k: 0.0 if log is None else self.share * math.exp(log) for k, log in self.logs.items()}
 
 
-def gradient_norm(loss: Tensor, maps: list[Tensor]) -> float:
-    """Of the loss's gradient with respect to all maps together."""
-    found = torch.autograd.grad(loss, maps, retain_graph=True, allow_unused=True)
-    return torch.stack([g.double().square().sum() for g in found if g is not None]).sum().sqrt().item()
+def pulls(detection: Tensor, maps: list[Tensor], losses: dict[str, Tensor], leaves: list[Tensor]) -> dict:
+    """For each loss (norm of the detection loss's gradient at the maps that the loss compares, norm of its own).
+
+    maps: the student's, in the graph of `detection`. leaves: the same values, from which the losses were computed.
+    """
+    of_detection = torch.autograd.grad(detection, maps, retain_graph=True)
+    out = {}
+    for name, loss in losses.items():
+        own = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        compared = [(d, g) for d, g in zip(of_detection, own) if g is not None and g.any()]
+        out[name] = _norm(d for d, _ in compared), _norm(g for _, g in compared)
+    return out
+
+
+def _norm(gradients: Iterable[Tensor]) -> float:
+    return sum(float(x.double().square().sum()) for x in gradients) ** 0.5

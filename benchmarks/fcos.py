@@ -118,8 +118,11 @@ def detect(model: detection.FCOS, scenes, batch: int = 100) -> list[dict[str, Te
     return found
 
 
-def coco_metrics(found: list[dict[str, Tensor]], boxes: Tensor, labels: Tensor, categories) -> dict[str, float]:
-    """COCOeval's averages in percent (-100: nothing of that size) of what `detect` gives, against the true boxes."""
+def coco_metrics(found: list[dict[str, Tensor]], boxes: Tensor, labels: Tensor, categories) -> dict:
+    """COCOeval's averages in percent (-100: nothing of that size) of what `detect` gives, against the true boxes.
+
+    "categories": the AP of each.
+    """
     annotations = []
     for image, k in (labels >= 0).nonzero().tolist():
         x1, y1, x2, y2 = boxes[image, k].tolist()
@@ -134,7 +137,7 @@ def coco_metrics(found: list[dict[str, Tensor]], boxes: Tensor, labels: Tensor, 
         rows.append(np.concatenate([c.numpy().astype(np.float64) for c in columns], 1))
     rows = np.concatenate(rows)
     if not len(rows):
-        return dict.fromkeys(METRICS, 0.0)
+        return dict.fromkeys(METRICS, 0.0) | {"categories": dict.fromkeys(categories, 0.0)}
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = {
@@ -147,8 +150,11 @@ def coco_metrics(found: list[dict[str, Tensor]], boxes: Tensor, labels: Tensor, 
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return {name: 100 * float(x) for name, x in zip(METRICS, evaluation.stats[:6])}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, categories; -1: none of a category
+    of_category = {name: 100 * float(precision[:, :, i].mean()) for i, name in enumerate(categories)}
+    metrics = {name: 100 * float(x) for name, x in zip(METRICS, evaluation.stats[:6])}
+    return metrics | {"categories": of_category}
 
 
-def evaluate(model: detection.FCOS, scenes, categories) -> dict[str, float]:
+def evaluate(model: detection.FCOS, scenes, categories) -> dict:
     return coco_metrics(detect(model, scenes), scenes.boxes.cpu(), scenes.labels.cpu(), categories)

@@ -38,7 +38,12 @@ def fcos():
 
 
 @pytest.fixture
-def distill(fcos):
+def runs(fcos):
+    return importlib.import_module("distill_runs")
+
+
+@pytest.fixture
+def distill(runs):
     return importlib.import_module("distill_ap")
 
 
@@ -106,11 +111,15 @@ def test_perfect_answers_have_ap_100(fcos, shapes):
         ]
         return fcos.coco_metrics(found, scattered()[0], truth, shapes.CATEGORIES)
 
-    assert metrics(boxes, labels) == pytest.approx(dict.fromkeys(fcos.METRICS, 100.0), abs=0.1)
+    perfect = metrics(boxes, labels)
+    of_category = perfect.pop("categories")
+    assert perfect == pytest.approx(dict.fromkeys(fcos.METRICS, 100.0), abs=0.1)
+    assert [i for i, name in enumerate(shapes.CATEGORIES) if of_category[name] > 99] == [0, 3, 5, 11]
+    assert min(of_category.values()) == -100  # none of that category
     assert metrics(boxes, labels.where(labels != 3, 4))["AP"] == pytest.approx(75.0, abs=0.1)  # 1 of 4 is never found
     moved = metrics(boxes + 3, labels)  # IoU of a large box stays above 0.75, that of a small one falls below 0.5
     assert moved["AP50"] < 90 and moved["APl"] > moved["APs"]
-    assert metrics(boxes, torch.full_like(labels, -1)) == dict.fromkeys(fcos.METRICS, 0.0)
+    assert metrics(boxes, torch.full_like(labels, -1))["AP"] == 0
 
 
 def test_the_detector_is_torchvisions_and_every_level_has_objects_to_find(fcos, shapes, monkeypatch):
@@ -173,47 +182,60 @@ def test_a_weight_is_an_average_of_logarithms_and_then_frozen():
     rule = balance.Balance(("a", "b"), "gradients", 0.1)
     assert rule.weights == {"a": 0, "b": 0}
     assert [step for step in range(600) if rule.measures(step)] == list(range(0, 512, 8))
-    rule.measure(0, 8.0, {"a": 2.0, "b": 0.0})
+    rule.measure(0, {"a": (8.0, 2.0), "b": (8.0, 0.0)})
     assert rule.weights == {"a": pytest.approx(0.4), "b": 0}  # b has no gradient yet
-    rule.measure(8, 1.0, {"a": 1.0, "b": 4.0})
+    rule.measure(8, {"a": (1.0, 1.0), "b": (1.0, 4.0)})
     assert rule.weights == {"a": pytest.approx(0.1 * 4**0.5), "b": pytest.approx(0.1 / 4)}
     for step in range(16, 512, 8):
-        rule.measure(step, math.e, {"a": 1.0, "b": math.nan})
+        rule.measure(step, {"a": (math.e, 1.0), "b": (math.e, math.nan)})
     log = math.log(4)
     for n, x in enumerate([0.0] + [1.0] * 62, 1):
         new = max(1 / (n + 1), 0.1)
         log = (1 - new) * log + new * x
-    assert rule.weights == {"a": pytest.approx(0.1 * math.exp(log)), "b": pytest.approx(0.1 / 4)}
     frozen = rule.weights
-    rule.measure(700, 100.0, {"a": 1.0, "b": 1.0})
+    assert frozen == {"a": pytest.approx(0.1 * math.exp(log)), "b": pytest.approx(0.1 / 4)}
+    rule.measure(700, {"a": (100.0, 1.0), "b": (100.0, 1.0)})
     assert rule.weights == frozen and rule.measured[-1] == {"step": 700, "a": 10.0, "b": 10.0}
 
 
-def test_a_gradients_norm_is_that_of_all_maps_together():
+def test_a_loss_is_measured_against_detection_at_the_maps_that_it_compares():
     balance = importlib.import_module("balance")
-    x, y, unused = (torch.ones(2, requires_grad=True) for _ in range(3))
-    assert balance.gradient_norm((3 * x).sum() + (4 * y).sum(), [x, y, unused]) == pytest.approx(50**0.5)
+    first, second = (torch.ones(2, requires_grad=True) for _ in range(2))
+    x = first * 1  # maps of the student: the second is made from the first
+    y = x + second
+    leaves = [m.detach().requires_grad_() for m in (x, y)]
+    losses = {
+        "both": (3 * leaves[0]).sum() + (4 * leaves[1]).sum(),
+        "last": (6 * leaves[1]).sum(),
+        "none": 0 * leaves[0][0],
+    }
+    found = balance.pulls((2 * y).sum() + (5 * x).sum(), [x, y], losses, leaves)
+    assert found == {
+        "both": (pytest.approx((2 * 7**2 + 2 * 2**2) ** 0.5), pytest.approx(50**0.5)),
+        "last": (pytest.approx(8**0.5), pytest.approx(72**0.5)),
+        "none": (0, 0),
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
 
 
 @pytest.fixture
-def little(distill, monkeypatch):
-    preset = dataclasses.replace(distill.PRESETS["tiny"], train=16, student_images=12, points=1)
-    monkeypatch.setitem(distill.PRESETS, "tiny", preset)
+def little(runs, monkeypatch):
+    preset = dataclasses.replace(runs.PRESETS["tiny"], train=16, student_images=12, points=1)
+    monkeypatch.setitem(runs.PRESETS, "tiny", preset)
     return preset
 
 
 @pytest.fixture
-def step(distill, fcos, shapes, little):
+def step(runs, fcos, shapes, little):
     """step(row, rule, share): the distillation, the detection loss and the student's maps of one forward."""
     data = shapes.generate(4, little.size, 1, little.largest)
-    teacher = distill.make(little, little.teacher, 1, "cpu")
+    teacher = runs.make(little, little.teacher, 1, "cpu")
 
     def run(row, rule="gradients", share=0.2):
-        student = distill.make(little, little.student, 0, "cpu").train()
-        distillation = distill.Distillation(student, teacher, row, rule, share, little.channels)
+        student = runs.make(little, little.student, 0, "cpu").train()
+        distillation = runs.Distillation(student, teacher, row, rule, share, little.channels)
         maps, capture = [], distillation.distiller.capture
 
         def captured(*arguments, **regions):
@@ -236,10 +258,10 @@ def gradient(loss, maps):
     return torch.cat([torch.zeros(x.numel()) if g is None else g.flatten() for x, g in zip(maps, found)])
 
 
-def test_a_measured_step_adds_nothing_and_then_a_loss_pulls_by_its_share(distill, step):
+def test_a_measured_step_adds_nothing_and_then_a_loss_pulls_by_its_share(runs, step):
     """With one map a branch no map is made from another: a loss's whole gradient is what reaches it directly."""
-    for name in distill.ROWS:
-        row = distill.EVERY_ROW[name]
+    for name in runs.ROWS:
+        row = runs.EVERY_ROW[name]
         if not row.terms:
             continue
         distillation, forward, maps = step(row)
@@ -250,23 +272,25 @@ def test_a_measured_step_adds_nothing_and_then_a_loss_pulls_by_its_share(distill
         if "score" in row.terms:
             maps = maps[-3:]
             assert all(x.shape[1] == 16 for x in maps)
-        whole = gradient(detection, maps).norm()
+        whole = gradient(detection, maps)
         for term, loss in losses.items():
-            assert gradient(loss, maps).norm() / whole == pytest.approx(0.2, rel=0.02), (name, term)
+            own = gradient(loss, maps)
+            compared = torch.cat([g.any().expand(g.numel()) for g in own.split([x.numel() for x in maps])])
+            assert own.norm() / whole[compared].norm() == pytest.approx(0.2, rel=0.02), (name, term)
 
 
-def test_by_values_a_loss_is_worth_its_share(distill, step):
-    distillation, forward, _ = step(distill.EVERY_ROW["all three"], "values")
+def test_by_values_a_loss_is_worth_its_share(runs, step):
+    distillation, forward, _ = step(runs.EVERY_ROW["all three"], "values")
     distillation.losses(0, forward(), False)
     detection = forward()
     for loss in distillation.losses(1, detection, False).values():
         assert loss.item() == pytest.approx(0.2 * detection.item(), rel=0.02)
 
 
-def test_no_two_rows_pull_the_same_way(distill, step, little):
+def test_no_two_rows_pull_the_same_way(runs, step, little):
     pulls = {}
     teachers = {"boxes": [torch.tensor([[8.0, 8, 40, 56]])] * 4, "labels": [torch.tensor([3])] * 4}
-    for name, row in distill.EVERY_ROW.items():
+    for name, row in runs.EVERY_ROW.items():
         if not row.terms:
             continue
         distillation, forward, maps = step(row)
@@ -289,21 +313,21 @@ def test_no_two_rows_pull_the_same_way(distill, step, little):
         assert (pulls[name][:box].any(), pulls[name][box:].any()) == branches, name
 
 
-def perform(distill, preset, out, run, deadline=math.inf):
+def perform(runs, preset, out, run, deadline=math.inf):
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    distill.perform(run, preset, out, "cpu", deadline, lambda effort: None)
+    runs.perform(run, preset, out, "cpu", deadline, lambda effort: None)
     return json.loads(run.file(out).read_text()) if run.file(out).exists() else None
 
 
-def test_runs_of_a_seed_differ_by_their_losses_alone(distill, little, tmp_path):
-    perform(distill, little, tmp_path, distill.Run("teacher", 0))
+def test_runs_of_a_seed_differ_by_their_losses_alone(runs, little, tmp_path):
+    perform(runs, little, tmp_path, runs.Run("teacher", 0))
     first = dataclasses.replace(little, points=3)  # of its three steps the first and those of the curve measure
-    alone = perform(distill, little, tmp_path, distill.Run("student alone", 0))
-    again = perform(distill, little, tmp_path / "again", distill.Run("student alone", 0))
-    other = perform(distill, little, tmp_path, distill.Run("student alone", 1))
-    score = perform(distill, little, tmp_path, distill.Run("score-weighted", 0, "gradients", 0.1))
-    measured = perform(distill, first, tmp_path, distill.Run("all three", 0, "values", 0.1))
-    weak, strong = (perform(distill, little, tmp_path, distill.Run("all three", 0, "values", x)) for x in (0.2, 0.4))
+    alone = perform(runs, little, tmp_path, runs.Run("student alone", 0))
+    again = perform(runs, little, tmp_path / "again", runs.Run("student alone", 0))
+    other = perform(runs, little, tmp_path, runs.Run("student alone", 1))
+    score = perform(runs, little, tmp_path, runs.Run("score-weighted", 0, "gradients", 0.1))
+    measured = perform(runs, first, tmp_path, runs.Run("all three", 0, "values", 0.1))
+    weak, strong = (perform(runs, little, tmp_path, runs.Run("all three", 0, "values", x)) for x in (0.2, 0.4))
     losses = [x["curve"][-1]["losses"] for x in (alone, again, other, score, weak, strong)]
     assert losses[0] == losses[1] and losses[0]["detection"] != losses[2]["detection"]
     assert set(losses[3]) == {"detection", "score"} and losses[3]["detection"] != losses[0]["detection"]
@@ -314,27 +338,27 @@ def test_runs_of_a_seed_differ_by_their_losses_alone(distill, little, tmp_path):
         assert losses[5][k] == pytest.approx(2 * losses[4][k], rel=1e-4)
 
 
-def test_a_run_goes_on_where_it_stopped(distill, little, tmp_path):
+def test_a_run_goes_on_where_it_stopped(runs, little, tmp_path):
     preset = dataclasses.replace(little, student_images=24, points=3)
     for out in (tmp_path / "whole", tmp_path / "parts"):
-        perform(distill, little, out, distill.Run("teacher", 0))
-    run = distill.Run("score-weighted", 0, "gradients", 0.1)
-    whole = perform(distill, preset, tmp_path / "whole", run)
-    assert perform(distill, preset, tmp_path / "parts", run, deadline=0) is None
-    assert perform(distill, preset, tmp_path / "parts", run, deadline=0) is None
+        perform(runs, little, out, runs.Run("teacher", 0))
+    run = runs.Run("score-weighted", 0, "gradients", 0.1)
+    whole = perform(runs, preset, tmp_path / "whole", run)
+    assert perform(runs, preset, tmp_path / "parts", run, deadline=0) is None
+    assert perform(runs, preset, tmp_path / "parts", run, deadline=0) is None
     assert torch.load(run.file(tmp_path / "parts").with_suffix(".pt"), weights_only=False)["step"] == 4
-    parts = perform(distill, preset, tmp_path / "parts", run)
+    parts = perform(runs, preset, tmp_path / "parts", run)
     assert {k: v for k, v in parts.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
     assert [p["images"] for p in whole["curve"]] == [8, 16, 24]
     assert not list((tmp_path / "parts" / "runs").glob("*.p*t"))
 
 
-def test_the_teachers_boxes_stand_in_for_labels(distill, little, tmp_path, monkeypatch):
-    perform(distill, little, tmp_path, distill.Run("teacher", 0))
-    monkeypatch.setattr(distill, "TEACHERS_SCORE", 0.0)  # an untrained teacher is sure of nothing
-    run = distill.Run("all three, teacher's boxes", 0, "gradients", 0.1)
-    without = perform(distill, little, tmp_path, distill.Run("all three", 0, "gradients", 0.1))
-    result = perform(distill, little, tmp_path, run)
+def test_the_teachers_boxes_stand_in_for_labels(runs, little, tmp_path, monkeypatch):
+    perform(runs, little, tmp_path, runs.Run("teacher", 0))
+    monkeypatch.setattr(runs, "TEACHERS_SCORE", 0.0)  # an untrained teacher is sure of nothing
+    run = runs.Run("all three, teacher's boxes", 0, "gradients", 0.1)
+    without = perform(runs, little, tmp_path, runs.Run("all three", 0, "gradients", 0.1))
+    result = perform(runs, little, tmp_path, run)
     found = torch.load(tmp_path / "teachers_boxes.pt")
     assert found["boxes"].shape[:2] == found["labels"].shape and len(found["labels"]) == little.train
     assert result["measured"][0]["anchor"] != without["measured"][0]["anchor"]
@@ -347,33 +371,33 @@ def arguments(distill, out, *more):
     return distill.arguments(["--preset", "tiny", "--device", "cpu", "--out", str(out), *more])
 
 
-def test_tuning_comes_before_the_runs_that_it_serves(distill, little, tmp_path):
+def test_tuning_comes_before_the_runs_that_it_serves(distill, runs, little, tmp_path):
     (tmp_path / "tuning").mkdir()
     args = arguments(distill, tmp_path, "--rows", "student alone", "distance", "distance, temperature 5", "all three")
-    runs = distill.plan(args, little)
-    assert runs[0] == distill.Run("teacher", 0)
-    assert [r.row for r in runs[1:4]] == ["student alone"] * 3
-    tuning = [r for r in runs if r.tuning]
+    planned = distill.plan(args, little)
+    assert planned[0] == runs.Run("teacher", 0)
+    assert [r.row for r in planned[1:4]] == ["student alone"] * 3
+    tuning = [r for r in planned if r.tuning]
     assert [(r.row, r.share) for r in tuning] == [(n, x) for n in ("all three", "distance") for x in little.shares]
     assert {r.seed for r in tuning}.isdisjoint({0, 1, 2})
-    rest = runs[4 + len(tuning) :]
+    rest = planned[4 + len(tuning) :]
     assert [r.row for r in rest] == ["all three", "distance", "distance, temperature 5"] * 3
     assert all(r.share is None and not distill.ready(r, tmp_path) for r in rest)
     for run, ap in zip(tuning, (5.0, 6.0, 8.0, 7.0)):
-        distill.write(run.file(tmp_path), {"metrics": {"AP": ap}})
+        runs.write(run.file(tmp_path), {"metrics": {"AP": ap}})
     chosen = {r.row: r.share for r in distill.plan(args, little) if r.share and not r.tuning}
     assert chosen == {"all three": 0.3, "distance": 0.1, "distance, temperature 5": 0.1}
     fixed = distill.plan(arguments(distill, tmp_path, "--share", "0.2", "--rows", "distance", "--seeds", "1"), little)
-    assert fixed == [distill.Run("teacher", 0), distill.Run("distance", 0, "gradients", 0.2)]
+    assert fixed == [runs.Run("teacher", 0), runs.Run("distance", 0, "gradients", 0.2)]
 
 
-def test_no_two_runs_share_a_file(distill, little, tmp_path):
-    args = arguments(distill, tmp_path, "--share", "0.1", "--rows", *distill.EVERY_ROW)
-    runs = distill.plan(args, little) + [r for row in distill.ROWS for r in distill.tuning_runs(row, "values", little)]
-    assert len({r.file(tmp_path) for r in runs}) == len(runs)
+def test_no_two_runs_share_a_file(distill, runs, little, tmp_path):
+    args = arguments(distill, tmp_path, "--share", "0.1", "--rows", *runs.EVERY_ROW)
+    planned = distill.plan(args, little) + [r for row in runs.ROWS for r in distill.tuning_runs(row, "values", little)]
+    assert len({r.file(tmp_path) for r in planned}) == len(planned)
 
 
-def test_a_second_call_goes_on_and_a_third_does_nothing(distill, little, tmp_path, monkeypatch, capsys):
+def test_a_second_call_goes_on_and_a_third_does_nothing(distill, runs, little, tmp_path, monkeypatch, capsys):
     rows = ("student alone", "pixel matching", "all three")
     done, perform = [], distill.perform
 
@@ -405,7 +429,7 @@ def test_a_second_call_goes_on_and_a_third_does_nothing(distill, little, tmp_pat
     assert {"commit", "machine", "versions", "settings", "rows", "tuning"} <= set(report)
     assert len(report["tuning"]) == 4 and len(report["rows"]) == 4
     assert (tmp_path / "distill_ap.png").stat().st_size > 1000
-    monkeypatch.setitem(distill.PRESETS, "tiny", dataclasses.replace(little, rate=1e-3))
+    monkeypatch.setitem(runs.PRESETS, "tiny", dataclasses.replace(little, rate=1e-3))
     with pytest.raises(SystemExit, match="other settings"):
         distill.main(call)
 
@@ -432,7 +456,8 @@ def test_two_processes_find_what_one_finds(distill, tmp_path):
     assert len(found[0]) == 3 and found[0] == found[1]
 
 
-def test_gains_are_paired_by_seed(distill, tmp_path):
+def test_gains_are_paired_by_seed(runs, tmp_path):
+    tables = importlib.import_module("distill_tables")
     (tmp_path / "runs").mkdir()
     for row, values in {
         "student alone": (10.0, 20.0, 30.0),
@@ -442,10 +467,10 @@ def test_gains_are_paired_by_seed(distill, tmp_path):
     }.items():
         for seed, ap in enumerate(values):
             share = {} if row in ("student alone", "teacher") else {"rule": "gradients", "share": 0.1}
-            run = distill.Run(row, seed, **share)
+            run = runs.Run(row, seed, **share)
             metrics = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), ap)
-            distill.write(run.file(tmp_path), dataclasses.asdict(run) | {"metrics": metrics})
-    rows = {row["name"]: row for row in distill.collect(tmp_path)}
+            runs.write(run.file(tmp_path), dataclasses.asdict(run) | {"metrics": metrics})
+    rows = {row["name"]: row for row in tables.collect(tmp_path)}
     assert list(rows) == ["student alone", "anchor", "distance", "teacher"]
     assert rows["student alone"]["mean"]["AP"] == 20 and rows["student alone"]["deviation"]["AP"] == 10
     gain = rows["anchor"]["gain"]["AP"]  # differences 1, 2, 3
@@ -453,4 +478,4 @@ def test_gains_are_paired_by_seed(distill, tmp_path):
     gain = rows["distance"]["gain"]["AP"]  # differences -1 and 3
     assert gain["mean"] == 1 and gain["half"] == pytest.approx(12.706 * 8**0.5 / 2**0.5)
     assert rows["teacher"]["deviation"]["AP"] is None and "gain" not in rows["teacher"]
-    assert distill.interval([1.0])["half"] is None
+    assert tables.interval([1.0])["half"] is None
