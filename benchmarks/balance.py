@@ -24,17 +24,17 @@ class Balance:
         self.rule, self.share = rule, share
         self.logs: dict[str, float | None] = dict.fromkeys(names)
         self.counts = dict.fromkeys(names, 0)
-        self.measured: list[dict] = []  # of each measurement: step, and the weight at which each loss has its share
+        self.measured: list[dict] = []  # of each measurement: step, and for each rule the ratios
 
     def measures(self, step: int) -> bool:
         return step % EVERY == 0 and step < UNTIL
 
-    def measure(self, step: int, pairs: dict[str, tuple[float, float]]) -> None:
-        """pairs: (detection, loss), norms or values. After UNTIL a measurement is recorded and changes nothing."""
-        ratios = {k: detection / x for k, (detection, x) in pairs.items() if x > 0 and math.isfinite(detection / x)}
-        self.measured.append({"step": step} | {k: self.share * x for k, x in ratios.items()})
-        for k, ratio in ratios.items():
-            if step < UNTIL and ratio > 0:
+    def measure(self, step: int, pairs: dict[str, dict[str, tuple[float, float]]]) -> None:
+        """pairs: for each rule and loss (detection, loss). After UNTIL they are recorded and change nothing."""
+        ratios = {rule: {k: d / x for k, (d, x) in of.items() if x > 0 and d > 0} for rule, of in pairs.items()}
+        self.measured.append({"step": step} | ratios)
+        for k, ratio in ratios[self.rule].items():
+            if step < UNTIL and math.isfinite(ratio):
                 new = max(1 / (self.counts[k] + 1), 0.1)
                 self.logs[k] = (1 - new) * (self.logs[k] or 0.0) + new * math.log(ratio)
                 self.counts[k] += 1

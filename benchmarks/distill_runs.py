@@ -227,10 +227,9 @@ class Distillation:
         # A loss's own gradient at a map is what reaches it directly, not through the tower's later maps.
         leaves = capture._replace(student_cls=cut(capture.student_cls), student_box=cut(capture.student_box))
         losses = self._unweighted(leaves)
-        if self.balance.rule == "values":
-            self.balance.measure(step, {k: (detection.item(), x.item()) for k, x in losses.items()})
-        else:
-            self.balance.measure(step, balance.pulls(detection, flat(capture), losses, flat(leaves)))
+        values = {k: (detection.item(), x.item()) for k, x in losses.items()}
+        pulls = balance.pulls(detection, flat(capture), losses, flat(leaves))
+        self.balance.measure(step, {"gradients": pulls, "values": values})
 
 
 # --------------------------------------------------------------------------------------------------------- training

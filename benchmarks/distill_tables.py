@@ -18,13 +18,18 @@ def in_words(metrics: dict) -> str:
 
 
 def collect(out: Path) -> list[dict]:
-    """Of all finished runs, one entry for each row, rule and share: values, means, deviations, gains over ALONE."""
+    """Of all finished runs, one entry for each row, rule and share: values, means, deviations, differences."""
     groups: dict[tuple, list[dict]] = {}
     for file in sorted((out / "runs").glob("*.json")):
         result = read(file)
         groups.setdefault((result["row"], result["rule"], result["share"]), []).append(result)
     rank = [*EVERY_ROW, TEACHER]
-    alone = {r["seed"]: r["metrics"] for r in groups.get((ALONE, None, None), [])}
+
+    def paired(results, others):
+        others = {r["seed"]: r["metrics"] for r in others}
+        pairs = [(r["metrics"], others[r["seed"]]) for r in results if r["seed"] in others]
+        return {k: interval([a[k] - b[k] for a, b in pairs]) for k in fcos.METRICS} if pairs else None
+
     rows = []
     for key in sorted(groups, key=lambda key: (rank.index(key[0]), key[1] or "", key[2] or 0)):
         results = sorted(groups[key], key=lambda r: r["seed"])
@@ -32,15 +37,17 @@ def collect(out: Path) -> list[dict]:
         values = {k: [r["metrics"][k] for r in results] for k in fcos.METRICS}
         row |= {"values": values, "mean": {k: statistics.fmean(v) for k, v in values.items()}}
         row["deviation"] = {k: statistics.stdev(v) if len(v) > 1 else None for k, v in values.items()}
-        pairs = [r for r in results if r["seed"] in alone]
-        if pairs and key[0] not in (ALONE, TEACHER):
-            row["gain"] = {k: interval([r["metrics"][k] - alone[r["seed"]][k] for r in pairs]) for k in fcos.METRICS}
+        if key[0] not in (ALONE, TEACHER):
+            row["gain"] = paired(results, groups.get((ALONE, None, None), []))
+            ours = [k for k in groups if k[:2] == ("all three", key[1])]
+            if key[0] != "all three" and len(ours) == 1:
+                row["all three over it"] = paired(groups[ours[0]], results)
         rows.append(row)
     return rows
 
 
 def interval(differences: list[float]) -> dict:
-    """Mean and, of two seeds or more, half the width of the 95% confidence interval."""
+    """Mean and, of two seeds or more, half the width of its 95% confidence interval."""
     n = len(differences)
     half = None if n < 2 else _T[min(n - 1, len(_T)) - 1] * statistics.stdev(differences) / n**0.5
     return {"mean": statistics.fmean(differences), "half": half, "differences": differences}
@@ -51,18 +58,18 @@ def _plus_minus(mean: float, spread: float | None, form: str = "{:.2f}") -> str:
 
 
 def markdown(result: dict) -> str:
-    header = ["", "share", *fcos.METRICS, "AP over student alone", "seeds"]
+    header = ["", "share", *fcos.METRICS, "AP over student alone", "AP of all three over it", "seeds"]
     rules = {row["rule"] for row in result["rows"] if row["rule"]}
     lines = []
     for row in result["rows"]:
         cells = [_plus_minus(row["mean"][k], row["deviation"][k]) for k in fcos.METRICS]
-        gain = row.get("gain")
-        cells.append(_plus_minus(gain["AP"]["mean"], gain["AP"]["half"], "{:+.2f}") if gain else "-")
+        for gain in (row.get("gain"), row.get("all three over it")):
+            cells.append(_plus_minus(gain["AP"]["mean"], gain["AP"]["half"], "{:+.2f}") if gain else "-")
         share = "-" if row["share"] is None else f"{row['share']:g}" + f" ({row['rule']})" * (len(rules) > 1)
         lines.append([row["name"], share, *cells, str(len(row["seeds"]))])
     p, m = result["settings"], result["machine"]
     text = (
-        f"{m['device']}, {m['threads']} threads, torch {result['versions']['torch']}, "
+        f"{m['device']}, torch {result['versions']['torch']}, "
         f"torchvision {result['versions']['torchvision']}; preset {result['preset']}\n"
         f"{p['size']}x{p['size']}, objects of 8 to {p['largest']:g} pixels; {p['train']} train, {p['tune']} tuning and "
         f"{p['val']} validation images; batch {p['batch']}; a student sees {p['student_images']} images "
@@ -75,8 +82,24 @@ def markdown(result: dict) -> str:
         )
     text += (
         "Mean and sample deviation over the seeds; every row of one seed has the same initialization and batches, so "
-        "gains are paired (mean and 95% confidence interval); one teacher\n\n" + report.table(header, lines)
+        "differences are paired (mean and 95% confidence interval); one teacher\n\n" + report.table(header, lines)
     )
+    lines = [
+        [
+            f"{_label(row)}: {term}",
+            f"{statistics.fmean(run['weights'][term] for run in row['runs']):.3g}",
+            *_pulls(row, term),
+        ]
+        for row in result["rows"]
+        if row["rule"]
+        for term in EVERY_ROW[row["name"]].terms
+    ]
+    if lines:
+        header = ["", "weight", *(f"{100 * (i + 1) // p['points']}%" for i in range(p["points"]))]
+        text += (
+            "\n\nNorm of a loss's gradient, weighted, over that of the detection loss, at the student's maps that the "
+            "loss compares, after so much of the training\n\n" + report.table(header, lines)
+        )
     if result["tuning"]:
         shares = sorted({run["share"] for run in result["tuning"]})
         found = {(run["row"], run["rule"], run["share"]): run["metrics"]["AP"] for run in result["tuning"]}
@@ -89,11 +112,19 @@ def markdown(result: dict) -> str:
     return text
 
 
+def _pulls(row, term):
+    """A cell for each point of the curve, where training measured last."""
+    points = len(row["runs"][0]["curve"])
+    ratios = zip(*([m["gradients"].get(term) for m in run["measured"][-points:]] for run in row["runs"]))
+    weights = [run["weights"][term] for run in row["runs"]]
+    return ["-" if None in at else f"{statistics.fmean(w / r for w, r in zip(weights, at)):.3g}" for at in ratios]
+
+
 def draw(result: dict, path: Path) -> None:
     rows = result["rows"]
     size = (13, max(4.5, 0.36 * len(rows) + 1.6))
     figure, (bars, curves) = plt.subplots(1, 2, figsize=size, layout="constrained")
-    gains = [row for row in rows if "gain" in row]
+    gains = [row for row in rows if row.get("gain")]
     for y, row in enumerate(gains):
         gain = row["gain"]["AP"]
         bars.barh(y, gain["mean"], xerr=gain["half"] or 0, color=_color(row), capsize=3)

@@ -182,20 +182,20 @@ def test_a_weight_is_an_average_of_logarithms_and_then_frozen():
     rule = balance.Balance(("a", "b"), "gradients", 0.1)
     assert rule.weights == {"a": 0, "b": 0}
     assert [step for step in range(600) if rule.measures(step)] == list(range(0, 512, 8))
-    rule.measure(0, {"a": (8.0, 2.0), "b": (8.0, 0.0)})
+    rule.measure(0, {"gradients": {"a": (8.0, 2.0), "b": (8.0, 0.0)}, "values": {"a": (1.0, 9.0)}})
     assert rule.weights == {"a": pytest.approx(0.4), "b": 0}  # b has no gradient yet
-    rule.measure(8, {"a": (1.0, 1.0), "b": (1.0, 4.0)})
+    rule.measure(8, {"gradients": {"a": (1.0, 1.0), "b": (1.0, 4.0)}})
     assert rule.weights == {"a": pytest.approx(0.1 * 4**0.5), "b": pytest.approx(0.1 / 4)}
     for step in range(16, 512, 8):
-        rule.measure(step, {"a": (math.e, 1.0), "b": (math.e, math.nan)})
+        rule.measure(step, {"gradients": {"a": (math.e, 1.0), "b": (math.e, math.nan)}})
     log = math.log(4)
     for n, x in enumerate([0.0] + [1.0] * 62, 1):
         new = max(1 / (n + 1), 0.1)
         log = (1 - new) * log + new * x
     frozen = rule.weights
     assert frozen == {"a": pytest.approx(0.1 * math.exp(log)), "b": pytest.approx(0.1 / 4)}
-    rule.measure(700, {"a": (100.0, 1.0), "b": (100.0, 1.0)})
-    assert rule.weights == frozen and rule.measured[-1] == {"step": 700, "a": 10.0, "b": 10.0}
+    rule.measure(700, {"gradients": {"a": (100.0, 1.0), "b": (100.0, 1.0)}})
+    assert rule.weights == frozen and rule.measured[-1] == {"step": 700, "gradients": {"a": 100.0, "b": 100.0}}
 
 
 def test_a_loss_is_measured_against_detection_at_the_maps_that_it_compares():
@@ -361,7 +361,7 @@ def test_the_teachers_boxes_stand_in_for_labels(runs, little, tmp_path, monkeypa
     result = perform(runs, little, tmp_path, run)
     found = torch.load(tmp_path / "teachers_boxes.pt")
     assert found["boxes"].shape[:2] == found["labels"].shape and len(found["labels"]) == little.train
-    assert result["measured"][0]["anchor"] != without["measured"][0]["anchor"]
+    assert result["measured"][0]["gradients"]["anchor"] != without["measured"][0]["gradients"]["anchor"]
 
 
 # ------------------------------------------------------------------------------------------------- plan and program
@@ -425,6 +425,7 @@ def test_a_second_call_goes_on_and_a_third_does_nothing(distill, runs, little, t
     text = capsys.readouterr().out
     assert text.strip() == (tmp_path / "distill_ap.md").read_text().strip()
     assert all(f"| {row} " in text for row in (*rows, "teacher")) and "AP on the tuning set" in text
+    assert "| all three (gradients 0.1): distance " in text or "| all three (gradients 0.3): distance " in text
     report = json.loads((tmp_path / "distill_ap.json").read_text())
     assert {"commit", "machine", "versions", "settings", "rows", "tuning"} <= set(report)
     assert len(report["tuning"]) == 4 and len(report["rows"]) == 4
@@ -463,6 +464,7 @@ def test_gains_are_paired_by_seed(runs, tmp_path):
         "student alone": (10.0, 20.0, 30.0),
         "anchor": (11.0, 22.0, 33.0),
         "distance": (9.0, 23.0),
+        "all three": (14.0, 20.0, 40.0),
         "teacher": (40.0,),
     }.items():
         for seed, ap in enumerate(values):
@@ -471,11 +473,24 @@ def test_gains_are_paired_by_seed(runs, tmp_path):
             metrics = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), ap)
             runs.write(run.file(tmp_path), dataclasses.asdict(run) | {"metrics": metrics})
     rows = {row["name"]: row for row in tables.collect(tmp_path)}
-    assert list(rows) == ["student alone", "anchor", "distance", "teacher"]
+    assert list(rows) == ["student alone", "anchor", "distance", "all three", "teacher"]
     assert rows["student alone"]["mean"]["AP"] == 20 and rows["student alone"]["deviation"]["AP"] == 10
     gain = rows["anchor"]["gain"]["AP"]  # differences 1, 2, 3
     assert gain["mean"] == 2 and gain["half"] == pytest.approx(4.303 / 3**0.5)
     gain = rows["distance"]["gain"]["AP"]  # differences -1 and 3
     assert gain["mean"] == 1 and gain["half"] == pytest.approx(12.706 * 8**0.5 / 2**0.5)
+    assert rows["distance"]["all three over it"]["AP"]["differences"] == [5, -3]
+    assert "all three over it" not in rows["all three"]
     assert rows["teacher"]["deviation"]["AP"] is None and "gain" not in rows["teacher"]
     assert tables.interval([1.0])["half"] is None
+
+
+def test_the_pull_of_a_loss_is_its_weight_over_what_was_measured_at_each_point(distill):
+    tables = importlib.import_module("distill_tables")
+    measured = [{"gradients": {"anchor": x}} for x in (9.0, 2.0, 4.0)]  # the first one is from the start of training
+    runs = [{"curve": [0, 0], "weights": {"anchor": w}, "measured": measured} for w in (0.2, 0.4)]
+    assert tables._pulls({"runs": runs}, "anchor") == ["0.15", "0.075"]
+    runs[0]["measured"] = [{"gradients": {}}, *measured[1:]]
+    assert tables._pulls({"runs": runs}, "anchor") == ["0.15", "0.075"]
+    runs[0]["measured"] = [*measured[:2], {"gradients": {}}]
+    assert tables._pulls({"runs": runs}, "anchor") == ["0.15", "-"]
