@@ -231,15 +231,17 @@ def little(runs, monkeypatch):
 def step(runs, fcos, shapes, little):
     """step(row, rule, share): the distillation, the detection loss and the student's maps of one forward."""
     data = shapes.generate(4, little.size, 1, little.largest)
-    teacher = runs.make(little, little.teacher, 1, "cpu")
 
-    def run(row, rule="gradients", share=0.2):
-        student = runs.make(little, little.student, 0, "cpu").train()
-        distillation = runs.Distillation(student, teacher, row, rule, share, little.channels)
+    def run(row, rule="gradients", share=0.2, preset=little):
+        student, teacher = (
+            runs.make(preset, preset.student, 0, "cpu").train(),
+            runs.make(preset, preset.teacher, 1, "cpu"),
+        )
+        distillation = runs.Distillation(student, teacher, row, rule, share, preset.channels)
         maps, capture = [], distillation.distiller.capture
 
         def captured(*arguments, **regions):
-            found = capture(*arguments, **regions)
+            found = distillation.seen = capture(*arguments, **regions)
             maps[:] = [x for sets in (found.student_cls, found.student_box) for levels in sets for x in levels]
             return found
 
@@ -277,6 +279,19 @@ def test_a_measured_step_adds_nothing_and_then_a_loss_pulls_by_its_share(runs, s
             own = gradient(loss, maps)
             compared = torch.cat([g.any().expand(g.numel()) for g in own.split([x.numel() for x in maps])])
             assert own.norm() / whole[compared].norm() == pytest.approx(0.2, rel=0.02), (name, term)
+
+
+def test_a_measured_loss_does_not_reach_a_map_through_the_maps_that_are_made_from_it(runs, step, little):
+    distillation, forward, maps = step(runs.ROWS["pixel matching"], preset=dataclasses.replace(little, convolutions=2))
+    detection = forward()
+    distillation.losses(0, detection, False)
+    teacher = [
+        x for s in (distillation.seen.teacher_cls, distillation.seen.teacher_box) for levels in s for x in levels
+    ]
+    assert len(maps) == len(teacher) == 12
+    own = torch.cat([(2 * (s - t) / s.numel()).flatten() for s, t in zip(maps, teacher)]).norm()
+    ratio = gradient(detection, maps).norm() / own
+    assert distillation.balance.weights["pixel"] == pytest.approx(0.2 * ratio.item(), rel=1e-4)
 
 
 def test_by_values_a_loss_is_worth_its_share(runs, step):
