@@ -1,6 +1,6 @@
 """Trains torchvision's FCOS with and without distillation and compares COCO's average precision.
 
-    python benchmarks/distill_ap.py [--preset cpu] [--jobs 2] [--out DIR] [--budget SECONDS]
+    python benchmarks/distill_ap.py [--preset cpu] [--out DIR] [--budget SECONDS]
 
 A teacher is trained once; then the same student with every method of distillation, from the same initialization on the
 same batches, for several seeds. Each method's weight is chosen by the same rule, its share on a tuning set of images.
@@ -182,14 +182,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=[*EVERY_ROW, TEACHER],
         default=list(ROWS),
         metavar="ROW",
-        help=f"default: {', '.join(ROWS)}; also: {', '.join([*ABLATIONS, TEACHER])}",
+        help=f"default: {'; '.join(ROWS)}. Also: {'; '.join([*ABLATIONS, TEACHER])}",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    parser.add_argument(
+        "--jobs", type=int, help="processes, of one thread each if several; default: 1 on a GPU, else 2"
+    )
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", default=math.inf, help="then stops; 0: only the tables"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path(__file__).parent / "out" / "distill_ap")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.jobs = args.jobs or (1 if args.device.startswith("cuda") else 2)
+    return args
 
 
 def settings(out: Path, preset: Preset) -> dict:

@@ -151,11 +151,10 @@ def teachers_boxes(preset: Preset, out: Path, device: str, teacher) -> dict[str,
     """What the teacher detects in the train set: `boxes` `[N, most, 4]`, `labels` `[N, most]`, padded by label -1."""
     path = out / "teachers_boxes.pt"
     if not path.exists():
-        found = [{k: x[one["scores"] >= TEACHERS_SCORE] for k, x in one.items()} for one in
-                 fcos.detect(teacher, scenes(preset, "train", device))]  # fmt: skip
-        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        save(path, {"boxes": pad([x["boxes"] for x in found]),
-                    "labels": pad([x["labels"] for x in found], padding_value=-1)})  # fmt: skip
+        found = fcos.detect(teacher, scenes(preset, "train", device))
+        sure = [one["scores"] >= TEACHERS_SCORE for one in found]
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-1)
+        save(path, {k: pad([one[k][s] for one, s in zip(found, sure)]) for k in ("boxes", "labels")})
     return torch.load(path, map_location=device, weights_only=True)
 
 
@@ -183,12 +182,9 @@ class Distillation:
         self.distiller = sk.SEADistiller(
             student, teacher, taps, weights=(1, 1, 1), center_ratio=row.center_ratio, **row.options
         )
-        self.projectors = peers.Projectors(len(fcos.STRIDES), channels) if "score" in row.terms else None
-        if self.projectors is not None:
-            self.projectors.to(next(student.parameters()).device)
-
-    def parameters(self) -> list[Tensor]:
-        return [] if self.projectors is None else list(self.projectors.parameters())
+        # Modules that train along; of the rows here only Ultralytics' has any.
+        self.projectors = peers.Projectors(len(fcos.STRIDES) if "score" in row.terms else 0, channels)
+        self.projectors.to(next(student.parameters()).device)
 
     def losses(self, step: int, detection: Tensor, measure: bool, **regions) -> dict[str, Tensor]:
         """The weighted losses after the student's forward. Measured steps have none: they train on detection alone."""
@@ -246,7 +242,7 @@ def perform(run: Run, preset: Preset, out: Path, device: str, deadline: float, p
         teacher = trained_teacher(preset, out, device)
         boxes = teachers_boxes(preset, out, device, teacher) if row.boxes == "teacher" else None
         distillation = Distillation(model, teacher, row, run.rule, run.share, preset.channels)
-    parameters = [*model.parameters(), *(distillation.parameters() if distillation else [])]
+    parameters = [*model.parameters(), *(distillation.projectors.parameters() if distillation else [])]
     decayed, others = ([p for p in parameters if (p.dim() > 1) == decays] for decays in (True, False))
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=preset.rate, fused=True)
@@ -256,7 +252,7 @@ def perform(run: Run, preset: Preset, out: Path, device: str, deadline: float, p
 
     checkpoint, first, curve, seconds = run.file(out).with_suffix(".pt"), 0, [], 0.0
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    if distillation and distillation.projectors:
+    if distillation:
         parts["projectors"] = distillation.projectors
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=False)

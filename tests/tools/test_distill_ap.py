@@ -423,7 +423,20 @@ def test_a_second_call_goes_on_and_a_third_does_nothing(distill, runs, little, t
         return perform(run, *more)
 
     monkeypatch.setattr(distill, "perform", counted)
-    call = ["--preset", "tiny", "--device", "cpu", "--out", str(tmp_path), "--seeds", "1", "--rows", *rows]
+    call = [
+        "--preset",
+        "tiny",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--seeds",
+        "1",
+        "--jobs",
+        "1",
+        "--rows",
+        *rows,
+    ]
     with pytest.raises(KeyboardInterrupt):
         distill.main(call)
     assert [r.row for r in done] == ["teacher", "student alone", "all three"] and done[-1].tuning
