@@ -38,31 +38,31 @@ def tuned_row(name: str) -> str:
     return next((row for row in ROWS if ROWS[row].terms == terms), "all three")
 
 
-def tuning_runs(row: str, rule: str, preset: Preset) -> list[Run]:
-    return [Run(row, TUNING_SEED, rule, share, tuning=True) for share in preset.shares]
+def tuning_runs(row: str, args: argparse.Namespace) -> list[Run]:
+    return [Run(row, TUNING_SEED, args.rule, share, tuning=True) for share in args.share]
 
 
-def chosen_share(row: str, rule: str, preset: Preset, out: Path) -> float | None:
+def chosen_share(row: str, args: argparse.Namespace) -> float | None:
     """The one with the best AP on the tuning set. None: its runs are not all finished."""
-    runs = tuning_runs(tuned_row(row), rule, preset)
-    if not all(run.file(out).exists() for run in runs):
+    if len(args.share) == 1:
+        return args.share[0]
+    runs = tuning_runs(tuned_row(row), args)
+    if not all(run.file(args.out).exists() for run in runs):
         return None
-    return max(runs, key=lambda run: read(run.file(out))["metrics"]["AP"]).share
+    return max(runs, key=lambda run: read(run.file(args.out))["metrics"]["AP"]).share
 
 
-def plan(args: argparse.Namespace, preset: Preset) -> list[Run]:
+def plan(args: argparse.Namespace) -> list[Run]:
     """All runs of this call in their order, finished ones included."""
     rows, seeds = sorted(args.rows, key=lambda row: (*FIRST, row).index(row)), range(args.seeds)
     distilled = [row for row in rows if row != TEACHER and EVERY_ROW[row].terms]
     runs = [Run(TEACHER, 0)] * (TEACHER in rows or bool(distilled))
     runs += [Run(ALONE, seed) for seed in seeds if ALONE in rows]
-    if args.share is None:
-        tuned = dict.fromkeys(map(tuned_row, distilled))
-        runs += [run for row in tuned for run in tuning_runs(row, args.rule, preset)]
-    for seed, row in itertools.product(seeds, distilled):
-        share = chosen_share(row, args.rule, preset, args.out) if args.share is None else args.share
-        runs.append(Run(row, seed, args.rule, share))
-    return runs
+    if len(args.share) > 1:
+        runs += [run for row in dict.fromkeys(map(tuned_row, distilled)) for run in tuning_runs(row, args)]
+    return runs + [
+        Run(row, seed, args.rule, chosen_share(row, args)) for seed, row in itertools.product(seeds, distilled)
+    ]
 
 
 def ready(run: Run, out: Path) -> bool:
@@ -119,13 +119,13 @@ def _perform_in_process(*arguments):
     return done
 
 
-def pending(args: argparse.Namespace, preset: Preset) -> list[Run]:
-    return [run for run in plan(args, preset) if not run.file(args.out).exists()]
+def pending(args: argparse.Namespace) -> list[Run]:
+    return [run for run in plan(args) if not run.file(args.out).exists()]
 
 
 def work(args: argparse.Namespace, preset: Preset) -> None:
     """Does what is not done yet. When the budget is spent, runs in progress end at their next checkpoint."""
-    out, deadline, todo = args.out, time.time() + args.budget, pending(args, preset)
+    out, deadline, todo = args.out, time.time() + args.budget, pending(args)
     if not todo or args.budget <= 0:
         return
     tell(f"{len(todo)} runs are to do")
@@ -136,7 +136,7 @@ def work(args: argparse.Namespace, preset: Preset) -> None:
             queue = context.SimpleQueue()
             pool = stack.enter_context(futures.ProcessPoolExecutor(args.jobs, context, _begin_process, (queue,)))
         while True:
-            todo = pending(args, preset)  # what tuning chooses and what the teacher allows changes with every run
+            todo = pending(args)  # what tuning chooses and what the teacher allows changes with every run
             free = [run for run in todo if ready(run, out) and run not in running.values()]
             free = free[: args.jobs - len(running)] if time.time() < deadline else []
             if not free and not running:
@@ -156,7 +156,7 @@ def work(args: argparse.Namespace, preset: Preset) -> None:
             while args.jobs > 1 and not queue.empty():
                 progress(queue.get())
     progress.bar.close()
-    if todo := pending(args, preset):
+    if todo := pending(args):
         tell(f"the budget of {args.budget:g} s is spent; {len(todo)} runs are left for the next call")
 
 
@@ -175,7 +175,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, help="default: gpu where there is one, else cpu; tiny: a check")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rule", choices=balance.RULES, default="gradients", help="what a share is a share of")
-    parser.add_argument("--share", type=float, help="of every method; default: tuning chooses one for each")
+    parser.add_argument(
+        "--share",
+        type=float,
+        nargs="+",
+        default=[0.1, 0.3, 1.0],
+        help="if several, tuning chooses one for each method (default: 0.1 0.3 1)",
+    )
     parser.add_argument(
         "--rows",
         nargs="+",

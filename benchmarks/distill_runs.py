@@ -80,16 +80,15 @@ class Preset:
     tuning_images: int  # the same of a run that only helps to choose the share
     teacher_images: int
     rate: float  # the highest learning rate (AdamW, one cycle)
-    shares: tuple[float, ...]  # to choose from
     points: int = 5  # of a curve: evaluations, evenly over the steps; at each there is a checkpoint
 
 
 _SMALL = fcos.Net(12, (16, 32, 48, 64), (0, 1, 1, 0)), fcos.Net(24, (32, 64, 96, 128), (1, 2, 2, 1))
 _LARGE = fcos.Net(16, (24, 48, 72, 96), (0, 1, 1, 0)), fcos.Net(32, (64, 128, 192, 256), (1, 3, 3, 2))
 PRESETS = {
-    "gpu": Preset(256, 200, 16384, 1000, 2000, 64, 3, *_LARGE, 32, 131072, 65536, 262144, 4e-3, (0.1, 0.3)),
-    "cpu": Preset(128, 112, 8192, 400, 800, 32, 2, *_SMALL, 8, 46080, 23040, 61440, 4e-3, (0.1, 0.3)),
-    "tiny": Preset(64, 50, 32, 8, 8, 16, 1, *_SMALL, 4, 16, 8, 16, 4e-3, (0.1, 0.3), 2),
+    "gpu": Preset(256, 200, 16384, 1000, 2000, 64, 3, *_LARGE, 32, 131072, 65536, 262144, 4e-3),
+    "cpu": Preset(128, 112, 8192, 400, 800, 32, 2, *_SMALL, 8, 46080, 23040, 61440, 4e-3),
+    "tiny": Preset(64, 50, 32, 8, 8, 16, 1, *_SMALL, 4, 16, 8, 16, 4e-3, 2),
 }
 
 
@@ -98,7 +97,7 @@ class Run:
     row: str
     seed: int
     rule: str | None = None
-    share: float | None = None  # None where there is no distillation, or where tuning has to choose it first
+    share: float | None = None  # None: there is no distillation, or tuning has to choose the share first
     tuning: bool = False  # evaluated on the tuning set
 
     @property

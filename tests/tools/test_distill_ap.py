@@ -386,29 +386,40 @@ def arguments(distill, out, *more):
     return distill.arguments(["--preset", "tiny", "--device", "cpu", "--out", str(out), *more])
 
 
-def test_tuning_comes_before_the_runs_that_it_serves(distill, runs, little, tmp_path):
+def test_tuning_comes_before_the_runs_that_it_serves(distill, runs, tmp_path):
     (tmp_path / "tuning").mkdir()
-    args = arguments(distill, tmp_path, "--rows", "student alone", "distance", "distance, temperature 5", "all three")
-    planned = distill.plan(args, little)
+    args = arguments(
+        distill,
+        tmp_path,
+        "--rows",
+        "student alone",
+        "distance",
+        "distance, temperature 5",
+        "all three",
+        "--share",
+        "0.1",
+        "0.3",
+    )
+    planned = distill.plan(args)
     assert planned[0] == runs.Run("teacher", 0)
     assert [r.row for r in planned[1:4]] == ["student alone"] * 3
     tuning = [r for r in planned if r.tuning]
-    assert [(r.row, r.share) for r in tuning] == [(n, x) for n in ("all three", "distance") for x in little.shares]
+    assert [(r.row, r.share) for r in tuning] == [(n, x) for n in ("all three", "distance") for x in (0.1, 0.3)]
     assert {r.seed for r in tuning}.isdisjoint({0, 1, 2})
     rest = planned[4 + len(tuning) :]
     assert [r.row for r in rest] == ["all three", "distance", "distance, temperature 5"] * 3
     assert all(r.share is None and not distill.ready(r, tmp_path) for r in rest)
     for run, ap in zip(tuning, (5.0, 6.0, 8.0, 7.0)):
         runs.write(run.file(tmp_path), {"metrics": {"AP": ap}})
-    chosen = {r.row: r.share for r in distill.plan(args, little) if r.share and not r.tuning}
+    chosen = {r.row: r.share for r in distill.plan(args) if r.share and not r.tuning}
     assert chosen == {"all three": 0.3, "distance": 0.1, "distance, temperature 5": 0.1}
-    fixed = distill.plan(arguments(distill, tmp_path, "--share", "0.2", "--rows", "distance", "--seeds", "1"), little)
+    fixed = distill.plan(arguments(distill, tmp_path, "--share", "0.2", "--rows", "distance", "--seeds", "1"))
     assert fixed == [runs.Run("teacher", 0), runs.Run("distance", 0, "gradients", 0.2)]
 
 
-def test_no_two_runs_share_a_file(distill, runs, little, tmp_path):
+def test_no_two_runs_share_a_file(distill, runs, tmp_path):
     args = arguments(distill, tmp_path, "--share", "0.1", "--rows", *runs.EVERY_ROW)
-    planned = distill.plan(args, little) + [r for row in runs.ROWS for r in distill.tuning_runs(row, "values", little)]
+    planned = distill.plan(args) + [r for row in runs.ROWS for r in distill.tuning_runs(row, args)]
     assert len({r.file(tmp_path) for r in planned}) == len(planned)
 
 
@@ -423,20 +434,8 @@ def test_a_second_call_goes_on_and_a_third_does_nothing(distill, runs, little, t
         return perform(run, *more)
 
     monkeypatch.setattr(distill, "perform", counted)
-    call = [
-        "--preset",
-        "tiny",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-        "--seeds",
-        "1",
-        "--jobs",
-        "1",
-        "--rows",
-        *rows,
-    ]
+    options = "--preset tiny --device cpu --seeds 1 --jobs 1 --share 0.1 0.3".split()
+    call = [*options, "--out", str(tmp_path), "--rows", *rows]
     with pytest.raises(KeyboardInterrupt):
         distill.main(call)
     assert [r.row for r in done] == ["teacher", "student alone", "all three"] and done[-1].tuning
