@@ -8,7 +8,7 @@ from torch import Tensor
 
 EVERY, UNTIL = 8, 512  # steps: a measurement every so many, until the weights are frozen
 RULES = {
-    "gradients": "norm of its gradient, at the student's maps that it compares, over that of the detection loss there",
+    "gradients": "the norm of its gradient over that of the detection loss, at the student's maps that it compares",
     "values": "its value over that of the detection loss",
 }
 

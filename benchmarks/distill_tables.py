@@ -77,7 +77,7 @@ def markdown(result: dict) -> str:
     )
     for rule in sorted(rules):
         text += (
-            f"Weights by {rule}: each loss has a share of the detection loss: the {balance.RULES[rule]}, measured at "
+            f"Weights by {rule}: each loss has a share of the detection loss: {balance.RULES[rule]}, measured at "
             f"every {balance.EVERY}th of the first {balance.UNTIL} steps, then frozen\n"
         )
     text += (
@@ -98,7 +98,7 @@ def markdown(result: dict) -> str:
         header = ["", "weight", *(f"{100 * (i + 1) // p['points']}%" for i in range(p["points"]))]
         text += (
             "\n\nNorm of a loss's gradient, weighted, over that of the detection loss, at the student's maps that the "
-            "loss compares, after so much of the training\n\n" + report.table(header, lines)
+            "loss compares, in one batch after so much of the training\n\n" + report.table(header, lines)
         )
     if result["tuning"]:
         shares = sorted({run["share"] for run in result["tuning"]})
