@@ -67,6 +67,12 @@ def resolve(group: Any) -> Group | None:
     return group if isinstance(group, Group) else None
 
 
+def everyone(group: Any) -> Group | None:
+    """The group of a step, of what `check` returned, or else all processes. None if there is one alone."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return resolve(group) or (join(dist.group.WORLD) if several else None)
+
+
 @assume_constant_result
 def _size(group: Any) -> int:
     if not dist.is_initialized() or group not in dist.distributed_c10d._world.pg_map:

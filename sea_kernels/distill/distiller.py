@@ -1,8 +1,10 @@
 """SEADistiller: records the maps of a student and a teacher, builds the regions, and gives the weighted losses."""
 
 import copy
+import itertools
 import logging
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +15,8 @@ from .. import group as ranks
 from .. import taps as ready_taps
 from ..losses import SEALoss, sea_loss
 from ..regions import Regions
-from ..taps import Taps, unwrap
+from ..taps import Taps, names, unwrap
+from .calibration import Calibration, keep_buffers
 from .recorder import Recorder, output_channels
 from .schedule import Schedule
 
@@ -56,10 +59,13 @@ class SEADistiller(nn.Module):
             first compiled call: torch.compile does not see hooks that are added later.
         taps: where the student's maps are. Default: those of :func:`sea_kernels.taps.find`.
         teacher_taps: the same for the teacher. Default: `taps`, or what `find` gives for the teacher.
-        weights: of the anchor, the distance and the localization loss, each a sum over maps and levels. The defaults
-            are ours. For FCOS with four maps per branch on five levels, they should make each loss about a tenth of the
-            detection loss when training starts. We judged this by the small detector of benchmarks/distill_ap.py.
-            Choose yours by `unweighted`.
+        weights: "auto", or three numbers: the weights of the anchor, the distance and the localization loss. "auto"
+            measures in steps 0, 1, 3 and every 8th of the first 512 how hard each loss and the student's own loss pull
+            at the student's maps, by the norms of their gradients there, and then keeps the weights that follow from
+            `share`. A step that is measured trains on the student's own loss alone. The weights are the same on all
+            ranks, in the state_dict, and logged when they are final.
+        share: for weights="auto": how hard each loss pulls, as a part of the student's own loss. A number, or three.
+            The default is ours.
         schedule: a factor for the weights as a function of the step (see :class:`Schedule`). A step is one call of
             `losses`. Where the factor is 0 the teacher does not run.
         num_classes: number of categories. Default: the student's own, if the taps know it.
@@ -78,8 +84,9 @@ class SEADistiller(nn.Module):
     Attributes:
         adapters: a 1x1 convolution for each set of maps in which student and teacher differ in channels. It maps the
             student's channels to the teacher's. `to(device)` moves adapters and teacher.
+        weights: three numbers, or tensors [] on the device with "auto": those of the next step, without the schedule.
         unweighted: the losses of the last step before their weights, detached; None before the first step.
-        step: number of calls of `losses`. It is part of the state_dict.
+        step: number of calls of `losses`. It is part of the state_dict, and may be set.
 
     Raises:
         TypeError, ValueError: the detector is unknown, a module does not exist, or the taps do not pair up.
@@ -111,7 +118,8 @@ class SEADistiller(nn.Module):
         taps: Taps | None = None,
         *,
         teacher_taps: Taps | None = None,
-        weights: Sequence[float] = (0.02, 0.02, 0.02),
+        weights: Sequence[float] | str = "auto",
+        share: float | Sequence[float] = 0.3,
         schedule: Callable[[int], float] | None = None,
         num_classes: int | None = None,
         channels: Sequence[Sequence[int]] | None = None,
@@ -124,8 +132,10 @@ class SEADistiller(nn.Module):
         group: "ProcessGroup | str | None" = "local",
     ) -> None:
         super().__init__()
-        if not isinstance(weights, Sequence) or len(weights) != 3 or not all(math.isfinite(w) for w in weights):
-            raise ValueError(f"weights is {weights}; expected three numbers: anchor, distance, localization")
+        weights = None if isinstance(weights, str) and weights == "auto" else _three("weights", weights, "'auto', or ")
+        shares = _three("share", [share] * 3 if isinstance(share, numbers.Real) else share, "a number, or ")
+        if min(shares) < 0:
+            raise ValueError(f"share is {share}; expected numbers that are not negative")
         if channels is not None and [len(pair) for pair in channels] != [2, 2]:
             raise ValueError(f"channels is {channels}; expected ((student, teacher) of cls, (student, teacher) of box)")
         for name, model in (("student", student), ("teacher", teacher)):
@@ -153,7 +163,7 @@ class SEADistiller(nn.Module):
         self.num_classes = taps.num_classes if num_classes is None else num_classes
         if self.num_classes is None:
             raise ValueError("num_classes is None; expected the number of categories, which these taps do not know")
-        self.weights, self.schedule, self.use_masks = tuple(map(float, weights)), schedule or Schedule(), use_masks
+        self.schedule, self.use_masks = schedule or Schedule(), use_masks
         self._region_options = {"num_classes": self.num_classes, "center_ratio": center_ratio}
         self._loss_options = {
             "distance_temperature": distance_temperature,
@@ -162,7 +172,7 @@ class SEADistiller(nn.Module):
             "distance_on_box": distance_on_box,
             "anchor_on_box": taps.anchor_on_box,
         }
-        self.step, self.unweighted, self._said = 0, None, set()
+        self.unweighted, self._said, self._begin = None, set(), None
 
         teacher.requires_grad_(False).eval()
         self._recorders = Recorder("student", student, taps), Recorder("teacher", teacher, teacher_taps)
@@ -173,7 +183,31 @@ class SEADistiller(nn.Module):
                 own, target = fixed or (output_channels(r.side, r.model, n) for r, n in zip(self._recorders, entries))
                 if own != target:
                     self.adapters[f"{branch}_{m}"] = nn.Conv2d(own, target, 1, device=like.device, dtype=like.dtype)
+        both, cls = ("cls", "box"), ("cls",)
+        branches = both if taps.anchor_on_box else cls, both if distance_on_box else cls, ("box",)
+        self.calibration = Calibration(weights, shares, branches, like.device)
+        self._buffers["step"] = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.step = 0
         self._recorders[0].listen()
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._step = int(value)  # what the host counts; the buffer is for checkpoints
+        self._buffers["step"].fill_(self._step)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "step":  # which nn.Module would take for the buffer
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def weights(self) -> tuple[float | Tensor, ...]:
+        return tuple(self.calibration.weights())
 
     @property
     def student(self) -> nn.Module:
@@ -220,17 +254,35 @@ class SEADistiller(nn.Module):
         factor = float(self.schedule(self.step))
         if factor == 0:
             self._recorders[0].forget()
-            like = next(self.student.parameters())
-            # DDP waits for a gradient of every parameter
-            zero = sum((p.sum() * 0 for p in self.parameters()), torch.zeros((), device=like.device))
-            losses, weights = SEALoss(zero, zero, zero), (1.0, 1.0, 1.0)
+            losses = SEALoss(*[self._zero()] * 3)
+            weighted = list(losses)
         else:
-            captured = self.capture(boxes, labels, image_sizes, ignore_boxes, masks, teacher_input)
-            losses = sea_loss(*captured, **self._loss_options)
-            weights = (factor * w for w in self.weights)
+            since = self.step - self._first()
+            if self.calibration.measures(since - 1):
+                self.calibration.settle(ranks.everyone(self._group))
+            self.calibration.report(since)
+            arguments = boxes, labels, image_sizes, ignore_boxes, masks, teacher_input
+            if self.calibration.measures(since):
+                captured, leaves = self._capture(*arguments, measured=True)
+                losses = sea_loss(*captured, **self._loss_options)
+                weighted = [x + self._zero() for x in self.calibration.measure(losses, leaves, factor)]
+            else:
+                losses = sea_loss(*self._capture(*arguments)[0], **self._loss_options)
+                weighted = [factor * w * x for w, x in zip(self.calibration.weights(), losses)]
         self.step += 1
         self.unweighted = SEALoss(*(x.detach() for x in losses))
-        return {f"loss_sea_{name}": w * x for (name, x), w in zip(losses._asdict().items(), weights)}
+        return dict(zip(("loss_sea_anchor", "loss_sea_distance", "loss_sea_localization"), weighted))
+
+    def _zero(self) -> Tensor:
+        """A zero that depends on all adapters, as DDP waits for a gradient of every parameter."""
+        like = next(self.student.parameters())
+        return sum((p.sum() * 0 for p in self.parameters()), torch.zeros((), device=like.device))
+
+    def _first(self) -> int:
+        """The first step that has losses."""
+        if self._begin is None:
+            self._begin = next(step for step in itertools.count() if self.schedule(step) != 0)
+        return self._begin
 
     forward = losses  # so that DDP can wrap a distiller with adapters
 
@@ -247,8 +299,21 @@ class SEADistiller(nn.Module):
 
         It uses up the recorded maps, as `losses` does.
         """
+        return self._capture(boxes, labels, image_sizes, ignore_boxes, masks, teacher_input)[0]
+
+    def _capture(
+        self, boxes, labels, image_sizes, ignore_boxes, masks, teacher_input, measured: bool = False
+    ) -> tuple[Capture, list[Tensor]]:
+        """(the capture, the student's maps); if this step is measured, these are leaves, cut off from the student."""
         student, teacher = self._recorders
         images, targets, ours = student.take()
+        if measured:
+            for branch, sets in ours.items():
+                for m, maps in enumerate(sets):
+                    for x, name in zip(maps, itertools.cycle(names(getattr(self._taps[0], branch)[m]))):
+                        self.calibration.watch(branch, x, name in student.cloned)
+                    sets[m] = [x.detach().requires_grad_() for x in maps]
+        leaves = [x for sets in ours.values() for maps in sets for x in maps]
         regions = self._regions(ours["cls"][0], images, targets, boxes, labels, image_sizes, ignore_boxes, masks)
         self.teacher.eval()  # a trainer may have gone over all its modules
         theirs = teacher.run(images if teacher_input is None else teacher_input, levels=len(ours["cls"][0]))
@@ -257,7 +322,7 @@ class SEADistiller(nn.Module):
                 if f"{branch}_{m}" in self.adapters:
                     maps = sets[m] = [self._adapt(self.adapters[f"{branch}_{m}"], x) for x in maps]
                 theirs[branch][m] = self._pair(getattr(self._taps[0], branch)[m], maps, theirs[branch][m])
-        return Capture(ours["cls"], theirs["cls"], ours["box"], theirs["box"], regions)
+        return Capture(ours["cls"], theirs["cls"], ours["box"], theirs["box"], regions), leaves
 
     @staticmethod
     def _adapt(adapter: nn.Conv2d, x: Tensor) -> Tensor:
@@ -319,16 +384,20 @@ class SEADistiller(nn.Module):
         return self.student.state_dict()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "SEADistiller":
-        self.teacher._apply(fn)  # not a submodule, but it moves along to another device
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "step"] = torch.tensor(self.step)  # a tensor, as EMAs expect of every entry
+        # The teacher is not a submodule, but it moves along to another device. Only it is never emptied.
+        if "to_empty" in getattr(fn, "__qualname__", ""):
+            self.teacher.to(fn(self._buffers["step"]).device)
+        else:
+            self.teacher._apply(fn)
+        return keep_buffers(self, super()._apply, fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
-        self.step = int(state_dict.pop(prefix + "step", self.step))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+        step = state_dict.get(prefix + "step")
+        if step is not None and not getattr(step, "is_meta", False):
+            self.step = int(step)
+            # where the weights were fixed until now, they are measured from here on
+            self._begin = None if f"{prefix}calibration.count" in state_dict else self.step
 
     def close(self) -> None:
         """Removes the hooks. After that the distiller cannot be used."""
@@ -340,3 +409,10 @@ class SEADistiller(nn.Module):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _three(name: str, values: Any, also: str) -> tuple[float, ...]:
+    if isinstance(values, Sequence) and len(values) == 3 and all(isinstance(x, numbers.Real) for x in values):
+        if all(map(math.isfinite, values)):
+            return tuple(map(float, values))
+    raise ValueError(f"{name} is {values!r}; expected {also}three numbers: anchor, distance, localization")

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import logging
+import math
 import pickle
 import weakref
 
@@ -25,6 +26,11 @@ IMAGES, BOXES, LABELS = batch()
 def pair(width=16, stride=8):
     """(student in training mode, teacher)"""
     return Toy().train(), Toy(width, stride, seed=1)
+
+
+def distill(student, teacher, taps=TAPS, **options):
+    """With fixed weights: those that set themselves are 0 in the first step."""
+    return sk.SEADistiller(student, teacher, taps, **{"weights": (0.02, 0.02, 0.02)} | options)
 
 
 def value(losses):
@@ -69,7 +75,7 @@ def test_losses_are_those_of_sea_loss(options):
     taps, own = TAPS, dict(options)
     if "anchor_on_box" in own:
         taps = dataclasses.replace(TAPS, anchor_on_box=own.pop("anchor_on_box"))
-    distiller = sk.SEADistiller(student, teacher, taps, weights=(0.5, 2.0, 3.0), **own)
+    distiller = distill(student, teacher, taps, weights=(0.5, 2.0, 3.0), **own)
     student(IMAGES)
     losses = distiller.losses(BOXES, LABELS)
     sum(losses.values()).backward()
@@ -101,11 +107,11 @@ def test_an_entry_may_name_a_module_for_every_level():
 
     student, teacher = PerLevel(), PerLevel()
     names = tuple(f"towers.{i}.0" for i in range(3))
-    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, cls=(names,), box=(names,)))
+    distiller = distill(student, teacher, dataclasses.replace(TAPS, cls=(names,), box=(names,)))
     student(IMAGES)
     captured = distiller.capture(BOXES, LABELS)
     assert [tuple(x.shape[2:]) for x in captured.student_cls[0]] == [(8, 12), (4, 6), (2, 3)]
-    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, cls=(names[:2],), box=(names,)))
+    distiller = distill(student, teacher, dataclasses.replace(TAPS, cls=(names[:2],), box=(names,)))
     student(IMAGES)
     with pytest.raises(ValueError, match=r"gave 2 maps in a forward; expected 3"):
         distiller.losses(BOXES, LABELS)
@@ -113,7 +119,7 @@ def test_an_entry_may_name_a_module_for_every_level():
 
 def test_image_sizes_ignore_boxes_and_masks_reach_the_regions():
     student, teacher = pair()
-    distiller = sk.SEADistiller(student, teacher, TAPS, center_ratio=0.25)
+    distiller = distill(student, teacher, center_ratio=0.25)
     student(IMAGES)
     sizes, ignore = [(60, 96), (64, 50)], [torch.zeros(0, 4), torch.tensor([[0.0, 0.0, 40.0, 30.0]])]
     regions = distiller.capture(BOXES, LABELS, sizes, ignore).regions
@@ -134,7 +140,7 @@ def test_teacher_is_frozen_and_no_part_of_the_distiller():
     student, teacher = pair()
     teacher.train()
     before = {n: x.clone() for n, x in teacher.state_dict().items()}
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     assert not teacher.training and list(distiller.parameters()) == []
     student.train()
     distiller.train()
@@ -152,7 +158,7 @@ def test_teacher_is_frozen_and_no_part_of_the_distiller():
 def test_relu_in_place_behind_a_tapped_convolution():
     """The captured map is the convolution's, before the ReLU that overwrites it."""
     student, teacher = pair()
-    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, cls=("head.cls_tower.0",)))
+    distiller = distill(student, teacher, dataclasses.replace(TAPS, cls=("head.cls_tower.0",)))
     student(IMAGES)
     maps = distiller.capture(BOXES, LABELS).student_cls[0]
     with torch.no_grad():
@@ -165,7 +171,7 @@ def test_a_norm_before_a_relu_in_place():
     student, teacher = pair()
     for model in (student, teacher):
         model.head.box_tower.insert(1, nn.GroupNorm(4, 16))
-    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, box=("head.box_tower.1",)))
+    distiller = distill(student, teacher, dataclasses.replace(TAPS, box=("head.box_tower.1",)))
     student(IMAGES)
     assert (distiller.capture(BOXES, LABELS).student_box[0][0] < 0).any()
 
@@ -187,7 +193,7 @@ class Listed(Toy):
 
 def test_a_module_may_give_all_levels_at_once():
     student, teacher = Listed(), Listed()
-    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, cls=("neck",)), channels=((8, 8), (16, 16)))
+    distiller = distill(student, teacher, dataclasses.replace(TAPS, cls=("neck",)), channels=((8, 8), (16, 16)))
     student(IMAGES)
     assert [tuple(x.shape[2:]) for x in distiller.capture(BOXES, LABELS).student_cls[0]] == [(8, 12), (4, 6), (2, 3)]
 
@@ -195,7 +201,7 @@ def test_a_module_may_give_all_levels_at_once():
 @pytest.mark.parametrize(("overwrite", "what"), [("input", "input of 'backbone'"), ("levels", "map of 'neck'")])
 def test_overwritten_input_or_list_is_an_error(overwrite, what):
     student, teacher = Listed(overwrite), Listed()
-    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, cls=("neck",)), channels=((8, 8), (16, 16)))
+    distiller = distill(student, teacher, dataclasses.replace(TAPS, cls=("neck",)), channels=((8, 8), (16, 16)))
     student(IMAGES)
     with pytest.raises(RuntimeError, match=f"the student's {what} was overwritten"):
         distiller.losses(BOXES, LABELS)
@@ -206,7 +212,7 @@ def test_overwritten_map_is_an_error():
     student.head.cls_tower[1].inplace = False
     student.head.cls_tower.insert(2, nn.Hardtanh(-1, 1, inplace=True))
     taps = dataclasses.replace(TAPS, cls=("head.cls_tower.1",))
-    distiller = sk.SEADistiller(student, teacher, taps)
+    distiller = distill(student, teacher, taps)
     student(IMAGES)
     with pytest.raises(RuntimeError, match=r"map of 'head.cls_tower.1' was overwritten"):
         distiller.losses(BOXES, LABELS)
@@ -218,7 +224,7 @@ def test_overwritten_map_is_an_error():
 def test_gradient_accumulation_equals_the_sum_of_its_parts():
     student, teacher = pair()
     student.eval()  # the same norms for both
-    distiller, parts = sk.SEADistiller(student, teacher, TAPS), []
+    distiller, parts = distill(student, teacher), []
     for seed in (0, 1):
         images, boxes, labels = batch(seed)
         student(images)
@@ -234,7 +240,7 @@ def test_gradient_accumulation_equals_the_sum_of_its_parts():
 
 def test_evaluation_between_forward_and_losses_keeps_nothing():
     student, teacher = pair()
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     with torch.no_grad():
         student(IMAGES)
     assert not distiller._recorders[0].fired
@@ -245,7 +251,7 @@ def test_evaluation_between_forward_and_losses_keeps_nothing():
 def test_only_the_last_forward_counts():
     student, teacher = pair()
     student.eval()
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     student(IMAGES)
     want = value(distiller.losses(BOXES, LABELS))
     student(batch(5)[0])
@@ -266,7 +272,7 @@ class Checkpointed(Toy):
 
 def test_checkpoint_fires_twice_and_counts_once():
     student, teacher = Checkpointed(use_reentrant=False).train(), pair()[1]
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     results = []
     for _ in range(2):
         student.zero_grad()
@@ -281,7 +287,7 @@ def test_checkpoint_fires_twice_and_counts_once():
 
 def test_reentrant_checkpoint_is_an_error():
     student, teacher = Checkpointed(use_reentrant=True).train(), pair()[1]
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     student(IMAGES)
     with pytest.raises(RuntimeError, match=r"'head.cls_tower.1' has no graph.*use_reentrant=False"):
         distiller.losses(BOXES, LABELS)
@@ -291,7 +297,7 @@ def test_reentrant_checkpoint_is_an_error():
 def test_copy_of_the_student_takes_nothing_along(clone):
     """As an EMA makes it: neither the teacher is copied, nor is what the copy computes recorded."""
     student, teacher = pair()
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     gc.collect()
     before = sum(type(x) is Toy for x in gc.get_objects())
     twin = clone(student)
@@ -306,7 +312,7 @@ def test_copy_of_the_student_takes_nothing_along(clone):
 
 def test_copy_of_a_model_that_holds_a_distiller_shares_the_teacher():
     student, teacher = pair(width=24)
-    both = nn.ModuleDict({"student": student, "distiller": sk.SEADistiller(student, teacher, TAPS)})
+    both = nn.ModuleDict({"student": student, "distiller": distill(student, teacher)})
     twin = copy.deepcopy(both)
     assert twin["distiller"].teacher is teacher
     assert twin["distiller"].student is twin["student"] is not student
@@ -322,7 +328,7 @@ def _hooks(model):
 
 def test_close_and_context_manager_remove_the_hooks():
     student, teacher = pair()
-    with sk.SEADistiller(student, teacher, TAPS):
+    with distill(student, teacher):
         assert _hooks(student) and _hooks(teacher)
     assert not _hooks(student) and not _hooks(teacher)
 
@@ -330,7 +336,7 @@ def test_close_and_context_manager_remove_the_hooks():
 def test_a_forgotten_distiller_is_freed():
     """And its teacher, which the student's hooks do not hold."""
     student, teacher = pair()
-    distiller, kept = weakref.ref(sk.SEADistiller(student, teacher, TAPS)), weakref.ref(teacher)
+    distiller, kept = weakref.ref(distill(student, teacher)), weakref.ref(teacher)
     student(IMAGES)
     del teacher
     gc.collect()
@@ -340,7 +346,7 @@ def test_a_forgotten_distiller_is_freed():
 
 def test_maps_are_not_kept_after_the_step():
     student, teacher = pair()
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     student(IMAGES)
     kept = weakref.ref(distiller._recorders[0].fired["head.cls_tower.1"][0])
     sum(distiller.losses(BOXES, LABELS).values()).backward()
@@ -354,7 +360,7 @@ def test_maps_are_not_kept_after_the_step():
 def test_autocast_and_a_scaler(device, dtype):
     student, teacher = (m.to(device) for m in pair())
     images, boxes, labels = IMAGES.to(device), [b.to(device) for b in BOXES], [x.to(device) for x in LABELS]
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     student(images)
     exact = distiller.losses(boxes, labels)
     scaler = torch.amp.GradScaler(device, init_scale=256.0)
@@ -373,7 +379,7 @@ def test_autocast_and_a_scaler(device, dtype):
 def test_a_step_on_a_gpu_does_not_synchronize():
     student, teacher = (m.cuda() for m in pair(width=24))
     images, boxes, labels = IMAGES.cuda(), [b.cuda() for b in BOXES], [x.cuda() for x in LABELS]
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     for mode in ("default", "error"):  # once to warm up
         torch.cuda.set_sync_debug_mode(mode)
         try:
@@ -390,13 +396,13 @@ def test_a_compiled_student_is_one_graph(hooked):
     if len(hooked) == 2 and TorchVersion(torch.__version__) < (2, 13):
         pytest.skip("two distillers on one compiled student: torch 2.11 fails to compile it")
     student, teacher = pair()
-    with sk.SEADistiller(student, teacher, TAPS) as distiller:
+    with distill(student, teacher) as distiller:
         student(IMAGES)
         want = value(distiller.losses(BOXES, LABELS))
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     models = {"student": student, "compiled": torch.compile(student, fullgraph=True, backend=counter)}
-    distillers = [sk.SEADistiller(models[name], teacher, TAPS) for name in hooked]  # before its first call
+    distillers = [distill(models[name], teacher, TAPS) for name in hooked]  # before its first call
     for _ in range(3):
         student.zero_grad()
         models["compiled"](IMAGES)
@@ -424,7 +430,7 @@ def _data_parallel(rank, _group, _meeting):
     wrap = nn.parallel.DistributedDataParallel
     student, teacher = pair(width=24)
     ddp = wrap(student)
-    own_distiller = sk.SEADistiller(ddp, teacher, TAPS, schedule=sk.Schedule(stop=3))
+    own_distiller = distill(ddp, teacher, TAPS, schedule=sk.Schedule(stop=3))
     distiller = wrap(own_distiller)  # it has adapters
     optimizer = torch.optim.SGD([*ddp.parameters(), *distiller.parameters()], 0.01)
     for step in range(4):
@@ -440,7 +446,7 @@ def _data_parallel(rank, _group, _meeting):
 def test_two_processes_end_with_the_same_weights(tmp_path):
     """Two processes with other images end with the same weights of student and adapters, which have moved."""
     first, second = Meeting(tmp_path, 2).spawn(_data_parallel)
-    begun = {"student": Toy().state_dict(), "adapters": sk.SEADistiller(*pair(width=24), TAPS).adapters.state_dict()}
+    begun = {"student": Toy().state_dict(), "adapters": distill(*pair(width=24), TAPS).adapters.state_dict()}
     for part in first:
         trained = {n: x for n, x in first[part].items() if not ("running" in n or "num_batches" in n)}
         assert trained and set(first[part]) == set(begun[part])
@@ -454,7 +460,7 @@ def test_two_processes_end_with_the_same_weights(tmp_path):
 
 def test_adapters_bring_the_student_to_the_teachers_width():
     student, teacher = pair(width=24)
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     assert len(distiller.adapters) == 3
     assert all(a.weight.shape == (24, 16, 1, 1) for a in distiller.adapters.values())
     student(IMAGES)
@@ -466,9 +472,9 @@ def test_adapters_bring_the_student_to_the_teachers_width():
 
 def test_channels_can_be_told():
     student, teacher = pair(width=24)
-    distiller = sk.SEADistiller(student, teacher, TAPS, channels=((16, 24), (16, 24)))
+    distiller = distill(student, teacher, channels=((16, 24), (16, 24)))
     assert len(distiller.adapters) == 3
-    distiller = sk.SEADistiller(student, teacher, TAPS, channels=((16, 16), (16, 16)))
+    distiller = distill(student, teacher, channels=((16, 16), (16, 16)))
     student(IMAGES)
     with pytest.raises(ValueError, match=r"level 0 for 'head.cls_tower.1' has batch size and channels \(2, 24\)"):
         distiller.losses(BOXES, LABELS)
@@ -476,7 +482,7 @@ def test_channels_can_be_told():
 
 def test_teacher_of_another_stride_is_resampled_and_said_once(caplog):
     student, teacher = pair(stride=4)
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     with caplog.at_level(logging.WARNING, "sea_kernels"):
         for _ in range(2):
             student(IMAGES)
@@ -493,7 +499,7 @@ def test_teacher_of_another_stride_is_resampled_and_said_once(caplog):
 def test_teacher_with_modules_of_other_names():
     student, teacher = pair()
     student.eval()
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     student(IMAGES)
     want = value(distiller.losses(BOXES, LABELS))
     teacher.other = teacher.head
@@ -504,7 +510,7 @@ def test_teacher_with_modules_of_other_names():
         box=("other.box_tower.1",),
         run=lambda model, x: model.other(model.features(x)),
     )
-    distiller = sk.SEADistiller(student, teacher, TAPS, teacher_taps=theirs)
+    distiller = distill(student, teacher, teacher_taps=theirs)
     student(IMAGES)
     assert value(distiller.losses(BOXES, LABELS)) == want
 
@@ -526,7 +532,7 @@ def test_targets_that_the_taps_see_give_way_to_those_given():
     taps = dataclasses.replace(
         TAPS, targets="truth", read_targets=lambda output, with_masks: sk.taps.Targets(*output, sizes)
     )
-    distiller = sk.SEADistiller(student, teacher, taps)
+    distiller = distill(student, teacher, taps)
     others = [torch.tensor([0, 2]), torch.tensor([3])]
     for given, labels in (((), LABELS), ((BOXES, others), others)):
         student(IMAGES)
@@ -540,7 +546,7 @@ def test_targets_that_the_taps_see_give_way_to_those_given():
 
 def test_the_teacher_may_be_given_an_input_of_its_own():
     student, teacher = pair()
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     student(IMAGES)
     plain = value(distiller.losses(BOXES, LABELS))
     student(IMAGES)
@@ -559,7 +565,7 @@ def test_a_schedule_warms_up_decays_and_stops():
 
 def test_schedule_scales_the_losses_and_stops_the_teacher():
     student, teacher = pair(width=24)
-    distiller = sk.SEADistiller(student, teacher, TAPS, schedule=sk.Schedule(warmup=2, stop=2))
+    distiller = distill(student, teacher, schedule=sk.Schedule(warmup=2, stop=2))
     student.eval()
     student(IMAGES)
     half = value(distiller.losses(BOXES, LABELS))
@@ -572,7 +578,7 @@ def test_schedule_scales_the_losses_and_stops_the_teacher():
     assert value(losses) == 0 and not calls and not distiller._recorders[0].fired
     sum(losses.values()).backward()  # DDP waits for every adapter
     assert all(p.grad is not None for p in distiller.parameters())
-    twin = sk.SEADistiller(student, teacher, TAPS)
+    twin = distill(student, teacher)
     twin.load_state_dict(distiller.state_dict())
     assert twin.step == 3
 
@@ -582,7 +588,7 @@ def test_schedule_scales_the_losses_and_stops_the_teacher():
 
 def test_a_copy_between_forward_and_losses_takes_no_maps_along():
     student, teacher = pair()
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     student(IMAGES)  # what it recorded has a graph, which cannot be copied
     copied = copy.deepcopy(nn.ModuleDict({"student": student, "distiller": distiller}))
     assert not copied["distiller"]._recorders[0].fired
@@ -592,7 +598,7 @@ def test_a_copy_between_forward_and_losses_takes_no_maps_along():
 
 
 def test_copies_can_be_copied_and_pickled():
-    distiller = sk.SEADistiller(*pair(width=24), TAPS)
+    distiller = distill(*pair(width=24), TAPS)
     distiller.step = 7
     for twin in (copy.deepcopy(copy.deepcopy(distiller)), pickle.loads(pickle.dumps(copy.deepcopy(distiller)))):
         assert twin.step == 7 and all(map(torch.equal, twin.state_dict().values(), distiller.state_dict().values()))
@@ -604,7 +610,7 @@ def test_student_and_teacher_of_two_dtypes(dtypes, width):
     """Each computes in its own dtype, as do the adapters, which the student's was when they were made."""
     student, teacher = pair(width=width)
     student.eval()
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     student(IMAGES)
     expected = distiller.losses(BOXES, LABELS)
     student.to(dtypes[0]), teacher.to(dtypes[1])
@@ -622,7 +628,7 @@ def test_student_and_teacher_of_two_dtypes(dtypes, width):
 def refused(match, kind=ValueError, run=True, taps=TAPS, losses=(BOXES, LABELS), **options):
     student, teacher = pair()
     with pytest.raises(kind, match=match):
-        distiller = sk.SEADistiller(student, teacher, taps, **options)
+        distiller = distill(student, teacher, taps, **options)
         if run:
             student(IMAGES)
         distiller.losses(*losses)
@@ -642,22 +648,25 @@ def test_bad_input_is_refused():
     refused("num_classes is None", taps=replace(TAPS, num_classes=None))
     refused("teacher's taps name 1 modules for cls", teacher_taps=replace(TAPS, cls=("head.cls_tower.1",)))
     refused("no ready taps for toy_detector.Toy", TypeError, taps=None)
-    refused("weights is .1, 2.; expected three numbers", weights=(1, 2))
-    refused("weights is 0.1; expected three numbers", weights=0.1)
+    refused("weights is .1, 2.; expected 'auto', or three numbers", weights=(1, 2))
+    refused("weights is 0.1; expected 'auto', or three numbers", weights=0.1)
+    refused("weights is 'none'; expected 'auto', or three", weights="none")
+    refused("share is .0.1, nan, 1.; expected a number, or three numbers", share=(0.1, math.nan, 1))
+    refused("share is -1; expected numbers that are not negative", share=-1)
     refused("channels is ..16, 24.,.; expected", channels=((16, 24),))
     refused("labels.0..1. is 3; expected -1 <= label < 2", num_classes=2)
     with pytest.raises(ValueError, match="teacher is the student itself"):
-        sk.SEADistiller(*[pair()[0]] * 2, TAPS)
+        distill(*[pair()[0]] * 2, TAPS)
     with pytest.raises(TypeError, match=r"teacher is a str; expected a torch\.nn\.Module"):
-        sk.SEADistiller(pair()[0], "teacher.pth", TAPS)
+        distill(pair()[0], "teacher.pth", TAPS)
 
 
 def test_models_that_cannot_go_together_are_refused():
     student, teacher = pair()
     teacher.backbone = student.backbone
     with pytest.raises(ValueError, match=r"teacher shares 'backbone.0.weight' with the student"):
-        sk.SEADistiller(student, teacher, TAPS)
-    distiller = sk.SEADistiller(student, Toy().to("meta"), TAPS)
+        distill(student, teacher)
+    distiller = distill(student, Toy().to("meta"), TAPS)
     student(IMAGES)
     with pytest.raises(
         ValueError, match=r"the teacher is on meta; expected cpu, as its input \(distiller.to moves it\)"
@@ -670,14 +679,14 @@ def test_models_that_cannot_go_together_are_refused():
 
 def test_teacher_that_does_not_fire_or_has_other_levels():
     student, teacher = pair()
-    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, run=lambda model, x: model.backbone(x)))
+    distiller = distill(student, teacher, dataclasses.replace(TAPS, run=lambda model, x: model.backbone(x)))
     student(IMAGES)
     with pytest.raises(
         ValueError, match=r"the teacher's module 'head.cls_tower.1' gave 0 maps in a forward; expected one per level"
     ):
         distiller.losses(BOXES, LABELS)
     run = lambda model, x: model.head(model.features(x)[:2])  # noqa: E731
-    distiller = sk.SEADistiller(student, teacher, dataclasses.replace(TAPS, run=run))
+    distiller = distill(student, teacher, dataclasses.replace(TAPS, run=run))
     student(IMAGES)
     with pytest.raises(
         ValueError, match=r"the teacher's module 'head.cls_tower.1' gave 2 maps in a forward; expected 3"
@@ -689,7 +698,7 @@ def test_a_frozen_map_is_an_error():
     student, teacher = pair()
     student.requires_grad_(False)
     student.head.predict.requires_grad_(True)
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     student(IMAGES)
     with pytest.raises(RuntimeError, match=r"'head.cls_tower.1' has no graph, so its loss would teach nothing"):
         distiller.losses(BOXES, LABELS)
@@ -697,7 +706,7 @@ def test_a_frozen_map_is_an_error():
 
 def test_after_an_error_the_next_step_works():
     student, teacher = pair()
-    distiller = sk.SEADistiller(student, teacher, TAPS)
+    distiller = distill(student, teacher)
     student(IMAGES)
     with pytest.raises(ValueError, match="boxes and labels not given"):
         distiller.losses()

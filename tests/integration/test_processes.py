@@ -77,6 +77,9 @@ def test_several_processes_equal_one_and_give_the_same_bits_again(count, tmp_pat
     assert all(torch.equal(*losses) for _, losses in found)
 
 
+WEIGHTS = 0.02, 0.02, 0.02
+
+
 def _batch(rank):
     """Two images, or a smaller one."""
     images, boxes, labels = batch(rank)
@@ -96,7 +99,7 @@ def _train(rank, group, meeting, wrap):
         model, group = student, mesh.get_group()
     else:
         model = nn.parallel.DistributedDataParallel(student)
-    distiller = sk.SEADistiller(model, teacher, TAPS, group=group)
+    distiller = sk.SEADistiller(model, teacher, TAPS, group=group, weights=WEIGHTS)
     if wrap == "ddp":  # FSDP refuses it
         again = copy.deepcopy(distiller)
         assert again.student is not student and again._group == groups.join(group)
@@ -148,13 +151,15 @@ def _group_before_init(rank, meeting):
     distillers = {}
     for given in ("world", "local", dist.group.WORLD):  # the last is None
         student = Toy().eval()
-        distillers[given] = student, sk.SEADistiller(student, Toy(seed=1), TAPS, group=given)
+        distillers[given] = student, sk.SEADistiller(student, Toy(seed=1), TAPS, group=given, weights=WEIGHTS)
     os.environ["WORLD_SIZE"] = "2"  # as torchrun sets it
     student, distiller = distillers["world"]
     student(images)
     with pytest.raises(ValueError, match=r"group is 'world' and WORLD_SIZE is 2; expected init_process_group before"):
         distiller.losses(boxes, labels)
-    distillers["joined"] = student, sk.SEADistiller(student, Toy(seed=1), TAPS, group=meeting.join(rank))
+    distillers["joined"] = student, sk.SEADistiller(
+        student, Toy(seed=1), TAPS, group=meeting.join(rank), weights=WEIGHTS
+    )
     out = {}
     for given, (student, distiller) in distillers.items():
         student(images)

@@ -1,0 +1,311 @@
+"""Weights that set themselves: how hard each loss pulls at the student's maps, beside the student's own loss."""
+
+import copy
+import dataclasses
+import logging
+import math
+
+import pytest
+import torch
+from ranks import Meeting
+from toy_detector import TAPS, Toy, batch
+from torch import nn
+
+import sea_kernels as sk
+
+IMAGES, BOXES, LABELS = batch()
+FIRST = 2  # the first step that trains with our losses: 0 and 1 are measured
+MAPS = {"cls": ("head.cls_tower.1", "head.cls_tower.3"), "box": ("head.box_tower.1",)}
+
+
+def models(width=16):
+    """The same in every step: norms do not move, and nothing is trained."""
+    return Toy().eval(), Toy(width, seed=1)
+
+
+def step(distiller, scale=1.0, factor=1.0):
+    """The three losses of one step, and the gradients of the student: its own loss times `scale`, ours also `factor`"""
+    student = distiller.student
+    student.zero_grad()
+    own = student(IMAGES)["loss"]
+    losses = distiller.losses(BOXES, LABELS)
+    (scale * (own + factor * sum(losses.values()))).backward()
+    return list(losses.values()), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+
+
+def norm(gradients):
+    return math.sqrt(sum(x.double().square().sum().item() for x in gradients))
+
+
+def weights(distiller):
+    return [float(x) for x in distiller.weights]
+
+
+def expected(share=(0.3, 0.3, 0.3), anchor_on_box=True):
+    """share times |gradient of the student's own loss| / |gradient of a loss at the maps that it compares|"""
+    student, teacher = models()
+    fired = {}
+    hooks = [
+        student.get_submodule(name).register_forward_hook(
+            lambda _module, _args, x, name=name: fired.setdefault(name, []).append(x)
+        )
+        for branch in MAPS.values()
+        for name in branch
+    ]
+    own = student(IMAGES)["loss"]
+    for hook in hooks:
+        hook.remove()
+    maps = {branch: [fired[name] for name in names] for branch, names in MAPS.items()}
+    flat = {branch: [x for sets in maps[branch] for x in sets] for branch in maps}
+    leaves = {k: [[x.detach().requires_grad_() for x in sets] for sets in maps[k]] for k in maps}
+    with sk.SEADistiller(student, teacher, TAPS) as distiller:
+        student(IMAGES)
+        captured = distiller.capture(BOXES, LABELS)
+    losses = sk.sea_loss(
+        leaves["cls"], captured.teacher_cls, leaves["box"], captured.teacher_box, captured.regions,
+        anchor_on_box=anchor_on_box,
+    )  # fmt: skip
+    compared = ("cls", "box") if anchor_on_box else ("cls",), ("cls",), ("box",)
+    out = []
+    for part, loss, branches in zip(share, losses, compared):
+        pull = torch.autograd.grad(loss, [x for b in branches for sets in leaves[b] for x in sets], retain_graph=True)
+        whole = torch.autograd.grad(own, [x for b in branches for x in flat[b]], retain_graph=True)
+        out.append(part * norm(whole) / norm(pull))
+    return out
+
+
+@pytest.mark.parametrize("share", [0.3, (1.0, 0.1, 0.0)])
+@pytest.mark.parametrize("anchor_on_box", [True, False])
+def test_each_loss_pulls_as_its_share_says(share, anchor_on_box):
+    taps = dataclasses.replace(TAPS, anchor_on_box=anchor_on_box)
+    distiller = sk.SEADistiller(*models(), taps, share=share)
+    assert weights(distiller) == [0, 0, 0]
+    losses, gradients = step(distiller)
+    assert [x.item() for x in losses] == [0, 0, 0] and all(x > 0 for x in distiller.unweighted)
+    step(distiller)
+    own = Toy().eval()
+    own(IMAGES)["loss"].backward()
+    for name, p in own.named_parameters():  # the step that is measured trains on the student's own loss alone
+        assert torch.equal(gradients[name], p.grad), name
+    losses, gradients = step(distiller)
+    wanted = expected(share if isinstance(share, tuple) else [share] * 3, anchor_on_box)
+    assert weights(distiller) == pytest.approx(wanted, rel=1e-5)
+    assert [x.item() for x in losses] == pytest.approx([w * x.item() for w, x in zip(wanted, distiller.unweighted)], rel=1e-5)
+    assert not torch.equal(gradients["head.cls_tower.0.weight"], own.head.cls_tower[0].weight.grad)
+
+
+def test_what_multiplies_the_losses_is_seen():
+    """Loss scaling leaves the weights alone; a trainer that multiplies ours by a number gets weights so much smaller."""
+    distiller = sk.SEADistiller(*models(), TAPS)
+    for _ in range(FIRST + 1):
+        step(distiller, scale=1024.0, factor=8.0)
+    assert weights(distiller) == pytest.approx([x / 8 for x in expected()], rel=1e-5)
+
+
+def test_a_map_that_is_overwritten_behind_its_module_counts_as_it_was():
+    """The convolution's output is a copy, as a ReLU works in place on it. The gradient at both is the same here."""
+    student, teacher = models()
+    inside = dataclasses.replace(TAPS, box=("head.box_tower.0",), cls=("head.cls_tower.0",))
+    with torch.no_grad():  # nothing is negative
+        for layer in (student.head.box_tower[0], student.head.cls_tower[0]):
+            layer.bias.fill_(100.0)
+    behind = dataclasses.replace(TAPS, cls=("head.cls_tower.1",))
+    found = []
+    for taps in (inside, behind):
+        with sk.SEADistiller(student, teacher, taps) as distiller:
+            assert bool(distiller._recorders[0].cloned) == (taps is inside)
+            for _ in range(2):
+                step(distiller)
+            found.append(distiller.calibration.log_equal.tolist())
+            assert distiller.calibration.count.tolist() == [1, 1, 1]
+    # the teacher's maps differ, so compare what the student's own loss gave
+    assert all(map(math.isfinite, found[0]))
+
+
+def test_measurements_are_averaged_and_end():
+    distiller = sk.SEADistiller(*models(), TAPS, schedule=lambda step: 0.5 * (step >= 3))
+    wanted = [0.5 * x for x in expected()]
+    for at in range(20):
+        losses, _ = step(distiller)
+        if at == 3:
+            assert [x.item() for x in losses] == [0, 0, 0]
+        elif at > 3:  # nothing changes, so neither does the average
+            assert [x.item() / y.item() for x, y in zip(losses, distiller.unweighted)] == pytest.approx(wanted, rel=1e-4)
+        # measured: steps 3, 4, 6, 11, 19, each counted in the next one
+        assert distiller.calibration.count.tolist() == [sum(at > x for x in (3, 4, 6, 11, 19))] * 3
+    distiller.step = 3 + 512
+    for _ in range(2):
+        step(distiller)
+    assert distiller.calibration.count.tolist() == [4, 4, 4]
+
+
+def test_the_newest_measurement_counts_a_tenth():
+    distiller = sk.SEADistiller(*models(), TAPS)
+    calibration = distiller.calibration
+    for count, newest in ((0, 1), (1, 1 / 2), (5, 1 / 6), (40, 0.1)):
+        calibration.count.fill_(count)
+        calibration.log_equal.zero_()
+        calibration.seen = torch.tensor([4.0, 12.0, 1.0, 4.0, 3.0, 1.0, 1.0, 4.0])
+        calibration.settle(None)
+        logs = [math.log(x) / 2 for x in (16.0, 1.0, 1.0)]  # of what is below: own / (pull * factor), squared
+        assert calibration.log_equal.tolist() == pytest.approx([newest * x for x in logs], abs=1e-6)
+        calibration.seen = torch.tensor([4.0, 0.0, 0.0, math.inf, 3.0, 1.0, 1.0, 1.0])
+        calibration.settle(None)  # no gradient, or one that overflowed: not a measurement
+        assert calibration.count.tolist() == [count + 1, count + 1, count + 1]
+    calibration.seen = torch.tensor([1.0, 1.0, 2.0 * 100, 1.0 * 9, 1.0, 1.0, 1.0, 1.0])
+    calibration.log_equal.zero_()
+    calibration.settle(None)  # a weight 10 times too large is replaced, one 3 times too large averaged
+    assert calibration.log_equal.exp().tolist() == pytest.approx([0.1, 3**-0.1, 1], rel=1e-5)
+
+
+def test_a_student_that_begins_as_its_teacher():
+    """Its first pull is rounding errors, or nothing: such a weight is never used."""
+    student = Toy().train()
+    distiller = sk.SEADistiller(student, copy.deepcopy(student), TAPS)
+    optimizer = torch.optim.SGD(student.parameters(), 0.5)
+    for at in range(64):
+        images, boxes, labels = batch(at)
+        own = student(images)["loss"]
+        losses = distiller.losses(boxes, labels)
+        optimizer.zero_grad()
+        (own + sum(losses.values())).backward()
+        optimizer.step()
+        assert sum(losses.values()) < 3 * own.detach(), at
+    assert all(x > 0 for x in weights(distiller))
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints, copies
+
+
+def test_the_weights_go_on_from_a_checkpoint():
+    """Also from one between a step that was measured and the next."""
+    for steps in (1, 5):
+        whole = sk.SEADistiller(*models(24), TAPS)
+        for _ in range(steps):
+            step(whole)
+        resumed = sk.SEADistiller(*models(24), TAPS)
+        resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+        assert resumed.step == steps
+        for _ in range(6):
+            ours, theirs = (torch.stack(step(x)[0]) for x in (whole, resumed))
+            assert torch.equal(ours, theirs)
+
+
+def test_checkpoints_of_fixed_weights_and_of_weights_that_set_themselves():
+    fixed = sk.SEADistiller(*models(), TAPS, weights=(1, 1, 1))
+    assert set(fixed.state_dict()) == {"step"}
+    fixed.step = 1000
+    automatic = sk.SEADistiller(*models(), TAPS)
+    automatic.load_state_dict(fixed.state_dict())  # which measures from here on
+    for _ in range(FIRST):
+        step(automatic)
+    step(automatic)
+    assert weights(automatic) == pytest.approx(expected(), rel=1e-5) and automatic.step == 1003
+    fixed.load_state_dict(automatic.state_dict())
+    assert weights(fixed) == [1, 1, 1] and fixed.step == 1003
+
+
+def test_copies_and_dtypes_keep_the_weights():
+    distiller = sk.SEADistiller(*models(24), TAPS)
+    for _ in range(2):
+        step(distiller)
+    want = weights(distiller)
+    assert weights(copy.deepcopy(distiller)) == want
+    for change in (lambda x: x.half(), lambda x: x.to_empty(device="cpu"), lambda x: x.double()):
+        change(distiller)
+        assert weights(distiller) == want and distiller.step == 2
+        assert distiller.calibration.log_equal.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------- what cannot be
+
+
+def test_a_loss_whose_gradient_is_hidden_is_an_error():
+    distiller = sk.SEADistiller(*models(), TAPS)
+    distiller.student(IMAGES)
+    sum(distiller.losses(BOXES, LABELS).values()).backward()
+    distiller.student(IMAGES)
+    with pytest.raises(RuntimeError, match=r"weights is 'auto', but no gradient of the student's own loss reached its"):
+        distiller.losses(BOXES, LABELS)
+
+
+@pytest.mark.compile
+def test_a_compiled_student_needs_fixed_weights():
+    student, teacher = models()
+    compiled = torch.compile(student, backend="aot_eager")
+    distiller = sk.SEADistiller(compiled, teacher, TAPS)
+    with pytest.raises(RuntimeError, match=r"torch.compile hides it.*expected three numbers"):
+        for _ in range(2):
+            (compiled(IMAGES)["loss"] + sum(distiller.losses(BOXES, LABELS).values())).backward()
+
+
+def test_steps_without_backward_measure_nothing():
+    distiller = sk.SEADistiller(*models(), TAPS)
+    for _ in range(2):
+        distiller.student(IMAGES)
+        distiller.losses(BOXES, LABELS)
+    assert weights(distiller) == [0, 0, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------- the log
+
+
+def logged(caplog, distiller, *steps):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "sea_kernels"):
+        for at in steps:
+            distiller.step = at
+            step(distiller)
+    return [r.getMessage() for r in caplog.records]
+
+
+def test_the_weights_are_logged_once(caplog):
+    distiller = sk.SEADistiller(*models(), TAPS)
+    (said,) = logged(caplog, distiller, *range(18), 511, 512, 513)
+    numbers = ", ".join(f"{x:.3g}" for x in weights(distiller))
+    assert said == f"weights='auto' has measured 512 steps: weights=({numbers}) from now on"
+
+
+def test_fixed_weights_that_are_far_off_are_told_once(caplog):
+    equal = expected((1.0, 1.0, 1.0))
+    distiller = sk.SEADistiller(*models(), TAPS, weights=(5 * equal[0], 0.5 * equal[1], 1e-5 * equal[2]))
+    first, second = logged(caplog, distiller, *range(20))
+    assert first.startswith("the anchor loss pulls 5 times as hard at the student's maps as the student's own loss does")
+    assert second.startswith("the localization loss pulls 1e-05 times as hard")
+
+
+def test_a_loss_that_never_pulls_is_told(caplog):
+    class WithoutBoxes(Toy):
+        def forward(self, images):
+            head = self.head
+            maps = [head.predict(head.cls_tower(x) + 0 * head.box_tower(x)) for x in self.features(images)]
+            return {"loss": sum(x.square().mean() for x in maps)}
+
+    distiller = sk.SEADistiller(WithoutBoxes().eval(), models()[1], TAPS)
+    (said,) = logged(caplog, distiller, *range(18))
+    assert said.startswith("the weight of the localization loss is still 0 after 17 steps")
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def _weights_of_two(rank, _group, _meeting, given, width):
+    student, teacher = models(width)
+    model = nn.parallel.DistributedDataParallel(student)
+    distiller = sk.SEADistiller(model, teacher, TAPS, group=given)
+    call = nn.parallel.DistributedDataParallel(distiller) if list(distiller.parameters()) else distiller
+    out = []
+    for at in range(3):
+        images, boxes, labels = batch(2 * at + rank)
+        losses = model(images) | call(boxes, labels)
+        sum(losses.values()).backward()
+        out.append(weights(distiller))
+    assert all(p.grad is not None for p in distiller.parameters())
+    return out
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("given", "width"), [("local", 16), ("local", 24), ("world", 24)])
+def test_weights_are_the_same_on_all_ranks(given, width, tmp_path):
+    first, second = Meeting(tmp_path, 2).spawn(_weights_of_two, given, width)
+    assert first == second and first[0] == [0, 0, 0] and all(x > 0 for x in first[2])
