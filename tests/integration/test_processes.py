@@ -157,8 +157,9 @@ def _group_before_init(rank, meeting):
     student(images)
     with pytest.raises(ValueError, match=r"group is 'world' and WORLD_SIZE is 2; expected init_process_group before"):
         distiller.losses(boxes, labels)
-    distillers["joined"] = student, sk.SEADistiller(
-        student, Toy(seed=1), TAPS, group=meeting.join(rank), weights=WEIGHTS
+    distillers["joined"] = (
+        student,
+        sk.SEADistiller(student, Toy(seed=1), TAPS, group=meeting.join(rank), weights=WEIGHTS),
     )
     out = {}
     for given, (student, distiller) in distillers.items():

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 from ranks import Meeting
-from toy_detector import TAPS, Toy, batch
 from torch import nn
+from toy_detector import TAPS, Toy, batch
 
 import sea_kernels as sk
 
@@ -90,12 +90,13 @@ def test_each_loss_pulls_as_its_share_says(share, anchor_on_box):
     losses, gradients = step(distiller)
     wanted = expected(share if isinstance(share, tuple) else [share] * 3, anchor_on_box)
     assert weights(distiller) == pytest.approx(wanted, rel=1e-5)
-    assert [x.item() for x in losses] == pytest.approx([w * x.item() for w, x in zip(wanted, distiller.unweighted)], rel=1e-5)
+    wanted = [w * x.item() for w, x in zip(wanted, distiller.unweighted)]
+    assert [x.item() for x in losses] == pytest.approx(wanted, rel=1e-5)
     assert not torch.equal(gradients["head.cls_tower.0.weight"], own.head.cls_tower[0].weight.grad)
 
 
 def test_what_multiplies_the_losses_is_seen():
-    """Loss scaling leaves the weights alone; a trainer that multiplies ours by a number gets weights so much smaller."""
+    """Loss scaling changes nothing. Where a trainer multiplies our losses by 8, the weights are 8 times smaller."""
     distiller = sk.SEADistiller(*models(), TAPS)
     for _ in range(FIRST + 1):
         step(distiller, scale=1024.0, factor=8.0)
@@ -130,7 +131,8 @@ def test_measurements_are_averaged_and_end():
         if at == 3:
             assert [x.item() for x in losses] == [0, 0, 0]
         elif at > 3:  # nothing changes, so neither does the average
-            assert [x.item() / y.item() for x, y in zip(losses, distiller.unweighted)] == pytest.approx(wanted, rel=1e-4)
+            found = [x.item() / y.item() for x, y in zip(losses, distiller.unweighted)]
+            assert found == pytest.approx(wanted, rel=1e-4)
         # measured: steps 3, 4, 6, 11, 19, each counted in the next one
         assert distiller.calibration.count.tolist() == [sum(at > x for x in (3, 4, 6, 11, 19))] * 3
     distiller.step = 3 + 512
@@ -270,7 +272,7 @@ def test_fixed_weights_that_are_far_off_are_told_once(caplog):
     equal = expected((1.0, 1.0, 1.0))
     distiller = sk.SEADistiller(*models(), TAPS, weights=(5 * equal[0], 0.5 * equal[1], 1e-5 * equal[2]))
     first, second = logged(caplog, distiller, *range(20))
-    assert first.startswith("the anchor loss pulls 5 times as hard at the student's maps as the student's own loss does")
+    assert first.startswith("the anchor loss pulls 5 times as hard at the student's maps as the student's own loss")
     assert second.startswith("the localization loss pulls 1e-05 times as hard")
 
 
