@@ -239,6 +239,7 @@ def sea_loss(
 
     Args:
         student_cls, teacher_cls, student_box, teacher_box: as for :func:`anchor_loss`. Each has one dtype of its own.
+            Both sides of one branch may be empty lists; the losses of that branch are then 0.
         regions: the masks, of the same levels and batch. The localization loss uses them too. They may have a group.
         distance_temperature, localization_temperature: 1e-6 to 1e6. The defaults are ours.
         detach_anchors: cut the gradient of the distance loss that reaches the student through its own anchors.
@@ -263,8 +264,10 @@ def sea_loss(
         >>> losses._fields
         ('anchor', 'distance', 'localization')
     """
-    cls_student, cls_teacher = checks.pairs("student_cls", student_cls, "teacher_cls", teacher_cls)
-    box_student, box_teacher = checks.pairs("student_box", student_box, "teacher_box", teacher_box)
+    cls_student, cls_teacher = checks.pairs("student_cls", student_cls, "teacher_cls", teacher_cls, optional=True)
+    box_student, box_teacher = checks.pairs(
+        "student_box", student_box, "teacher_box", teacher_box, optional=bool(cls_student)
+    )
     check_fit("regions", regions, "student_cls", cls_student)
     check_fit("regions", regions, "student_box", box_student)
     on_box = LOCALIZATION | (ANCHOR if anchor_on_box else 0) | (DISTANCE if distance_on_box else 0)

@@ -19,6 +19,7 @@ their parts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,26 +40,87 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class Select:
+    """An entry of `Taps.cls` or `Taps.box`: a module whose output holds the maps among other things.
+
+    Args:
+        name: of the module, as in `named_modules()`. It is called once per level, or once for all levels.
+        select: `select(output, (height, width))` gives the map `[B, C, H, W]` or the maps in an output. The size is
+            that of the detector's input in pixels.
+
+    Example:
+        >>> import sea_kernels as sk
+        >>> entry = sk.taps.Select("neck", lambda output, size: [x for x, mask in output])  # of (map, mask) pairs
+        >>> sk.taps.Taps((entry,), (entry,), strides=(8, 16), anchor_on_box=False).cls == (entry,)
+        True
+    """
+
+    name: str
+    select: Callable[[Any, tuple[int, int]], Tensor | Sequence[Tensor]]
+
+
+def tokens(*strides: int, skip: int = 0) -> Callable[[Tensor, tuple[int, int]], list[Tensor]]:
+    """For `Select`: the maps in a tensor of tokens, as transformers have.
+
+    Args:
+        strides: of the levels, in pixels of the input. Level l has `ceil(height / stride)` rows and
+            `ceil(width / stride)` columns, row by row, and the levels follow each other.
+        skip: number of tokens before the first map, such as a class token.
+
+    Returns:
+        A function of tokens `[B, N, C]` and (height, width) that gives L maps `[B, C, H_l, W_l]`. It raises a
+        ValueError if N is not `skip` plus the pixels of all levels.
+
+    Example:
+        >>> import sea_kernels as sk, torch
+        >>> select = sk.taps.tokens(16, 32, skip=1)
+        >>> [x.shape for x in select(torch.zeros(2, 31, 256), (64, 96))]
+        [torch.Size([2, 256, 4, 6]), torch.Size([2, 256, 2, 3])]
+    """
+    return partial(_maps_of_tokens, strides=strides, skip=skip)
+
+
+def _maps_of_tokens(output: Tensor, size: tuple[int, int], strides: Sequence[int], skip: int) -> list[Tensor]:
+    shapes = [tuple(-(-n // stride) for n in size) for stride in strides]
+    counts = [height * width for height, width in shapes]
+    if output.dim() != 3 or output.shape[1] != skip + sum(counts):
+        raise ValueError(
+            f"the output has shape {tuple(output.shape)}; expected tokens [B, {skip + sum(counts)}, C]: {skip} to "
+            f"skip, then levels of {', '.join(f'{h} x {w}' for h, w in shapes)}"
+        )
+    levels = output[:, skip:].transpose(1, 2).split(counts, dim=2)
+    return [x.unflatten(2, shape) for x, shape in zip(levels, shapes)]
+
+
+Entry = str | tuple[str, ...] | Select
+
+
+@dataclass(frozen=True)
 class Taps:
     """Where a detector's maps are.
 
     A named module is called once per level, in the order of the levels, or once for all levels. If every level has
-    modules of its own, as in YOLO, an entry is a tuple of L names instead of one name.
+    modules of its own, as in YOLO, an entry is a tuple of L names instead of one name. If a module's output holds more
+    than its maps, or holds them in another form, an entry is a :class:`Select`.
 
     Args:
-        cls: names of the modules (as in `named_modules()`) whose outputs are the classification maps, one set each.
+        cls: names of the modules (as in `named_modules()`) whose outputs are the classification maps, one set each. One
+            of `cls` and `box` may be empty: the losses of those maps are then 0.
         box: the same for the box maps.
         strides: for each level, as in :meth:`sea_kernels.Regions.from_boxes`. None if the maps divide the input evenly
             whatever its size, as SOLOv2's grids do. Or a function of the step's input size and map sizes:
             `strides((height, width), [(H_1, W_1), ...])`.
         input: name of the module whose first argument is the batch of images, [B, 3, H, W], padded and normalized. The
             call of this module marks the start of a forward of the detector.
-        run: `run(model, images)` computes a teacher's maps, and as little else as possible. None: `model(images)`.
+        run: `run(model, images)` computes a teacher's maps, and as little else as possible. If it takes more arguments,
+            it gets the others that the student's module `input` got, such as a mask. None: `model(images, ...)` with
+            all of them.
         targets: name of a module whose output holds the ground truth, and which is called before `input`. None: there
             is none.
         read_targets: `read_targets(output, with_masks)` converts that output to `Targets`, or returns None if it holds
             no ground truth.
         num_classes: number of the detector's categories. None: not known.
+        channels: of the maps: a number, or one for each level. None: read from the modules.
         anchor_on_box: box maps take part in the anchor loss.
 
     Example:
@@ -68,19 +130,28 @@ class Taps:
         'backbone'
     """
 
-    cls: tuple[str | tuple[str, ...], ...]
-    box: tuple[str | tuple[str, ...], ...]
+    cls: tuple[Entry, ...]
+    box: tuple[Entry, ...]
     strides: Sequence[float | Sequence[float]] | Callable[[Any, Any], Sequence] | None
     input: str = "backbone"
     run: Callable[[nn.Module, Tensor], Any] | None = None
     targets: str | None = None
     read_targets: Callable[[Any, bool], Targets | None] | None = None
     num_classes: int | None = None
+    channels: int | Sequence[int] | None = None
     anchor_on_box: bool = True
 
+    def __post_init__(self) -> None:
+        for branch in ("cls", "box"):
+            entries = getattr(self, branch)
+            one = isinstance(entries, (str, Select))
+            object.__setattr__(self, branch, (entries,) if one else tuple(entries))
 
-def names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
+
+def names(entry: Entry) -> tuple[str, ...]:
     """The names of the modules of one entry of `Taps.cls` or `Taps.box`."""
+    if isinstance(entry, Select):
+        return (entry.name,)
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 

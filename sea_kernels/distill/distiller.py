@@ -69,8 +69,8 @@ class SEADistiller(nn.Module):
         schedule: a factor for the weights as a function of the step (see :class:`Schedule`). A step is one call of
             `losses`. Where the factor is 0 the teacher does not run.
         num_classes: number of categories. Default: the student's own, if the taps know it.
-        channels: ((student's, teacher's channels of the classification maps), (the same of the box maps)). Default:
-            read from the tapped modules.
+        channels: ((student's, teacher's channels of the classification maps), (the same of the box maps)), each a
+            number, or one for each level. Default: those of the taps.
         center_ratio: see :meth:`sea_kernels.Regions.from_boxes`.
         distance_temperature, localization_temperature, detach_anchors, distance_on_box: see
             :func:`sea_kernels.sea_loss`.
@@ -82,8 +82,9 @@ class SEADistiller(nn.Module):
             are several processes, because `dist.group.WORLD` is None before `init_process_group`.
 
     Attributes:
-        adapters: a 1x1 convolution for each set of maps in which student and teacher differ in channels. It maps the
-            student's channels to the teacher's. `to(device)` moves adapters and teacher.
+        adapters: a 1x1 convolution for each set of maps in which student and teacher differ in channels, or one for
+            each level if channels differ from level to level. It maps the student's channels to the teacher's.
+            `to(device)` moves adapters and teacher.
         weights: three numbers, or tensors [] on the device with "auto": those of the next step, without the schedule.
         unweighted: the losses of the last step before their weights, detached; None before the first step.
         step: number of calls of `losses`. It is part of the state_dict, and may be set.
@@ -122,7 +123,7 @@ class SEADistiller(nn.Module):
         share: float | Sequence[float] = 0.3,
         schedule: Callable[[int], float] | None = None,
         num_classes: int | None = None,
-        channels: Sequence[Sequence[int]] | None = None,
+        channels: Sequence[Sequence[int | Sequence[int]]] | None = None,
         center_ratio: float = 0.5,
         distance_temperature: float = 0.1,
         localization_temperature: float = 1.0,
@@ -153,11 +154,13 @@ class SEADistiller(nn.Module):
         taps = taps or ready_taps.find(student)
         for branch in ("cls", "box"):
             ours, theirs = getattr(taps, branch), getattr(teacher_taps, branch)
-            if len(ours) != len(theirs) or not ours:
+            if len(ours) != len(theirs):
                 raise ValueError(
                     f"the teacher's taps name {len(theirs)} modules for {branch}, {theirs}; expected {len(ours)}, "
                     f"as the student's, {ours}"
                 )
+        if not taps.cls and not taps.box:
+            raise ValueError("the taps name no module, neither for cls nor for box; expected one at least")
         self._taps = taps, teacher_taps
         self._group = ranks.check(group)
         self.num_classes = taps.num_classes if num_classes is None else num_classes
@@ -180,9 +183,11 @@ class SEADistiller(nn.Module):
         like = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0))
         for branch, fixed in zip(("cls", "box"), channels or (None, None), strict=True):
             for m, entries in enumerate(zip(getattr(taps, branch), getattr(teacher_taps, branch))):
-                own, target = fixed or (output_channels(r.side, r.model, n) for r, n in zip(self._recorders, entries))
+                own, target = fixed or (
+                    r.taps.channels or output_channels(r.side, r.model, n) for r, n in zip(self._recorders, entries)
+                )
                 if own != target:
-                    self.adapters[f"{branch}_{m}"] = nn.Conv2d(own, target, 1, device=like.device, dtype=like.dtype)
+                    self.adapters[f"{branch}_{m}"] = _adapter(own, target, device=like.device, dtype=like.dtype)
         both, cls = ("cls", "box"), ("cls",)
         branches = both if taps.anchor_on_box else cls, both if distance_on_box else cls, ("box",)
         self.calibration = Calibration(weights, shares, branches, like.device)
@@ -306,7 +311,7 @@ class SEADistiller(nn.Module):
     ) -> tuple[Capture, list[Tensor]]:
         """(the capture, the student's maps); if this step is measured, these are leaves, cut off from the student."""
         student, teacher = self._recorders
-        images, targets, ours = student.take()
+        images, others, targets, ours = student.take()
         if measured:
             for branch, sets in ours.items():
                 for m, maps in enumerate(sets):
@@ -314,19 +319,17 @@ class SEADistiller(nn.Module):
                         self.calibration.watch(branch, x, name in student.cloned)
                     sets[m] = [x.detach().requires_grad_() for x in maps]
         leaves = [x for sets in ours.values() for maps in sets for x in maps]
-        regions = self._regions(ours["cls"][0], images, targets, boxes, labels, image_sizes, ignore_boxes, masks)
+        first = next(maps for sets in ours.values() for maps in sets)
+        regions = self._regions(first, images, targets, boxes, labels, image_sizes, ignore_boxes, masks)
         self.teacher.eval()  # a trainer may have gone over all its modules
-        theirs = teacher.run(images if teacher_input is None else teacher_input, levels=len(ours["cls"][0]))
+        theirs = teacher.run(images if teacher_input is None else teacher_input, others, levels=len(first))
         for branch, sets in ours.items():
             for m, maps in enumerate(sets):
                 if f"{branch}_{m}" in self.adapters:
-                    maps = sets[m] = [self._adapt(self.adapters[f"{branch}_{m}"], x) for x in maps]
-                theirs[branch][m] = self._pair(getattr(self._taps[0], branch)[m], maps, theirs[branch][m])
+                    maps = sets[m] = _adapt(self.adapters[f"{branch}_{m}"], maps)
+                name = names(getattr(self._taps[0], branch)[m])[0]
+                theirs[branch][m] = self._pair(name, maps, theirs[branch][m])
         return Capture(ours["cls"], theirs["cls"], ours["box"], theirs["box"], regions), leaves
-
-    @staticmethod
-    def _adapt(adapter: nn.Conv2d, x: Tensor) -> Tensor:
-        return adapter(x if torch.is_autocast_enabled(x.device.type) else x.to(adapter.weight.dtype))
 
     def _pair(self, name: str, student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
         """The teacher's maps, resampled to the student's sizes."""
@@ -389,7 +392,9 @@ class SEADistiller(nn.Module):
             self.teacher.to(fn(self._buffers["step"]).device)
         else:
             self.teacher._apply(fn)
-        return keep_buffers(self, super()._apply, fn, recurse)
+        keep_buffers(self, super()._apply, fn, recurse)
+        self.step = self._step  # the buffer may have had no value until now
+        return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *arguments)
@@ -409,6 +414,28 @@ class SEADistiller(nn.Module):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _adapter(own: int | Sequence[int], target: int | Sequence[int], **options: Any) -> nn.Module:
+    """A convolution for all levels, or one for each level. Nothing where a level needs none."""
+    if isinstance(own, int) and isinstance(target, int):
+        return nn.Conv2d(own, target, 1, **options)
+    count = len(target if isinstance(own, int) else own)
+    own, target = ([x] * count if isinstance(x, int) else list(x) for x in (own, target))
+    if len(own) != len(target):
+        raise ValueError(f"channels are {own} for the student and {target} for the teacher; expected as many levels")
+    return nn.ModuleList(nn.Identity() if a == b else nn.Conv2d(a, b, 1, **options) for a, b in zip(own, target))
+
+
+def _adapt(adapter: nn.Module, maps: list[Tensor]) -> list[Tensor]:
+    levels = adapter if isinstance(adapter, nn.ModuleList) else [adapter] * len(maps)
+    if len(levels) != len(maps):
+        raise ValueError(f"there are {len(maps)} maps; expected {len(levels)}, as channels= has for each level")
+    out = []
+    for layer, x in zip(levels, maps):
+        as_it_is = isinstance(layer, nn.Identity) or torch.is_autocast_enabled(x.device.type)
+        out.append(layer(x if as_it_is else x.to(layer.weight.dtype)))
+    return out
 
 
 def _three(name: str, values: Any, also: str) -> tuple[float, ...]:

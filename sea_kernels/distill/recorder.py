@@ -1,13 +1,17 @@
 """Hooks on a detector, which record what its modules returned in the last forward."""
 
+import dataclasses
+import inspect
+import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..taps import Taps, names
+from ..taps import Entry, Select, Taps, names
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -25,9 +29,14 @@ def _may_be_overwritten(model: nn.Module, name: str, module: nn.Module) -> bool:
     return isinstance(module, _LAYERS) and any(getattr(x, "inplace", False) for x in parent.children())
 
 
-def output_channels(side: str, model: nn.Module, entry: str | tuple[str, ...]) -> int:
+def output_channels(side: str, model: nn.Module, entry: Entry) -> int | tuple[int, ...]:
+    """Channels of the maps of an entry: a number, or one for each level if they differ."""
+    channels = tuple(_channels(side, model, name) for name in names(entry))
+    return channels[0] if len(set(channels)) == 1 else channels
+
+
+def _channels(side: str, model: nn.Module, name: str) -> int:
     """Channels of a module's output, read from the module, its last layer, or a layer before it in a Sequential."""
-    name = names(entry)[0]
     module = _submodule(side, model, name)
     before: list[nn.Module] = []
     parent, _, last = name.rpartition(".")
@@ -47,6 +56,7 @@ class Recorder:
 
     def __init__(self, side: str, model: nn.Module, taps: Taps) -> None:
         self.side, self.model, self.taps = side, model, taps
+        self.computes = taps.run or _call
         self.next_targets: Any = None
         self.forget()
         tapped = dict.fromkeys(name for entry in (*taps.cls, *taps.box) for name in names(entry))
@@ -72,16 +82,16 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, whose hooks do nothing: without what was recorded, which may have a graph."""
-        recorded = {"open": False, "images": None, "targets": None, "next_targets": None, "fired": {}, "versions": []}
-        return self.__dict__ | recorded | {"handles": []}
+        recorded = {"open": False, "images": None, "others": None, "targets": None, "next_targets": None}
+        return self.__dict__ | recorded | {"fired": {}, "versions": [], "handles": []}
 
     def forget(self) -> None:
-        self.open, self.images, self.targets = False, None, None
+        self.open, self.images, self.others, self.targets = False, None, None, None
         self.fired: dict[str, list[Any]] = {}
         self.versions: list[tuple[str, Tensor, int]] = []  # of every tensor that was recorded
 
-    def run(self, images: Tensor, levels: int) -> dict[str, list[list[Tensor]]]:
-        """The teacher's maps of these images."""
+    def run(self, images: Tensor, others: tuple[tuple, dict], levels: int) -> dict[str, list[list[Tensor]]]:
+        """The teacher's maps of these images. `others`: the other arguments of the module that got them."""
         like = next((p for p in self.model.parameters() if p.is_floating_point()), images)
         if like.device != images.device:
             raise ValueError(
@@ -92,14 +102,32 @@ class Recorder:
         self.open = True
         try:
             with torch.no_grad():
-                (self.taps.run or _call)(self.model, images)
-            return self.sets(levels)
+                self._compute(images, *(others if _takes_more(self.computes) else ((), {})))
+            return self.sets(levels, images)
         finally:
             self.forget()
 
-    def take(self) -> tuple[Tensor, Any, dict[str, list[list[Tensor]]]]:
-        """(input, targets, maps) of the student's forward, which are then forgotten."""
-        images, targets = self.images, self.targets
+    def _compute(self, images: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
+        model, call = self.model, partial(self.computes, self.model)
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if self.taps.run is None or fsdp is None or not isinstance(model, fsdp.FSDPModule):
+            call(images, *args, **kwargs)
+            return
+        # The weights of a sharded model are gathered in a call of the model itself, so `run` becomes its forward.
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            del model.forward  # which `run` may call
+            return call(*args, **kwargs)
+
+        model.forward = forward
+        try:
+            model(images, *args, **kwargs)
+        finally:
+            model.__dict__.pop("forward", None)
+
+    def take(self) -> tuple[Tensor, tuple[tuple, dict], Any, dict[str, list[list[Tensor]]]]:
+        """(input, other arguments, targets, maps) of the student's forward, which are then forgotten."""
+        images, others, targets = self.images, self.others, self.targets
         if self.closed:
             raise RuntimeError("the distiller is closed: its hooks are gone")
         if images is None:
@@ -116,7 +144,7 @@ class Recorder:
                     "it; expected a module whose output stays, such as the block around it"
                 )
         try:
-            sets = self.sets(len(self.taps.strides) if isinstance(self.taps.strides, Sequence) else None)
+            sets = self.sets(len(self.taps.strides) if isinstance(self.taps.strides, Sequence) else None, images)
         finally:
             self.forget()
         for name, x in [(n, x) for b in sets for n, maps in zip(getattr(self.taps, b), sets[b]) for x in maps]:
@@ -125,45 +153,74 @@ class Recorder:
                     f"the student's map of {name!r} has no graph, so its loss would teach nothing: it is frozen, ran "
                     "without gradients, or lies in a reentrant checkpoint (use_reentrant=False works)"
                 )
-        return images, targets, sets
+        return images, others, targets, sets
 
-    def sets(self, levels: int | None) -> dict[str, list[list[Tensor]]]:
+    def sets(self, levels: int | None, images: Tensor) -> dict[str, list[list[Tensor]]]:
         """{"cls": [M][L] maps, "box": [M][L] maps}; every module must give `levels` maps, or as many as the first."""
         out: dict[str, list[list[Tensor]]] = {"cls": [], "box": []}
         for branch, sets in out.items():
-            for name in getattr(self.taps, branch):
-                maps = self.maps(name) if isinstance(name, str) else [self.maps(n, 1)[0] for n in name]
+            for entry in getattr(self.taps, branch):
+                per_level = isinstance(entry, tuple)
+                maps = [self.maps(n, images, 1)[0] for n in entry] if per_level else self.maps(entry, images)
                 levels = levels or len(maps)
                 if len(maps) != levels:
-                    raise self.miscounted(name, len(maps), levels)
+                    raise self.miscounted(names(entry), len(maps), levels)
                 sets.append(maps)
         return out
 
-    def maps(self, name: str, count: int | None = None) -> list[Tensor]:
+    def maps(self, entry: str | Select, images: Tensor, count: int | None = None) -> list[Tensor]:
+        (name,) = names(entry)
         outputs = self.fired.get(name, [])
-        if len(outputs) == 1 and not isinstance(outputs[0], Tensor):
+        if isinstance(entry, Select):
+            chosen = [entry.select(x, tuple(images.shape[2:])) for x in outputs]
+            outputs = [x for c in chosen for x in ([c] if isinstance(c, Tensor) else c)]
+        elif len(outputs) == 1 and not isinstance(outputs[0], Tensor):
             outputs = _values(outputs[0])
         if not outputs or (count is not None and len(outputs) != count):
-            raise self.miscounted(name, len(outputs), count or "one per level")
+            raise self.miscounted((name,), len(outputs), count or "one per level")
         for x in outputs:
             if not isinstance(x, Tensor) or x.dim() != 4:
                 what = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-                raise ValueError(f"the {self.side}'s module {name!r} gave {what}; expected maps [B, C, H, W]")
+                raise ValueError(
+                    f"the {self.side}'s module {name!r} gave {what}; expected maps [B, C, H, W], or an entry "
+                    "sea_kernels.taps.Select that takes them out of the output"
+                )
         return outputs
 
-    def miscounted(self, name: str, count: int, expected: Any) -> ValueError:
-        return ValueError(f"the {self.side}'s module {name!r} gave {count} maps in a forward; expected {expected}")
+    def miscounted(self, modules: Sequence[str], count: int, expected: Any) -> ValueError:
+        entries = next((x for x in (self.taps.cls, self.taps.box) if modules[0] in x), ())
+        hint = ""
+        if count == 1 and len(entries) == expected:
+            hint = f" (one set of maps, with a module for each level: ({entries},))"
+        what = f"module {modules[0]!r}" if len(modules) == 1 else f"modules {modules}"
+        return ValueError(f"the {self.side}'s {what} gave {count} maps in a forward; expected {expected}{hint}")
 
 
 def _values(output: Any) -> list:
     """The levels in what a module returned."""
-    if isinstance(output, dict):
+    if isinstance(output, Mapping):
         return list(output.values())
+    if dataclasses.is_dataclass(output):
+        return [getattr(output, field.name) for field in dataclasses.fields(output)]
     return list(output) if isinstance(output, (list, tuple)) else [output]
 
 
-def _call(model: nn.Module, images: Tensor) -> None:
-    model(images)
+def _tensors(output: Any) -> list[Tensor]:
+    """All tensors in what a module returned."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = _values(output)
+    return [] if values and values[0] is output else [x for value in values for x in _tensors(value)]
+
+
+def _call(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    model(*args, **kwargs)
+
+
+def _takes_more(run: Callable) -> bool:
+    """Whether a function takes more than a model and images. Defaults may hold something else."""
+    parameters = [p for p in inspect.signature(run).parameters.values() if p.default is p.empty]
+    return len(parameters) > 2 or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 class _Hook:
@@ -195,7 +252,9 @@ def _begin(recorder: Recorder, _name: str, _module: nn.Module, args: tuple, kwar
     # Without gradients this is an evaluation, of which nothing is recorded.
     if torch.is_grad_enabled():
         recorder.open, recorder.targets = True, targets
-        recorder.images = args[0] if args else next(iter(kwargs.values()))
+        name = "" if args else next(iter(kwargs))
+        recorder.images = args[0] if args else kwargs[name]
+        recorder.others = args[1:], {k: x for k, x in kwargs.items() if k != name}
         _note_versions(recorder, f"input of {recorder.taps.input!r}", recorder.images)
 
 
@@ -210,7 +269,7 @@ def _record(recorder: Recorder, name: str, _module: nn.Module, _args: tuple, out
 
 def _note_versions(recorder: Recorder, what: str, output: Any) -> None:
     if recorder.side == "student" and not torch.compiler.is_compiling():  # compiled code overwrites nothing
-        recorder.versions += [(what, x, x._version) for x in _values(output) if isinstance(x, Tensor)]
+        recorder.versions += [(what, x, x._version) for x in _tensors(output)]
 
 
 def _end(recorder: Recorder, _name: str, _module: nn.Module, _args: tuple, _output: Any) -> None:

@@ -117,6 +117,147 @@ def test_an_entry_may_name_a_module_for_every_level():
         distiller.losses(BOXES, LABELS)
 
 
+class Ladder(Toy):
+    """Levels of 8, 16 and 24 channels (times width), each from a module of its own, in a backbone that takes a mask."""
+
+    class Backbone(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.levels = nn.ModuleList(nn.Conv2d(3, 8 * (i + 1) * width, s, s) for i, s in enumerate(STRIDES))
+
+        def forward(self, images, mask=None, *, scale=1.0):
+            images = images * scale if mask is None else images * scale * mask
+            return {"maps": [level(images) for level in self.levels], "images": images}
+
+    def __init__(self, width=1, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.backbone, self.seen = self.Backbone(width), []
+
+    def forward(self, images, *others, **options):
+        self.seen.append((others, options))
+        return {"loss": sum(x.square().mean() for x in self.backbone(images, *others, **options)["maps"])}
+
+
+NECK = tuple(f"backbone.levels.{i}" for i in range(3))
+
+
+def test_channels_that_differ_from_level_to_level_have_adapters_of_their_own():
+    student, teacher = Ladder(), Ladder(width=2, seed=1)
+    taps = dataclasses.replace(TAPS, cls=(NECK,), box=(NECK,), anchor_on_box=False)
+    distiller = distill(student, teacher, taps)
+    assert [x.weight.shape[:2] for x in distiller.adapters["cls_0"]] == [(16, 8), (32, 16), (48, 24)]
+    student(IMAGES)
+    losses = distiller.losses(BOXES, LABELS)
+    sum(losses.values()).backward()
+    assert all(p.grad.abs().max() > 0 for p in [*student.backbone.parameters(), *distiller.parameters()])
+    twin = distill(Ladder(), teacher, taps, channels=(((8, 16, 24), (16, 32, 24)), (8, 8)))
+    assert list(twin.adapters) == ["cls_0"] and isinstance(twin.adapters["cls_0"][2], nn.Identity)
+    with pytest.raises(ValueError, match=r"channels are \[8, 16\] for the student and \[1, 2, 3\] for the teacher"):
+        distill(Ladder(), teacher, taps, channels=(((8, 16), (1, 2, 3)), (8, 8)))
+    short = distill(student, teacher, taps, channels=(((8, 16), (16, 32)), (8, 8)))
+    student(IMAGES)
+    with pytest.raises(ValueError, match="there are 3 maps; expected 2, as channels= has for each level"):
+        short.losses(BOXES, LABELS)
+
+
+def test_a_selector_takes_the_maps_out_of_an_output():
+    select = sk.taps.Select("backbone", lambda output, size: output["maps"] if size == (64, 96) else None)
+    student, teacher = Ladder(), Ladder(seed=1)
+    taps = dataclasses.replace(TAPS, cls=(NECK,), box=(NECK,), channels=(8, 16, 24))
+    found = []
+    for entry in (NECK, select):
+        with distill(student, teacher, dataclasses.replace(taps, cls=(entry,), box=(entry,))) as distiller:
+            student(IMAGES)
+            found.append(value(distiller.losses(BOXES, LABELS)))
+    assert found[0] == found[1] > 0
+    taps = dataclasses.replace(taps, cls=("backbone",), box=("backbone",))
+    distiller = distill(student, teacher, taps)
+    student(IMAGES)
+    with pytest.raises(
+        ValueError, match=r"'backbone' gave a list; expected maps .B, C, H, W., or an entry sea_kernels"
+    ):
+        distiller.losses(BOXES, LABELS)
+
+
+class Tokens(Toy):
+    """As a transformer: a class token, then the pixels of two levels."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed=seed)
+        self.encoder, self.first = nn.Linear(8, 12), nn.Parameter(torch.zeros(1, 1, 8))
+
+    def forward(self, images):
+        levels = [x.flatten(2).mT for x in self.features(images)[:2]]
+        return {"loss": self.encoder(torch.cat([self.first.expand(len(images), -1, -1), *levels], 1)).square().mean()}
+
+
+def test_tokens_are_maps():
+    student, teacher = Tokens(), Tokens(1)
+    entry = sk.taps.Select("encoder", sk.taps.tokens(8, 16, skip=1))
+    taps = dataclasses.replace(TAPS, cls=(entry,), box=(entry,), strides=(8, 16), channels=12)
+    distiller = distill(student, teacher, taps)
+    student(IMAGES)
+    captured = distiller.capture(BOXES, LABELS)
+    for x, y in zip(captured.student_cls[0], student.features(IMAGES)):
+        torch.testing.assert_close(x, student.encoder(y.movedim(1, -1)).movedim(-1, 1))
+    student(IMAGES)
+    sum(distiller.losses(BOXES, LABELS).values()).backward()
+    assert student.encoder.weight.grad.abs().max() > 0
+    entry = sk.taps.Select("encoder", sk.taps.tokens(8, 16))
+    distiller = distill(student, teacher, dataclasses.replace(taps, cls=(entry,), box=(entry,)))
+    student(IMAGES)
+    with pytest.raises(
+        ValueError, match=r"has shape \(2, 121, 12\); expected tokens \[B, 120, C\]: 0 to skip, then.*8 x 12"
+    ):
+        distiller.losses(BOXES, LABELS)
+
+
+@pytest.mark.parametrize("branch", ["cls", "box"])
+def test_a_branch_may_have_no_maps(branch):
+    student, teacher = pair()
+    losses = {}
+    for taps in (TAPS, dataclasses.replace(TAPS, **{branch: ()}, anchor_on_box=False)):
+        for weights in ((1, 1, 1), "auto"):
+            student.zero_grad()
+            distiller = distill(student.eval(), teacher, taps, weights=weights)
+            for _ in range(3):
+                own = student(IMAGES)["loss"]
+                found = distiller.losses(BOXES, LABELS)
+                (own + sum(found.values())).backward()
+            losses[bool(getattr(taps, branch)), weights] = [x.item() for x in distiller.unweighted]
+            distiller.close()
+    both, one = losses[True, (1, 1, 1)], losses[False, (1, 1, 1)]
+    assert one == losses[False, "auto"]
+    assert one == ([0, 0, both[2]] if branch == "cls" else [one[0], both[1], 0]) and both[0] >= one[0]
+
+
+def test_a_bare_name_is_one_entry():
+    taps = sk.taps.Taps("head.cls_tower.1", ["head.box_tower.1"], STRIDES)
+    assert taps.cls == ("head.cls_tower.1",) and taps.box == ("head.box_tower.1",)
+
+
+def test_names_of_levels_that_stand_as_sets():
+    refused(
+        r"'backbone.levels.0' gave 1 maps in a forward; expected 3 \(one set of maps, with a module for each level: ",
+        taps=dataclasses.replace(TAPS, cls=NECK), models=(Ladder(), Ladder(seed=1)), channels=((8, 8), (8, 8)),
+    )  # fmt: skip
+
+
+def test_the_teacher_gets_all_that_the_tapped_module_got():
+    student, teacher = Ladder(), Ladder(seed=1)
+    taps = dataclasses.replace(TAPS, cls=(NECK,), box=(NECK,))
+    mask, got = torch.ones(1, 1, 64, 96), []
+    run = lambda model, images, *others, **options: got.append((others, options)) or model(images)  # noqa: E731
+    for runs in (None, run, lambda model, images, mask=None: got.append(mask) or model(images)):
+        distiller = distill(student, teacher, taps, teacher_taps=dataclasses.replace(taps, run=runs))
+        student(IMAGES, mask, scale=2.0)
+        distiller.losses(BOXES, LABELS)
+        distiller.close()
+    assert teacher.seen[0][0][0] is got[0][0][0] is mask and teacher.seen[0][1] == got[0][1] == {"scale": 2.0}
+    assert got[1] is None and teacher.seen[1] == ((), {})  # what has a default may hold something else
+
+
 def test_image_sizes_ignore_boxes_and_masks_reach_the_regions():
     student, teacher = pair()
     distiller = distill(student, teacher, center_ratio=0.25)
@@ -597,6 +738,21 @@ def test_a_copy_between_forward_and_losses_takes_no_maps_along():
     assert value(losses) == pytest.approx(0.02 * sum(expected).item(), rel=1e-4)
 
 
+def test_emptied_modules_keep_the_teacher_and_the_step():
+    """As after `meta`, where the adapters get memory and values later."""
+    student, teacher = pair(width=24)
+    with torch.device("meta"):
+        student = Toy()
+    distiller, before = distill(student, teacher), copy.deepcopy(teacher.state_dict())
+    assert next(distiller.parameters()).is_meta
+    distiller.step = 5
+    distiller.to_empty(device="cpu")
+    assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
+    assert not next(distiller.parameters()).is_meta and distiller.step == 5
+    distiller.half()
+    assert distiller.state_dict()["step"] == 5 and next(teacher.parameters()).dtype == torch.float16
+
+
 def test_copies_can_be_copied_and_pickled():
     distiller = distill(*pair(width=24), TAPS)
     distiller.step = 7
@@ -625,8 +781,8 @@ def test_student_and_teacher_of_two_dtypes(dtypes, width):
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
-def refused(match, kind=ValueError, run=True, taps=TAPS, losses=(BOXES, LABELS), **options):
-    student, teacher = pair()
+def refused(match, kind=ValueError, run=True, taps=TAPS, losses=(BOXES, LABELS), models=None, **options):
+    student, teacher = models or pair()
     with pytest.raises(kind, match=match):
         distiller = distill(student, teacher, taps, **options)
         if run:
@@ -645,6 +801,7 @@ def test_bad_input_is_refused():
         r"'head.cls_tower.1' gave 3 maps in a forward; expected 5", taps=replace(TAPS, strides=(8, 16, 32, 64, 128))
     )
     refused("'backbone.0' gave 1 maps in a forward; expected 3", taps=replace(TAPS, box=("backbone.0",)))
+    refused("the taps name no module, neither for cls nor for box", taps=replace(TAPS, cls=(), box=()))
     refused("num_classes is None", taps=replace(TAPS, num_classes=None))
     refused("teacher's taps name 1 modules for cls", teacher_taps=replace(TAPS, cls=("head.cls_tower.1",)))
     refused("no ready taps for toy_detector.Toy", TypeError, taps=None)

@@ -275,7 +275,8 @@ def test_fields_of_the_taps_may_be_a_dict(name, taps):
 
     register_all_modules(init_default_scope=True)
     config = mmdet_config(name)
-    model = build({"type": "SEADistilled", "student": config, "teacher": config, "taps": taps}).train()
+    options = {"taps": taps, "weights": (0.02, 0.02, 0.02)}
+    model = build({"type": "SEADistilled", "student": config, "teacher": config, **options}).train()
     model.init_weights()  # DINO leaves parameters uninitialized until then
     losses = model(**model.data_preprocessor(mmdet_batch(name), training=True), mode="loss")
     assert all(losses[f"loss_sea_{kind}"].isfinite() for kind in ("anchor", "distance", "localization"))
@@ -307,7 +308,7 @@ from pathlib import Path
 folder = Path({folder!r})
 dist.init_process_group("gloo")  # MMEngine would want GPUs
 cpu = {{"model_wrapper_cfg": {{"type": "MMDistributedDataParallel", "device_ids": None}}}}
-run = runner(distilled(folder), folder / "ranks", launcher="pytorch", cfg=cpu, batch_size=1)
+run = runner(distilled(folder, weights=(1, 1, 1)), folder / "ranks", launcher="pytorch", cfg=cpu, batch_size=1)
 run.train()
 logs = run.message_hub.log_scalars
 weight = run.model.module.student.backbone.conv1.weight

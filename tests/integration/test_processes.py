@@ -183,6 +183,55 @@ def test_a_group_given_before_the_process_group_is_not_dropped(tmp_path):
     assert first["world"][anchor] == second["world"][anchor] != first["local"][anchor] != second["local"][anchor]
 
 
+def _sharded_teacher(rank, _group, _meeting):
+    """The losses with a whole teacher and with one whose weights are spread over the ranks; with and without `run`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    images, boxes, labels = _batch(rank)
+    student, teacher, out = Toy().eval(), Toy(24, seed=1), []
+    for run in (None, lambda model, x: model.head(model.features(x)), lambda model, x: model(x)):
+        distillers = []
+        for side in (teacher, copy.deepcopy(teacher)):
+            if side is not teacher:
+                fully_shard(side, mesh=init_device_mesh("cpu", (2,)))
+            torch.manual_seed(0)  # of the adapters
+            teacher_taps = dataclasses.replace(TAPS, run=run)
+            distillers.append(sk.SEADistiller(student, side, TAPS, teacher_taps=teacher_taps, weights=WEIGHTS))
+        for distiller in distillers:
+            student(images)
+            out.append([x.item() for x in distiller.losses(boxes, labels).values()])
+            distiller.close()
+    return out
+
+
+@pytest.mark.processes
+def test_a_teacher_may_be_sharded(tmp_path):
+    for out in Meeting(tmp_path, 2).spawn(_sharded_teacher):
+        assert all(x == out[0] for x in out) and min(out[0]) > 0
+
+
+def _resume(rank, _group, _meeting):
+    """As PyTorch does it for FSDP2: rank 0 alone has read the checkpoint."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+    make = lambda: sk.SEADistiller(Toy(), Toy(24), TAPS, schedule=sk.Schedule(warmup=1000))  # noqa: E731
+    torch.manual_seed(rank)
+    saved, distiller = make(), make()
+    saved.step, saved.calibration.log_equal[0] = 500, 3.0
+    state = get_model_state_dict(saved) if rank == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(distiller, state, options=options)
+    return distiller.step, distiller.state_dict()
+
+
+@pytest.mark.processes
+def test_a_checkpoint_that_is_broadcast_brings_the_step(tmp_path):
+    first, second = Meeting(tmp_path, 2).spawn(_resume)
+    assert first[0] == second[0] == 500 and first[1]["calibration.log_equal"][0] == 3
+    assert first[1].keys() == second[1].keys() and all(torch.equal(x, second[1][name]) for name, x in first[1].items())
+
+
 def _compile(rank, group, _meeting):
     def step(boxes, labels, index, cls, cls_teacher, box, box_teacher):
         regions = sk.Regions.from_boxes(
