@@ -67,8 +67,9 @@ def trainer(teacher: nn.Module | str | os.PathLike, base: type[Trainer] = Traine
         def _make_distiller(self) -> None:
             if self.distiller is not None:
                 self.distiller.close()
-            self._sea_batch, self._sea_sums, self._sea_count = {}, {}, 0
-            self.distiller = _distiller(self.model, teacher, self._sea_batch, options)
+            self._sea_sums, self._sea_count = {}, 0
+            taps = [_taps(side, model) for side, model in (("student", self.model), ("teacher", teacher))]
+            self.distiller = SEADistiller(self.model, teacher, taps[0], teacher_taps=taps[1], **options)
             self.distiller.to(self.args.device)
             # Adapters need the mean of the processes' gradients.
             self._sea = self.accelerator.prepare_model(self.distiller) if self.distiller.adapters else self.distiller
@@ -90,7 +91,6 @@ def trainer(teacher: nn.Module | str | os.PathLike, base: type[Trainer] = Traine
             out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
             if not model.training:
                 return out
-            self._sea_batch["pixel_mask"] = batch.get("pixel_mask")
             with self.accelerator.autocast():  # the Trainer's is around the model's forward alone
                 losses = self._sea(**ground_truth(batch))
             for name, x in losses.items():
@@ -176,13 +176,6 @@ def _corners(boxes: Tensor, height: Any, width: Any) -> Tensor:
     return torch.stack(corners, -1)
 
 
-def _distiller(student: nn.Module, teacher: nn.Module, batch: dict, options: dict) -> SEADistiller:
-    taps, ours = _taps("student", student, batch)
-    teacher_taps, theirs = _taps("teacher", teacher, batch)
-    channels = (ours, theirs), (ours, theirs)
-    return SEADistiller(student, teacher, taps, teacher_taps=teacher_taps, channels=channels, **options)
-
-
 class _Done(Exception):
     """All maps are there: the rest of the forward is not computed."""
 
@@ -191,13 +184,13 @@ def _stop(*_: Any) -> None:
     raise _Done
 
 
-def _run(model: nn.Module, images: Tensor, owner: str, last: str, batch: Mapping[str, Any]) -> None:
+def _run(model: nn.Module, images: Tensor, *mask: Tensor, owner: str, last: str) -> None:
     """The teacher's forward as far as its last map."""
     model = model.get_submodule(owner)
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
     handle = model.get_submodule(last).register_forward_hook(_stop)
     try:
-        model(images.to(own), batch.get("pixel_mask"))
+        model(images.to(own), *mask)
     except _Done:
         pass
     finally:
@@ -227,8 +220,8 @@ def _shapes(model: nn.Module, modules: Sequence[str]) -> list[torch.Size]:
     return shapes
 
 
-def _taps(side: str, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Taps, int]:
-    """The taps of a detector's projected maps, and their channels. `batch` holds the pixel_mask of the step."""
+def _taps(side: str, model: nn.Module) -> Taps:
+    """The taps of a detector's projected maps."""
     found = [
         (name, module, attribute)
         for name, module in model.named_modules()
@@ -247,13 +240,13 @@ def _taps(side: str, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Taps, 
     shapes = _shapes(module, levels)
     prefix = f"{owner}." if owner else ""
     names = tuple(prefix + level for level in levels)
-    taps = Taps(
+    return Taps(
         (names,),
         (names,),
         [(_SIZE / height, _SIZE / width) for _, _, height, width in shapes],
         input=f"{prefix}backbone",
-        run=partial(_run, owner=owner, last=levels[-1], batch=batch),
+        run=partial(_run, owner=owner, last=levels[-1]),
         num_classes=model.config.num_labels,
+        channels=shapes[0][1],
         anchor_on_box=False,  # the maps are the same
     )
-    return taps, shapes[0][1]

@@ -41,8 +41,7 @@ def trainer(
             except the last, which predicts; or "neck", the head's inputs.
         base: the trainer to extend. Default: Ultralytics' own for the student's task (detect, segment, pose).
         **options: those of :class:`sea_kernels.SEADistiller`, except taps and masks. While it trains, the distiller
-            is the attribute `distiller` of the trainer; for the neck, whose channels differ from level to level, that
-            is a list with one for each level.
+            is the attribute `distiller` of the trainer.
 
     Raises:
         TypeError, ValueError: the teacher has no weights or no Detect head, an option is wrong. When the training
@@ -62,7 +61,7 @@ def trainer(
     teacher = _load(teacher)
     head = _head("teacher", teacher)
     # The teacher is a copy: its head computes the maps and no more.
-    head.forward = functools.partial(_towers, head) if maps == "towers" else list
+    head.forward = functools.partial(_towers, head) if maps == "towers" else _nothing
 
     def make(*args: Any, **kwargs: Any) -> Any:
         overrides = kwargs.get("overrides") or {}
@@ -89,8 +88,9 @@ def _distilling(base: type, teacher: nn.Module, maps: str, options: dict[str, An
                 raise ValueError(f"the teacher's head has strides {found}; expected {expected}, as the student's")
             if (channels := teacher.yaml.get("channels", 3)) != student.yaml.get("channels", 3):
                 raise ValueError(f"the teacher takes {channels} channels; expected {student.yaml.get('channels', 3)}")
-            make = _on_towers if maps == "towers" else _on_neck
-            self.distiller = make(student, teacher, options).to(self.device)
+            taps = [(_tower_taps if maps == "towers" else _neck_taps)(x) for x in (student, teacher)]
+            distiller = SEADistiller(student, teacher, taps[0], teacher_taps=taps[1], **options)
+            self.distiller = distiller.to(self.device)
             adapters = list(self.distiller.parameters())
             if adapters:
                 groups = [g for g in optimizer.param_groups if g.get("param_group") == "weight"]
@@ -195,10 +195,6 @@ def _strides(side: str, model: nn.Module) -> tuple[float, ...]:
     return tuple(_head(side, model).stride.tolist())
 
 
-def _on_towers(student: nn.Module, teacher: nn.Module, options: dict[str, Any]) -> SEADistiller:
-    return SEADistiller(student, teacher, _tower_taps(student), teacher_taps=_tower_taps(teacher), **options)
-
-
 def _tower_taps(model: nn.Module) -> Taps:
     head, name = model.model[-1], f"model.{len(model.model) - 1}"
 
@@ -217,41 +213,16 @@ def _towers(head: Detect, maps: list[Tensor]) -> None:
                 x = layer(x)
 
 
-class _Levels(nn.ModuleList):
-    """A distiller for each level. Each loss is a sum over levels, so theirs add up."""
-
-    def forward(self, **targets: Any) -> dict[str, Tensor]:
-        levels = [distiller(**targets) for distiller in self]
-        return {name: sum(losses[name] for losses in levels) for name in levels[0]}
-
-    def close(self) -> None:
-        for distiller in self:
-            distiller.close()
+def _neck_taps(model: nn.Module) -> Taps:
+    head = model.model[-1]
+    maps = (tuple(f"model.{i % len(model.model)}" for i in head.f),)
+    channels = tuple(tower[0].conv.in_channels for tower in head.cv2)
+    strides = tuple(head.stride.tolist())
+    return Taps(maps, maps, strides, input="model.0", num_classes=head.nc, channels=channels, anchor_on_box=False)
 
 
-def _on_neck(student: nn.Module, teacher: nn.Module, options: dict[str, Any]) -> _Levels:
-    ours, theirs = student.model[-1], teacher.model[-1]
-    theirs.neck = nn.ModuleList(nn.Identity() for _ in range(theirs.nl))
-    distillers = _Levels()
-    for level, stride in enumerate(ours.stride.tolist()):
-        source, target = (f"model.{ours.f[level] % len(student.model)}",), (f"model.{theirs.i}.neck.{level}",)
-        taps = Taps(source, source, (stride,), input="model.0", num_classes=ours.nc, anchor_on_box=False)
-        run = functools.partial(_run_neck, level)
-        teacher_taps = Taps(target, target, (stride,), input="model.0", run=run, anchor_on_box=False)
-        channels = tuple(head.cv2[level][0].conv.in_channels for head in (ours, theirs))
-        distillers.append(
-            SEADistiller(student, teacher, taps, teacher_taps=teacher_taps, **{"channels": (channels,) * 2} | options)
-        )
-    return distillers
-
-
-def _run_neck(level: int, teacher: nn.Module, images: Tensor) -> None:
-    """The teacher runs for the first level and keeps the maps of the others."""
-    head = teacher.model[-1]
-    if level == 0:
-        head.kept = teacher(images)
-    head.neck[level](head.kept[level])
-    head.kept[level] = None
+def _nothing(_maps: list[Tensor]) -> None:
+    """The teacher's head, where the maps are those of its neck."""
 
 
 def _save(distiller: nn.Module, _optimizer: Any, state: dict[str, Any]) -> None:
