@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _log = logging.getLogger("sea_kernels")
+_PATIENCE = 100  # calls of `losses` after which adapters that nobody moved are reported
 
 
 class Capture(NamedTuple):
@@ -176,6 +177,7 @@ class SEADistiller(nn.Module):
             "anchor_on_box": taps.anchor_on_box,
         }
         self.unweighted, self._said, self._begin = None, set(), None
+        self._calls, self._versions = 0, []
 
         teacher.requires_grad_(False).eval()
         self._recorders = Recorder("student", student, taps), Recorder("teacher", teacher, teacher_taps)
@@ -256,6 +258,7 @@ class SEADistiller(nn.Module):
             RuntimeError: the student has not run; a map has no graph, or was overwritten.
             ValueError: there are no boxes or labels; maps do not pair up (the message names the module and the counts).
         """
+        self._look_for_mistakes()
         factor = float(self.schedule(self.step))
         if factor == 0:
             self._recorders[0].forget()
@@ -277,6 +280,20 @@ class SEADistiller(nn.Module):
         self.step += 1
         self.unweighted = SEALoss(*(x.detach() for x in losses))
         return dict(zip(("loss_sea_anchor", "loss_sea_distance", "loss_sea_localization"), weighted))
+
+    def _look_for_mistakes(self) -> None:
+        if not self.student.training and "evaluation" not in self._said:
+            self._said.add("evaluation")
+            _log.warning(
+                "losses() while the student is in evaluation mode: it is for steps that train (student.train())"
+            )
+        if self._calls == 0:
+            self._versions = [p._version for p in self.parameters()]
+        elif self._calls == _PATIENCE and self._versions == [p._version for p in self.parameters()] != []:
+            _log.warning(
+                "no optimizer has moved the adapters in %d steps: pass it distiller.parameters() too", _PATIENCE
+            )
+        self._calls += 1
 
     def _zero(self) -> Tensor:
         """A zero that depends on all adapters, as DDP waits for a gradient of every parameter."""

@@ -753,6 +753,35 @@ def test_emptied_modules_keep_the_teacher_and_the_step():
     assert distiller.state_dict()["step"] == 5 and next(teacher.parameters()).dtype == torch.float16
 
 
+# ----------------------------------------------------------------------------------------------- mistakes that are told
+
+
+def warnings_of(caplog, student, teacher, steps, optimized):
+    distiller = distill(student, teacher)
+    optimizer = torch.optim.SGD([*student.parameters(), *(distiller.parameters() if optimized else ())], 1e-3)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "sea_kernels"):
+        for _ in range(steps):
+            student(IMAGES)
+            optimizer.zero_grad()
+            sum(distiller.losses(BOXES, LABELS).values()).backward()
+            optimizer.step()
+    return [r.getMessage() for r in caplog.records if "times as hard" not in r.getMessage()]
+
+
+def test_adapters_that_no_optimizer_moves_are_told_once(caplog):
+    wanted = ["no optimizer has moved the adapters in 100 steps: pass it distiller.parameters() too"]
+    assert warnings_of(caplog, *pair(24), 100, optimized=False) == []
+    assert warnings_of(caplog, *pair(24), 102, optimized=False) == wanted
+    assert warnings_of(caplog, *pair(24), 102, optimized=True) == warnings_of(caplog, *pair(16), 102, False) == []
+
+
+def test_losses_in_evaluation_are_told_once(caplog):
+    student, teacher = pair()
+    (said,) = warnings_of(caplog, student.eval(), teacher, 3, optimized=True)
+    assert said.startswith("losses() while the student is in evaluation mode")
+
+
 def test_copies_can_be_copied_and_pickled():
     distiller = distill(*pair(width=24), TAPS)
     distiller.step = 7

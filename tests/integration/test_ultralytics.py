@@ -285,19 +285,20 @@ def test_the_maps_of_the_neck_are_the_inputs_of_the_head(ultralytics):
     student, teacher = ultralytics.YOLO("yolo11n.yaml").model.train(), ultralytics.YOLO("yolo11s.yaml")
     make = sk.ultralytics.trainer(teacher, maps="neck")
     copy = dict(zip(make.__code__.co_freevars, make.__closure__))["teacher"].cell_contents
-    levels = sk.ultralytics._on_neck(student, copy, {})
+    taps = [sk.ultralytics._neck_taps(model) for model in (student, copy)]
+    distiller = sk.SEADistiller(student, copy, taps[0], teacher_taps=taps[1])
     seen, runs, images = {}, [], torch.rand(2, 3, 64, 64)
     for name, model in (("student", student), ("teacher", copy)):
         model.model[-1].register_forward_pre_hook(lambda _, args, name=name: seen.update({name: list(args[0])}))
     copy.model[0].register_forward_hook(lambda *_: runs.append(1))
     student(images)
     boxes, labels = [torch.tensor([[8.0, 8, 40, 50]])] * 2, [torch.tensor([3])] * 2
-    captured = [distiller.capture(boxes, labels) for distiller in levels]
+    captured = distiller.capture(boxes, labels)
     assert len(runs) == 1
-    for level, (capture, distiller) in enumerate(zip(captured, levels)):
-        own = distiller.adapters["cls_0"](seen["student"][level])
-        assert torch.equal(capture.student_cls[0][0], own) and own.shape[1] == (128, 256, 512)[level]
-        assert torch.equal(capture.teacher_cls[0][0], seen["teacher"][level])
+    for level, adapter in enumerate(distiller.adapters["cls_0"]):
+        own = adapter(seen["student"][level])
+        assert torch.equal(captured.student_cls[0][level], own) and own.shape[1] == (128, 256, 512)[level]
+        assert torch.equal(captured.teacher_cls[0][level], seen["teacher"][level])
     found = []
     teacher.model.eval().model[-1].register_forward_pre_hook(lambda _, args: found.extend(args[0]))
     teacher.model(images)

@@ -304,6 +304,20 @@ def test_bad_masks_are_refused(base, changes, error, message, backend):
 
 # ------------------------------------------------------------------------------------------------------------- maps
 
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (([], [], [], []), "student_box is empty"),
+        (([], [[]], [[]], [[]]), "student_cls is empty"),
+        (([], 1, [[]], [[]]), "student_cls is empty"),
+    ],
+)
+def test_no_branch_has_maps(sets, message, backend):
+    with pytest.raises(ValueError, match=message):
+        sk.sea_loss(*sets, None)
+
+
 A = {"shapes": [(6, 8), (3, 4)], "boxes": [[], []], "labels": [[], []], "strides": [8, 16]}
 GOOD = maps_of(A)
 BAD_MAPS = [

@@ -155,6 +155,22 @@ def test_sea_loss_is_the_sum_of_the_single_losses(distance_on_box, anchor_on_box
             torch.testing.assert_close(g, w)
 
 
+@pytest.mark.parametrize("on_box", [False, True])
+@pytest.mark.parametrize("branch", ["cls", "box"])
+def test_a_branch_without_maps_adds_nothing(branch, on_box, backend, device):
+    case = CASES["crowd and padding"]
+    regions = regions_of(case, device=device)
+    student, teacher = make_maps(case, 3, 1, requires_grad=True, device=device), make_maps(case, 3, 2, device=device)
+    sides = ([student], [teacher], [], []) if branch == "cls" else ([], [], (student,), (teacher,))
+    out = sk.sea_loss(*sides, regions, distance_on_box=on_box, anchor_on_box=on_box)
+    compared = [True, True, False] if branch == "cls" else [on_box, on_box, True]
+    single = sk.anchor_loss, sk.topological_distance_loss, sk.localization_alignment_loss
+    for x, loss, there in zip(out, single, compared):
+        assert_near(x, loss(student, teacher, regions).item() if there else 0.0)
+    for gradient in torch.autograd.grad(sum(out), student):
+        assert gradient.abs().max() > 0
+
+
 def test_sea_loss_can_detach_the_anchors(backend, device):
     case = CASES["plain"]
     regions, student, teacher = (
