@@ -204,7 +204,7 @@ class SEADistiller(nn.Module):
     @step.setter
     def step(self, value: int) -> None:
         self._step = int(value)  # what the host counts; the buffer is for checkpoints
-        self._buffers["step"].fill_(self._step)
+        self._buffers["step"] = torch.full_like(self._buffers["step"], self._step)  # a state_dict keeps the old one
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "step":  # which nn.Module would take for the buffer

@@ -269,7 +269,8 @@ def _record(recorder: Recorder, name: str, _module: nn.Module, _args: tuple, out
 
 def _note_versions(recorder: Recorder, what: str, output: Any) -> None:
     if recorder.side == "student" and not torch.compiler.is_compiling():  # compiled code overwrites nothing
-        recorder.versions += [(what, x, x._version) for x in _tensors(output)]
+        # what was made under inference mode has no version
+        recorder.versions += [(what, x, x._version) for x in _tensors(output) if not x.is_inference()]
 
 
 def _end(recorder: Recorder, _name: str, _module: nn.Module, _args: tuple, _output: Any) -> None:

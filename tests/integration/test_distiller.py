@@ -516,6 +516,21 @@ def test_autocast_and_a_scaler(device, dtype):
     assert all(x.isfinite().all() for x in gradients(student).values())
 
 
+def test_a_batch_that_was_made_under_inference_mode():
+    """Its tensors have no version, and none of them can be kept for backward."""
+    student, teacher = pair()
+    student.backbone.requires_grad_(False)  # or the student itself would need the images in backward
+    distiller, found = distill(student, teacher), []
+    with torch.inference_mode():
+        made = batch()
+    for images, boxes, labels in (batch(), made):
+        student(images)
+        losses = distiller.losses(boxes, labels)
+        sum(losses.values()).backward()
+        found.append(value(losses))
+    assert found[0] == found[1]
+
+
 @pytest.mark.skipif(not CUDA, reason=NO_CUDA)
 def test_a_step_on_a_gpu_does_not_synchronize():
     student, teacher = (m.cuda() for m in pair(width=24))

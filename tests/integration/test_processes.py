@@ -220,6 +220,7 @@ def _resume(rank, _group, _meeting):
     saved, distiller = make(), make()
     saved.step, saved.calibration.log_equal[0] = 500, 3.0
     state = get_model_state_dict(saved) if rank == 0 else {}
+    saved.step = 0
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(distiller, state, options=options)
     return distiller.step, distiller.state_dict()
