@@ -1,5 +1,6 @@
 """The ground truth of one batch in the form that the rasterizers take: packed, checked, in the dtype to compute in."""
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,10 @@ from torch import Tensor
 from . import checks
 
 Boxes = Tensor | Sequence[Tensor]
+FORMATS = ("xyxy", "xywh", "cxcywh")
+
+_log = logging.getLogger("sea_kernels")
+_told: set[str] = set()  # what was logged, which is not repeated
 
 
 class RasterInput(NamedTuple):
@@ -63,6 +68,38 @@ def pack(
     return boxes if boxes.dtype == torch.float64 else boxes.to(torch.float32), index, counts
 
 
+def corners(boxes: Tensor, box_format: str) -> Tensor:
+    """Boxes [G, 4] of that format as x1 y1 x2 y2."""
+    if box_format == "xyxy":
+        return boxes
+    first, size = boxes.split(2, dim=1)
+    if box_format == "cxcywh":
+        first = first - size / 2
+    return torch.cat([first, first + size], dim=1)
+
+
+def scaled(
+    boxes: Tensor, index: Tensor | None, counts: Sequence[int], sizes: Tensor | None, size_list: Sequence[int]
+) -> Tensor:
+    """Boxes [G, 4] that are relative to the sizes of their images, in pixels. Numbers on the device stay there."""
+    pairs = list(zip(size_list[::2], size_list[1::2])) if sizes is None else [x.unbind() for x in sizes.unbind()]
+    if not pairs:
+        return boxes
+    if index is None:
+        return torch.cat([_times(x, *pair) for x, pair in zip(boxes.split(list(counts)), pairs)])
+    if sizes is None and all(pair == pairs[0] for pair in pairs):
+        return _times(boxes, *pairs[0])
+    if sizes is None:  # filled on the device: a copy from the host would wait
+        sizes = torch.stack([torch.full((), n, device=boxes.device) for n in size_list]).view(-1, 2)
+    height, width = sizes[index.clamp(0, len(pairs) - 1)].unbind(1)  # what is out of range is refused or skipped later
+    return _times(boxes, height, width)
+
+
+def _times(boxes: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return torch.stack([x1 * width, y1 * height, x2 * width, y2 * height], dim=1)
+
+
 def pack_labels(labels: object, counts: Sequence[int], device: torch.device | None, like: str) -> Tensor:
     """A list of labels as one tensor int64 [G]; without a device that of the first one is expected of all."""
     if not isinstance(labels, (list, tuple)):
@@ -74,6 +111,34 @@ def pack_labels(labels: object, counts: Sequence[int], device: torch.device | No
         if device is None:
             device, like = x.device, "labels[0]"
     return torch.cat([x.to(torch.int64) for x in labels])
+
+
+def check_boxes(given: RasterInput) -> None:
+    """`check_values`, and a warning where boxes on a CPU look as if they were meant in another way."""
+    check_values(given)
+    used = given.labels >= 0
+    boxes, index = given.boxes[used], given.batch_index
+    if boxes.device.type != "cpu" or not len(boxes):
+        return
+    if (boxes[:, 2:] - boxes[:, :2] <= 1).all():
+        _tell("no box is larger than one pixel; are they relative to their images? Then pass normalized=True")
+    if index is None:
+        index = torch.arange(len(given.counts)).repeat_interleave(torch.tensor(given.counts, dtype=torch.int64))
+    sizes = given.image_sizes
+    if sizes is None and given.image_size_list:
+        sizes = torch.tensor(given.image_size_list).view(-1, 2)
+    if sizes is None:
+        sizes = torch.tensor([n * s for n, s in zip(given.level_shapes[:2], given.strides[:2])])
+        sizes = sizes.expand(given.batch_size, 2)
+    first, end = boxes.split(2, dim=1)
+    if ((first >= sizes[index[used]].flip(1)) | (end <= 0)).any(1).all():
+        _tell("every box lies outside of its image; are they of images before they were resized?")
+
+
+def _tell(what: str) -> None:
+    if what not in _told:
+        _told.add(what)
+        _log.warning("boxes: %s", what)
 
 
 def check_values(given: RasterInput) -> None:

@@ -118,6 +118,12 @@ def boxes(name: str, x: object) -> None:
         raise ValueError(f"{name} has shape {shape_of(x)}; expected [G, 4]: x1 y1 x2 y2")
 
 
+def box_format(value: object, formats: Sequence[str]) -> str:
+    if value not in formats:
+        raise ValueError(f"box_format is {value!r}; expected {', '.join(map(repr, formats))}")
+    return value
+
+
 def instance_masks(name: str, x: object) -> None:
     """The masks of one image: a tensor [G, H, W], or a list, of which nothing is looked at."""
     if not isinstance(x, (Tensor, list, tuple)):

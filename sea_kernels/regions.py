@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backends, checks, segmentations
 from . import group as ranks
-from .boxes import Boxes, RasterInput, pack, pack_labels
+from .boxes import FORMATS, Boxes, RasterInput, corners, pack, pack_labels, scaled
 from .segmentations import Segmentation
 
 if TYPE_CHECKING:
@@ -147,6 +147,8 @@ class Regions:
         image_sizes: Sequence[Sequence[int]] | Tensor | None = None,
         ignore_boxes: Boxes | None = None,
         ignore_batch_index: Tensor | None = None,
+        box_format: str = "xyxy",
+        normalized: bool = False,
         validate: bool = False,
         group: "ProcessGroup | None" = None,
     ) -> "Regions":
@@ -167,7 +169,8 @@ class Regions:
 
         Args:
             boxes: B tensors `[G_b, 4]`, or one packed tensor `[G, 4]` with `batch_index` and `batch_size`: x1 y1 x2 y2
-                in pixels of the input. float32, float64, float16 or bfloat16 (the last two are computed in float32).
+                in pixels of the input, unless `box_format` or `normalized` say otherwise. float32, float64, float16 or
+                bfloat16 (the last two are computed in float32).
             labels: B integer tensors `[G_b]`, or one packed `[G]`. `0 <= label < num_classes`, or -1 for a padding row,
                 which is skipped whatever its other values.
             level_shapes: `(H_l, W_l)` of each level.
@@ -183,6 +186,10 @@ class Regions:
             ignore_boxes: crowd boxes, in either form, in the dtype of `boxes`. To pad packed ones, add boxes that lie
                 outside the image.
             ignore_batch_index: integer tensor `[I]`, the image of each packed ignore box.
+            box_format: of `boxes` and `ignore_boxes`: "xyxy", "xywh" (x1 y1 width height) or "cxcywh" (the center's x
+                and y, width, height).
+            normalized: `boxes` and `ignore_boxes` are relative: 1 is the width or height of the box's own image, as
+                `image_sizes` has it.
             validate: check values on a GPU too, which synchronizes. On a CPU they are always checked.
             group: an initialized `torch.distributed.ProcessGroup` (`dist.group.WORLD` is None before
                 `init_process_group`). All its ranks must make this call. The batch is then that of all ranks: rows are
@@ -199,6 +206,9 @@ class Regions:
                 in num_classes, number of levels, strides, center_ratio or device.
             RuntimeError: a rank failed, or did not arrive within the timeout of the group.
 
+        On a CPU, the logger "sea_kernels" warns once if no box is larger than one pixel, or if all lie outside of their
+        images.
+
         Example:
             >>> import sea_kernels as sk, torch
             >>> boxes, labels = [torch.tensor([[0.0, 0.0, 32.0, 32.0]])], [torch.tensor([7])]
@@ -211,6 +221,9 @@ class Regions:
         num_strides = checks.strides(strides, len(shapes))
         num_classes = checks.integer("num_classes", num_classes, 1)
         center_ratio = checks.center_ratio(center_ratio)
+        box_format = checks.box_format(box_format, FORMATS)
+        if normalized and image_sizes is None:
+            raise ValueError("image_sizes is None; expected (height, width) of each image beside normalized boxes")
 
         if isinstance(boxes, Tensor):
             if batch_size is None:
@@ -248,6 +261,11 @@ class Regions:
             raise ValueError("ignore_batch_index is given without ignore_boxes; expected both or neither")
 
         sizes, size_list = checks.image_sizes(image_sizes, batch_size, packed.device, "boxes")
+        packed = corners(packed, box_format)
+        ignore = None if ignore is None else corners(ignore, box_format)
+        if normalized:
+            packed = scaled(packed, index, counts, sizes, size_list)
+            ignore = None if ignore is None else scaled(ignore, ignore_index, ignore_counts, sizes, size_list)
         # Packed boxes are often columns of one tensor. The kernels read them as rows.
         tensors = [packed, labels, index, ignore, ignore_index, sizes]
         packed, labels, index, ignore, ignore_index, sizes = (None if x is None else x.contiguous() for x in tensors)

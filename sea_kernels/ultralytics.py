@@ -158,15 +158,15 @@ class _Criterion:
         return copy.copy, (self._own,)
 
 
-def _targets(batch: dict[str, Any]) -> dict[str, list[Tensor]]:
+def _targets(batch: dict[str, Any]) -> dict[str, Any]:
     """Boxes and labels of Ultralytics' packed batch, as `SEADistiller.losses` takes them."""
-    height, width = batch["img"].shape[2:]
-    x, y, w, h = batch["bboxes"].unbind(1)
-    boxes = torch.stack([(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height], 1)
-    # To select the boxes of an image would wait for the device: every image has all, and a label of -1 skips a box.
-    images = torch.arange(len(batch["img"]), device=boxes.device).unsqueeze(1)
-    labels = torch.where(batch["batch_idx"].flatten() == images, batch["cls"].flatten().long(), -1)
-    return {"boxes": [boxes] * len(images), "labels": list(labels)}
+    return {
+        "boxes": batch["bboxes"],
+        "labels": batch["cls"].flatten().long(),
+        "batch_index": batch["batch_idx"].flatten().long(),
+        "box_format": "cxcywh",
+        "normalized": True,
+    }
 
 
 def _load(teacher: Any) -> nn.Module:

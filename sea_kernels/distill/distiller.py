@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import group as ranks
 from .. import taps as ready_taps
+from ..boxes import Boxes
 from ..losses import SEALoss, sea_loss
 from ..regions import Regions
 from ..taps import Taps, names, unwrap
@@ -35,6 +36,20 @@ class Capture(NamedTuple):
     student_box: list[list[Tensor]]
     teacher_box: list[list[Tensor]]
     regions: Regions
+
+
+class _Truth(NamedTuple):
+    """The ground truth that a caller gives, as `SEADistiller.losses` takes it."""
+
+    boxes: Boxes | None
+    labels: Boxes | None
+    image_sizes: Sequence[Sequence[int]] | Tensor | None
+    ignore_boxes: Boxes | None
+    masks: Sequence[Any] | None
+    batch_index: Tensor | None
+    ignore_batch_index: Tensor | None
+    box_format: str
+    normalized: bool
 
 
 class _Models(NamedTuple):
@@ -227,12 +242,17 @@ class SEADistiller(nn.Module):
     @torch.compiler.disable  # it counts its steps, which would recompile each time
     def losses(
         self,
-        boxes: Sequence[Tensor] | None = None,
-        labels: Sequence[Tensor] | None = None,
+        boxes: Boxes | None = None,
+        labels: Boxes | None = None,
         image_sizes: Sequence[Sequence[int]] | Tensor | None = None,
-        ignore_boxes: Sequence[Tensor] | None = None,
+        ignore_boxes: Boxes | None = None,
         masks: Sequence[Any] | None = None,
         teacher_input: Tensor | None = None,
+        *,
+        batch_index: Tensor | None = None,
+        ignore_batch_index: Tensor | None = None,
+        box_format: str = "xyxy",
+        normalized: bool = False,
     ) -> dict[str, Tensor]:
         """The weighted losses of the student's last forward. Add them to its own.
 
@@ -240,15 +260,21 @@ class SEADistiller(nn.Module):
         it. torch.compile leaves this function out of its graphs.
 
         Args:
-            boxes: B tensors `[G_b, 4]`: x1 y1 x2 y2 in pixels of the backbone's input. Default: what the taps saw.
-            labels: B integer tensors `[G_b]`, categories from 0. Required with boxes or masks. Default: as for boxes.
+            boxes: B tensors `[G_b, 4]`, or one packed tensor `[G, 4]` with `batch_index`: x1 y1 x2 y2 in pixels of the
+                backbone's input. Default: what the taps saw.
+            labels: B integer tensors `[G_b]`, or one packed `[G]`: categories from 0, or -1 for a box to skip. Required
+                with boxes or masks. Default: as for boxes.
             image_sizes: (height, width) of each image before padding, in the same pixels. Default: what the taps saw;
                 without it every image fills its maps.
-            ignore_boxes: B tensors `[I_b, 4]` of crowds. Default: none if boxes or masks are given, else what the taps
+            ignore_boxes: crowds, in either form of boxes. Default: none if boxes or masks are given, else what the taps
                 saw.
             masks: the instances' masks, as :meth:`sea_kernels.Regions.from_masks` takes them, instead of boxes.
             teacher_input: the batch `[B, 3, H, W]` for the teacher, if it needs another normalization. Default: the
                 input of the student's backbone.
+            batch_index, ignore_batch_index, box_format: of the boxes given here, as in
+                :meth:`sea_kernels.Regions.from_boxes`. The number of images is that of the input.
+            normalized: the boxes given here are relative to `image_sizes`, or to the backbone's input if the sizes are
+                neither given nor seen by the taps.
 
         Returns:
             `loss_sea_anchor`, `loss_sea_distance`, `loss_sea_localization`: scalars. Gradient flows to the student and
@@ -269,13 +295,15 @@ class SEADistiller(nn.Module):
             if self.calibration.measures(since - 1):
                 self.calibration.settle(ranks.everyone(self._group))
             self.calibration.report(since)
-            arguments = boxes, labels, image_sizes, ignore_boxes, masks, teacher_input
+            truth = _Truth(
+                boxes, labels, image_sizes, ignore_boxes, masks, batch_index, ignore_batch_index, box_format, normalized
+            )
             if self.calibration.measures(since):
-                captured, leaves = self._capture(*arguments, measured=True)
+                captured, leaves = self._capture(truth, teacher_input, measured=True)
                 losses = sea_loss(*captured, **self._loss_options)
                 weighted = [x + self._zero() for x in self.calibration.measure(losses, leaves, factor)]
             else:
-                losses = sea_loss(*self._capture(*arguments)[0], **self._loss_options)
+                losses = sea_loss(*self._capture(truth, teacher_input)[0], **self._loss_options)
                 weighted = [factor * w * x for w, x in zip(self.calibration.weights(), losses)]
         self.step += 1
         self.unweighted = SEALoss(*(x.detach() for x in losses))
@@ -310,21 +338,29 @@ class SEADistiller(nn.Module):
 
     def capture(
         self,
-        boxes: Sequence[Tensor] | None = None,
-        labels: Sequence[Tensor] | None = None,
+        boxes: Boxes | None = None,
+        labels: Boxes | None = None,
         image_sizes: Sequence[Sequence[int]] | Tensor | None = None,
-        ignore_boxes: Sequence[Tensor] | None = None,
+        ignore_boxes: Boxes | None = None,
         masks: Sequence[Any] | None = None,
         teacher_input: Tensor | None = None,
+        *,
+        batch_index: Tensor | None = None,
+        ignore_batch_index: Tensor | None = None,
+        box_format: str = "xyxy",
+        normalized: bool = False,
     ) -> Capture:
         """The maps (after the adapters) and the regions that `losses` would compare, given the same arguments.
 
         It uses up the recorded maps, as `losses` does.
         """
-        return self._capture(boxes, labels, image_sizes, ignore_boxes, masks, teacher_input)[0]
+        truth = _Truth(
+            boxes, labels, image_sizes, ignore_boxes, masks, batch_index, ignore_batch_index, box_format, normalized
+        )
+        return self._capture(truth, teacher_input)[0]
 
     def _capture(
-        self, boxes, labels, image_sizes, ignore_boxes, masks, teacher_input, measured: bool = False
+        self, truth: _Truth, teacher_input: Tensor | None, measured: bool = False
     ) -> tuple[Capture, list[Tensor]]:
         """(the capture, the student's maps); if this step is measured, these are leaves, cut off from the student."""
         student, teacher = self._recorders
@@ -337,7 +373,7 @@ class SEADistiller(nn.Module):
                     sets[m] = [x.detach().requires_grad_() for x in maps]
         leaves = [x for sets in ours.values() for maps in sets for x in maps]
         first = next(maps for sets in ours.values() for maps in sets)
-        regions = self._regions(first, images, targets, boxes, labels, image_sizes, ignore_boxes, masks)
+        regions = self._regions(first, images, targets, truth)
         self.teacher.eval()  # a trainer may have gone over all its modules
         theirs = teacher.run(images if teacher_input is None else teacher_input, others, levels=len(first))
         for branch, sets in ours.items():
@@ -368,10 +404,11 @@ class SEADistiller(nn.Module):
             out.append(t)
         return out
 
-    def _regions(
-        self, maps: list[Tensor], images: Tensor, seen: Any, boxes, labels, image_sizes, ignore, masks
-    ) -> Regions:
+    def _regions(self, maps: list[Tensor], images: Tensor, seen: Any, truth: _Truth) -> Regions:
         taps = self._taps[0]
+        boxes, labels, image_sizes, ignore, masks, index, ignore_index, box_format, normalized = truth
+        if boxes is None and (index is not None or ignore_index is not None or box_format != "xyxy" or normalized):
+            raise ValueError("boxes is None; expected them beside batch_index, box_format or normalized")
         targets = None if seen is None else taps.read_targets(seen, self.use_masks)
         if targets is not None:
             image_sizes = targets.image_sizes if image_sizes is None else image_sizes
@@ -397,7 +434,12 @@ class SEADistiller(nn.Module):
             strides = strides(tuple(images.shape[2:]), shapes)
         if masks is not None:
             return Regions.from_masks(masks, labels, shapes, strides, **options)
-        return Regions.from_boxes(boxes, labels, shapes, strides, **options)
+        if normalized and image_sizes is None:
+            options["image_sizes"] = [tuple(images.shape[2:])] * len(images)
+        return Regions.from_boxes(
+            boxes, labels, shapes, strides, **options, batch_index=index, ignore_batch_index=ignore_index,
+            batch_size=len(images), box_format=box_format, normalized=normalized,
+        )  # fmt: skip
 
     def student_state_dict(self) -> dict[str, Tensor]:
         """The state_dict of the student alone, without the prefixes of DDP or torch.compile."""

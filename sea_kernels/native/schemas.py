@@ -7,7 +7,7 @@ They have no defaults: with `Tensor[]`, defaults break the registration of autog
 import torch
 from torch import Tensor
 
-from ..boxes import RasterInput, check_values
+from ..boxes import RasterInput, check_boxes
 from ..checks import compute_dtype
 
 _TYPES = {
@@ -62,7 +62,7 @@ def _regions(*arguments):
     # An operator, because a check of values does not trace.
     given, validate = RasterInput(*arguments[:-1]), arguments[-1]
     if validate or given.boxes.device.type == "cpu":
-        check_values(given)
+        check_boxes(given)
     return torch.ops.sea_kernels.rasterize(*given, None)
 
 

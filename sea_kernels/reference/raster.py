@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..boxes import RasterInput, check_values
+from ..boxes import RasterInput, check_boxes, check_values
 from ..segmentations import Columns
 
 Level = tuple[tuple[int, int], tuple[Tensor, Tensor]]  # shape (H, W), and stride (y, x) in the dtype to compute in
@@ -18,7 +18,7 @@ Level = tuple[tuple[int, int], tuple[Tensor, Tensor]]  # shape (H, W), and strid
 def rasterizer(given: RasterInput, validate: bool) -> Callable[[Tensor | None], tuple]:
     """`rasterize` of these boxes, as a function of `present`. See :class:`sea_kernels.backends.Backend`."""
     if not torch.compiler.is_compiling() and (validate or given.boxes.device.type == "cpu"):
-        check_values(given)
+        check_boxes(given)
     return partial(rasterize, given)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch._dynamo.testing
 from cases import CUDA, NO_CUDA
 from ranks import Meeting
+from scenes import assert_same_regions
 from torch import nn
 from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
@@ -115,6 +116,42 @@ def test_an_entry_may_name_a_module_for_every_level():
     student(IMAGES)
     with pytest.raises(ValueError, match=r"gave 2 maps in a forward; expected 3"):
         distiller.losses(BOXES, LABELS)
+
+
+def test_packed_boxes_in_another_format():
+    student, teacher = pair()
+    distiller = distill(student, teacher)
+    truth = {"batch_index": torch.tensor([0, 0, 1]), "labels": torch.cat(LABELS)}
+    first, end = torch.cat(BOXES).split(2, dim=1)
+    xywh = torch.cat([first, end - first], 1)
+    ignore = torch.tensor([[0.0, 0.0, 40.0, 30.0]])
+    size, sizes = torch.tensor([96.0, 64.0, 96.0, 64.0]), [(60, 96), (64, 50)]
+    own = torch.tensor([[96.0, 60.0, 96.0, 60.0]] * 2 + [[50.0, 64.0, 50.0, 64.0]])
+    for boxes, form in (
+        (torch.cat(BOXES), {}),
+        (xywh, {"box_format": "xywh"}),
+        (xywh / size, {"box_format": "xywh", "normalized": True}),
+        (xywh / own, {"box_format": "xywh", "normalized": True, "image_sizes": sizes}),
+    ):
+        student(IMAGES)
+        found = distiller.capture(boxes, **truth, **form).regions
+        want = sk.Regions.from_boxes(
+            BOXES, LABELS, found.level_shapes, STRIDES, num_classes=4, image_sizes=form.get("image_sizes")
+        )
+        assert_same_regions(found, want)
+    student(IMAGES)
+    crowd = {"ignore_boxes": ignore, "ignore_batch_index": torch.tensor([1])}
+    found = distiller.capture(torch.cat(BOXES), **truth, **crowd).regions
+    want = sk.Regions.from_boxes(
+        BOXES, LABELS, found.level_shapes, STRIDES, num_classes=4, ignore_boxes=[ignore[:0], ignore]
+    )
+    assert_same_regions(found, want)
+    student(IMAGES)
+    assert value(distiller.losses(torch.cat(BOXES), **truth, **crowd)) > 0
+    for form in ({"batch_index": truth["batch_index"]}, {"box_format": "xywh"}, {"normalized": True}):
+        student(IMAGES)
+        with pytest.raises(ValueError, match="boxes is None; expected them beside batch_index, box_format or normal"):
+            distiller.losses(**form)
 
 
 class Ladder(Toy):

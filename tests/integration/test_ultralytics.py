@@ -204,7 +204,8 @@ def test_boxes_of_a_batch_are_those_of_its_images(ultralytics):
     wanted = {"boxes": [boxes[:1], boxes[:0], boxes[1:]], "labels": [torch.tensor(x) for x in ([3], [], [1, 3])]}
     wanted["labels"][1] = wanted["labels"][1].long()
     options = {"level_shapes": [(8, 12), (4, 6)], "strides": (8, 16), "num_classes": 4}
-    found, wanted = sk.Regions.from_boxes(**found, **options), sk.Regions.from_boxes(**wanted, **options)
+    found = sk.Regions.from_boxes(**found, **options, batch_size=3, image_sizes=[(64, 96)] * 3)
+    wanted = sk.Regions.from_boxes(**wanted, **options)
     for level in range(2):
         for k, label in enumerate(wanted.classes[:2].tolist()):
             assert found.classes[k] == label

@@ -110,6 +110,8 @@ BAD_BOXES = [
     (LISTS, {"center_ratio": "0.5"}, TypeError, r"center_ratio is a str"),
     (LISTS, {"center_ratio": 1.5}, ValueError, r"center_ratio is 1.5; expected a number from 0 to 1"),
     (LISTS, {"center_ratio": nan}, ValueError, r"center_ratio is nan"),
+    (LISTS, {"box_format": "xyhw"}, ValueError, r"box_format is 'xyhw'; expected 'xyxy', 'xywh', 'cxcywh'"),
+    (LISTS, {"normalized": True}, ValueError, r"image_sizes is None; expected \(height, width\) of each image beside"),
     (LISTS, {"image_sizes": 3}, TypeError, r"image_sizes is a int"),
     (LISTS, {"image_sizes": [(48, 64)]}, ValueError, r"image_sizes has 1 entries; expected 2"),
     (LISTS, {"image_sizes": [(48, 64), 3]}, TypeError, r"image_sizes\[1\] is a int"),

@@ -104,6 +104,98 @@ def test_any_boxes_give_the_regions_of_the_definition(backend, device, case, dty
     assert_as_defined(case, dtype, packed, device)
 
 
+SIZES = [(32, 64), (64, 128), (64, 64)]  # powers of two: every conversion below is exact
+
+
+def in_form(boxes, sizes, box_format, normalized):
+    """x1 y1 x2 y2 in pixels as another trainer has them"""
+    out = boxes.clone()
+    if box_format != "xyxy":
+        out[:, 2:] -= boxes[:, :2]
+    if box_format == "cxcywh":
+        out[:, :2] = (boxes[:, :2] + boxes[:, 2:]) / 2
+    return out / sizes.flip(1).repeat(1, 2) if normalized else out
+
+
+@pytest.mark.parametrize("dtype", [F16, F32, F64])
+@pytest.mark.parametrize("sizes_in", [list, torch.tensor])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("box_format", ["xyxy", "xywh", "cxcywh"])
+def test_boxes_in_other_formats(box_format, normalized, packed, sizes_in, dtype, backend, device):
+    generator = torch.Generator().manual_seed(0)
+    for sizes in (SIZES, [SIZES[0]] * 3):
+        made = []
+        for counts in ([3, 0, 2], [0, 2, 1]):
+            index = torch.arange(3).repeat_interleave(torch.tensor(counts))
+            first = torch.randint(0, 100, (sum(counts), 2), generator=generator) / 4
+            size = torch.randint(4, 100, (sum(counts), 2), generator=generator) / 4
+            boxes = torch.cat([first, first + size], 1)
+            other = in_form(boxes, torch.tensor(sizes)[index], box_format, normalized)
+            for x in (boxes, other):
+                x = x.to(dtype).to(device)
+                made.append((x, index.to(device)) if packed else (list(x.split(counts)), None))
+        (boxes, index), (others, _), (ignore, ignore_index), (other_ignore, _) = made
+        labels = torch.tensor([0, 1, 1, 0, 2], device=device)
+        options = {
+            "labels": labels if packed else list(labels.split([3, 0, 2])), "batch_index": index,
+            "ignore_batch_index": ignore_index, "batch_size": 3, "num_classes": 3, "level_shapes": [(8, 16), (4, 8)],
+            "strides": [8, 16], "image_sizes": sizes if sizes_in is list else torch.tensor(sizes, device=device),
+        }  # fmt: skip
+        wanted = sk.Regions.from_boxes(boxes, ignore_boxes=ignore, **options)
+        form = {"box_format": box_format, "normalized": normalized}
+        found = sk.Regions.from_boxes(others, ignore_boxes=other_ignore, **options, **form)
+        assert_same_regions(found, wanted)
+        assert wanted.area[:, 1:].sum() > 0 and wanted.counted[0] < 3 * 8 * 16
+
+
+def test_normalized_packed_boxes_of_no_image_or_out_of_range(backend, device):
+    """On a GPU such boxes are skipped, on a CPU refused."""
+    options = {"level_shapes": [(2, 2)], "strides": [8], "normalized": True, "box_format": "cxcywh"}
+    none = {"boxes": torch.zeros(0, 4, device=device), "labels": torch.zeros(0, device=device).long()}
+    index = torch.zeros(0, device=device).long()
+    for sizes in ([], [(16, 8)], [(16, 8), (8, 16)]):
+        regions = sk.Regions.from_boxes(**none, **options, batch_index=index, batch_size=len(sizes), image_sizes=sizes)
+        assert regions.batch_size == len(sizes)
+    box, label = torch.full((1, 4), 0.5), torch.tensor([0])
+    for sizes in ([(16, 8)], [(16, 8), (8, 16)], []):
+        with pytest.raises(ValueError, match=rf"batch_index\[0\] is 7; expected 0 <= index < {len(sizes)}"):
+            sk.Regions.from_boxes(
+                box, label, **options, batch_index=torch.tensor([7]), batch_size=len(sizes), image_sizes=sizes
+            )
+
+
+@pytest.mark.parametrize(
+    ("boxes", "options", "said"),
+    [
+        ([0.1, 0.1, 0.6, 0.6], {}, "no box is larger than one pixel; are they relative to their images"),
+        ([0.1, 0.1, 0.6, 0.6], {"normalized": True}, None),
+        ([0.1, 0.1, 0.6, 1.6], {}, None),
+        ([400.0, 40.0, 600.0, 60.0], {}, "every box lies outside of its image; are they of images before"),
+        ([40.0, 40.0, 600.0, 600.0], {}, None),
+        ([40.0, 100.0, 60.0, 110.0], {"image_sizes": [(320, 320), (90, 320)]}, "every box lies outside"),
+        ([40.0, 100.0, 60.0, 110.0], {"image_sizes": torch.tensor([[320, 320], [120, 320]])}, None),
+        ([400.0, 40.0, 600.0, 60.0], {"labels": -1}, None),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_boxes_that_look_wrong_are_told_once(boxes, options, said, packed, backend, caplog, monkeypatch):
+    from sea_kernels import boxes as module
+
+    monkeypatch.setattr(module, "_told", set())
+    options = {"level_shapes": [(40, 40)], "strides": [8], "image_sizes": [(320, 320)] * 2} | options
+    label = torch.tensor([options.pop("labels", 1)])
+    given, labels = torch.tensor([boxes]), label
+    if packed:
+        options |= {"batch_index": torch.tensor([1]), "batch_size": 2}
+    else:
+        given, labels = [torch.zeros(0, 4), given], [label[:0], label]
+    for _ in range(2):
+        sk.Regions.from_boxes(given, labels, **options)
+    messages = [r.getMessage() for r in caplog.records]
+    assert messages == [] if said is None else len(messages) == 1 and said in messages[0]
+
+
 @pytest.mark.parametrize("stride", [6.9, 13.3, 1333 / 40, 100 / 7])
 def test_borders_of_pixels_are_multiples_of_the_stride_in_float32(stride, backend, device):
     """Coordinates at multiples of the stride, which reciprocals, or float64, would put into another pixel."""
