@@ -17,11 +17,13 @@ No detection library is imported. torchvision's detectors are recognized by the 
 their parts.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -185,8 +187,103 @@ def find(model: nn.Module) -> Taps:
     raise TypeError(
         f"no ready taps for {type(model).__module__}.{type(model).__qualname__}; expected one of "
         f"{', '.join(f'{family} {name}' for family, name in _ready)}, or taps=sea_kernels.taps.Taps(cls=..., "
-        "box=..., strides=...) with the names of the modules that make the maps"
+        "box=..., strides=...) with the names of the modules that make the maps, which "
+        "sea_kernels.taps.candidates(model, images) lists"
     )
+
+
+class Candidate(NamedTuple):
+    """A module that gave maps in a forward."""
+
+    name: str
+    kind: str  # the name of its class
+    calls: int  # how often it was called
+    shapes: list[tuple[int, int, int]]  # (C, H, W) of its maps, in their order
+    strides: list[float]  # height of the detector's input / H; empty if no module got [B, 3, H, W]
+
+
+class Candidates(list[Candidate]):
+    """A list that prints as a table."""
+
+    def __repr__(self) -> str:
+        rows = [("module", "class", "calls", "maps (C x H x W)", "strides")]
+        for x in self:
+            maps = ", ".join("x".join(map(str, shape)) for shape in x.shapes)
+            rows.append((x.name, x.kind, str(x.calls), maps, ", ".join(f"{s:g}" for s in x.strides)))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def candidates(model: nn.Module, *inputs: Any, **keywords: Any) -> Candidates:
+    """The modules of a detector that give maps: what `Taps` may name.
+
+    It runs `model(*inputs, **keywords)` once in evaluation mode without gradients, and leaves the model as it was.
+
+    Args:
+        model: a detector, bare or wrapped by DDP or torch.compile.
+        inputs, keywords: what the detector takes in evaluation.
+
+    Returns:
+        First the modules that gave a map of every level, by being called once per level or all at once, then the
+        others. Both in the order of the forward. Maps of a single pixel are left out. It prints as a table.
+
+    Raises:
+        What the detector raises.
+
+    Example:
+        >>> import sea_kernels as sk, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), torch.nn.ReLU(), torch.nn.Flatten())
+        >>> sk.taps.candidates(model, torch.zeros(1, 3, 64, 96))
+        module  class   calls  maps (C x H x W)  strides
+        0       Conv2d  1      8x8x12            8
+        1       ReLU    1      8x8x12            8
+    """
+    model = unwrap(model)
+    calls: dict[str, list[list[tuple[int, int, int]]]] = {}
+    heights: list[int] = []  # of the images, as the first module saw them
+
+    def look(module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str) -> None:
+        given = [x for x in tensors((args, kwargs)) if x.dim() == 4 and x.shape[1] == 3]
+        heights.extend(x.shape[2] for x in given[:1])
+        found = [tuple(x.shape[1:]) for x in tensors(output) if x.dim() == 4 and x[0, 0].numel() > 1]
+        if found:
+            calls.setdefault(name, []).append(found)
+
+    modules = {name: x for name, x in model.named_modules() if name}
+    hooks = [x.register_forward_hook(partial(look, name=name), with_kwargs=True) for name, x in modules.items()]
+    training = [x for x in model.modules() if x.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(*inputs, **keywords)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for x in training:
+            x.training = True
+    out = []
+    for name, fired in calls.items():
+        shapes = [shape for found in fired for shape in found]
+        strides = [heights[0] / height for _, height, _ in shapes] if heights else []
+        out.append(Candidate(name, type(modules[name]).__name__, len(fired), shapes, strides))
+    return Candidates(sorted(out, key=lambda x: len({shape[1:] for shape in x.shapes}) < 2))
+
+
+def values(output: Any) -> list:
+    """The levels in what a module returned."""
+    if isinstance(output, Mapping):
+        return list(output.values())
+    if dataclasses.is_dataclass(output):
+        return [getattr(output, field.name) for field in dataclasses.fields(output)]
+    return list(output) if isinstance(output, (list, tuple)) else [output]
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """All tensors in what a module returned."""
+    if isinstance(output, Tensor):
+        return [output]
+    inside = values(output)
+    return [] if inside and inside[0] is output else [x for value in inside for x in tensors(value)]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,17 +1,17 @@
 """Hooks on a detector, which record what its modules returned in the last forward."""
 
-import dataclasses
+import difflib
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..taps import Entry, Select, Taps, names
+from ..taps import Entry, Select, Taps, names, tensors, values
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -20,7 +20,11 @@ def _submodule(side: str, model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        raise ValueError(f"the {side}'s taps name the module {name!r}, which {type(model).__name__} lacks") from error
+        near = difflib.get_close_matches(name, [n for n, _ in model.named_modules() if n])
+        hint = f" (it has {', '.join(map(repr, near))})" if near else ""
+        raise ValueError(
+            f"the {side}'s taps name the module {name!r}, which {type(model).__name__} lacks{hint}"
+        ) from error
 
 
 def _may_be_overwritten(model: nn.Module, name: str, module: nn.Module) -> bool:
@@ -175,7 +179,7 @@ class Recorder:
             chosen = [entry.select(x, tuple(images.shape[2:])) for x in outputs]
             outputs = [x for c in chosen for x in ([c] if isinstance(c, Tensor) else c)]
         elif len(outputs) == 1 and not isinstance(outputs[0], Tensor):
-            outputs = _values(outputs[0])
+            outputs = values(outputs[0])
         if not outputs or (count is not None and len(outputs) != count):
             raise self.miscounted((name,), len(outputs), count or "one per level")
         for x in outputs:
@@ -194,23 +198,6 @@ class Recorder:
             hint = f" (one set of maps, with a module for each level: ({entries},))"
         what = f"module {modules[0]!r}" if len(modules) == 1 else f"modules {modules}"
         return ValueError(f"the {self.side}'s {what} gave {count} maps in a forward; expected {expected}{hint}")
-
-
-def _values(output: Any) -> list:
-    """The levels in what a module returned."""
-    if isinstance(output, Mapping):
-        return list(output.values())
-    if dataclasses.is_dataclass(output):
-        return [getattr(output, field.name) for field in dataclasses.fields(output)]
-    return list(output) if isinstance(output, (list, tuple)) else [output]
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """All tensors in what a module returned."""
-    if isinstance(output, Tensor):
-        return [output]
-    values = _values(output)
-    return [] if values and values[0] is output else [x for value in values for x in _tensors(value)]
 
 
 def _call(model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -270,7 +257,7 @@ def _record(recorder: Recorder, name: str, _module: nn.Module, _args: tuple, out
 def _note_versions(recorder: Recorder, what: str, output: Any) -> None:
     if recorder.side == "student" and not torch.compiler.is_compiling():  # compiled code overwrites nothing
         # what was made under inference mode has no version
-        recorder.versions += [(what, x, x._version) for x in _tensors(output) if not x.is_inference()]
+        recorder.versions += [(what, x, x._version) for x in tensors(output) if not x.is_inference()]
 
 
 def _end(recorder: Recorder, _name: str, _module: nn.Module, _args: tuple, _output: Any) -> None:

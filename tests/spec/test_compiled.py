@@ -217,6 +217,33 @@ def test_two_graphs_serve_lists_of_boxes(device):
     assert graphs(f) <= 2
 
 
+@pytest.mark.parametrize("sizes", ["list", "equal", "tensor"])
+def test_relative_boxes_take_no_more_graphs(sizes, device):
+    """Lists and packed ones, of any number, on images whose sizes are a list or a tensor."""
+    given = {"list": [(150, 224), (160, 200)], "equal": [(160, 224)] * 2}.get(
+        sizes, torch.tensor([[150, 224], [160, 200]])
+    )
+    given = given.to(device) if sizes == "tensor" else given
+    form = {"normalized": True, "box_format": "cxcywh", "image_sizes": given}
+
+    def packed(boxes, labels, index):
+        return sk.Regions.from_boxes(boxes, labels, SHAPES, STRIDES, batch_index=index, batch_size=2, **form).tensors()
+
+    def lists(boxes, labels):
+        return sk.Regions.from_boxes(boxes, labels, SHAPES, STRIDES, **form).tensors()
+
+    fast_packed, fast_lists = compiled(packed), compiled(lists)
+    for seed, count in enumerate([3, 5, 9]):
+        boxes, labels, index = (x.to(device) for x in make_boxes(count, seed=seed))
+        boxes = boxes / 300
+        for x, y in zip(fast_packed(boxes, labels, index), packed(boxes, labels, index)):
+            assert torch.equal(x, y)
+        cut = [boxes[:2], boxes[2:]], [labels[:2], labels[2:]]
+        for x, y in zip(fast_lists(*cut), lists(*cut)):
+            assert torch.equal(x, y)
+    assert graphs(packed) <= 2 and graphs(lists) <= 3
+
+
 def test_one_graph_serves_maps_of_all_sizes(backend, device):
     """Other sizes of images: one graph with dynamic shapes, the regions built inside."""
 
