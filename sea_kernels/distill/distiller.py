@@ -284,6 +284,7 @@ class SEADistiller(nn.Module):
             RuntimeError: the student has not run; a map has no graph, or was overwritten.
             ValueError: there are no boxes or labels; maps do not pair up (the message names the module and the counts).
         """
+        self._follow_student()
         self._look_for_mistakes()
         factor = float(self.schedule(self.step))
         if factor == 0:
@@ -308,6 +309,13 @@ class SEADistiller(nn.Module):
         self.step += 1
         self.unweighted = SEALoss(*(x.detach() for x in losses))
         return dict(zip(("loss_sea_anchor", "loss_sea_distance", "loss_sea_localization"), weighted))
+
+    def _follow_student(self) -> None:
+        """To its device, if it was moved without the distiller."""
+        device = next(self.student.parameters()).device
+        if self.calibration.count.device != device:
+            self.calibration.to(device)
+            self._buffers["step"] = torch.full_like(self._buffers["step"], self._step, device=device)
 
     def _look_for_mistakes(self) -> None:
         if not self.student.training and "evaluation" not in self._said:
@@ -370,7 +378,9 @@ class SEADistiller(nn.Module):
                 for m, maps in enumerate(sets):
                     for x, name in zip(maps, itertools.cycle(names(getattr(self._taps[0], branch)[m]))):
                         self.calibration.watch(branch, x, name in student.cloned)
-                    sets[m] = [x.detach().requires_grad_() for x in maps]
+                    # Without the loss scaling that backward has, a gradient may be too small for float16.
+                    dtype = torch.float32 if maps[0].dtype == torch.float16 else maps[0].dtype
+                    sets[m] = [x.detach().to(dtype).requires_grad_() for x in maps]
         leaves = [x for sets in ours.values() for maps in sets for x in maps]
         first = next(maps for sets in ours.values() for maps in sets)
         regions = self._regions(first, images, targets, truth)

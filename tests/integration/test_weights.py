@@ -103,6 +103,20 @@ def test_what_multiplies_the_losses_is_seen():
     assert weights(distiller) == pytest.approx([x / 8 for x in expected()], rel=1e-5)
 
 
+def test_gradients_too_small_for_half_precision():
+    """Only the student's own loss is scaled while it is measured."""
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        distiller = sk.SEADistiller(*models(), TAPS, distance_temperature=1000.0)
+        for _ in range(FIRST + 1):
+            with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+                own = distiller.student(IMAGES)["loss"]
+                losses = distiller.losses(BOXES, LABELS)
+            (2.0**12 * (own + sum(losses.values()))).backward()
+        found.append(weights(distiller))
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
 def test_a_map_that_is_overwritten_behind_its_module_counts_as_it_was():
     """The convolution's output is a copy, as a ReLU works in place on it. The gradient at both is the same here."""
     student, teacher = models()
@@ -217,6 +231,15 @@ def test_copies_and_dtypes_keep_the_weights():
         change(distiller)
         assert weights(distiller) == want and distiller.step == 2
         assert distiller.calibration.log_equal.dtype == torch.float32
+
+
+def test_buffers_follow_a_student_that_was_moved_alone():
+    distiller = sk.SEADistiller(*models(), TAPS)
+    distiller.step = 3
+    distiller.calibration.to("meta")
+    distiller._buffers["step"] = distiller._buffers["step"].to("meta")
+    step(distiller)
+    assert all(not x.is_meta for x in distiller.buffers()) and distiller.state_dict()["step"] == 4
 
 
 # --------------------------------------------------------------------------------------------------- what cannot be
