@@ -314,7 +314,7 @@ class SEADistiller(nn.Module):
         """To its device, if it was moved without the distiller."""
         device = next(self.student.parameters()).device
         if self.calibration.count.device != device:
-            self.calibration.to(device)
+            self.calibration.to_empty(device=device)  # which keeps the values
             self._buffers["step"] = torch.full_like(self._buffers["step"], self._step, device=device)
 
     def _look_for_mistakes(self) -> None:
