@@ -113,6 +113,7 @@ class Calibration(nn.Module):
         newest = torch.where(equal < self.log_equal - _DROP, 1, (1 / (self.count + 1)).clamp(min=_NEWEST))
         self.log_equal += torch.where(valid, newest * (equal - self.log_equal), 0)
         self.count += valid
+        self.seen = torch.zeros_like(self.seen)  # counts once, if the step that follows fails and is repeated
 
     def report(self, step: int) -> None:
         """Logs what was found, some steps later: the numbers are on their way to the host meanwhile."""

@@ -17,6 +17,7 @@ from ..boxes import Boxes
 from ..losses import SEALoss, sea_loss
 from ..regions import Regions
 from ..taps import Taps, names, unwrap
+from . import adapters
 from .calibration import Calibration, keep_buffers
 from .recorder import Recorder, output_channels
 from .schedule import Schedule
@@ -204,7 +205,7 @@ class SEADistiller(nn.Module):
                     r.taps.channels or output_channels(r.side, r.model, n) for r, n in zip(self._recorders, entries)
                 )
                 if own != target:
-                    self.adapters[f"{branch}_{m}"] = _adapter(own, target, device=like.device, dtype=like.dtype)
+                    self.adapters[f"{branch}_{m}"] = adapters.make(own, target, device=like.device, dtype=like.dtype)
         both, cls = ("cls", "box"), ("cls",)
         branches = both if taps.anchor_on_box else cls, both if distance_on_box else cls, ("box",)
         self.calibration = Calibration(weights, shares, branches, like.device)
@@ -389,7 +390,7 @@ class SEADistiller(nn.Module):
         for branch, sets in ours.items():
             for m, maps in enumerate(sets):
                 if f"{branch}_{m}" in self.adapters:
-                    maps = sets[m] = _adapt(self.adapters[f"{branch}_{m}"], maps)
+                    maps = sets[m] = adapters.adapt(self.adapters[f"{branch}_{m}"], maps)
                 name = names(getattr(self._taps[0], branch)[m])[0]
                 theirs[branch][m] = self._pair(name, maps, theirs[branch][m])
         return Capture(ours["cls"], theirs["cls"], ours["box"], theirs["box"], regions), leaves
@@ -483,28 +484,6 @@ class SEADistiller(nn.Module):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _adapter(own: int | Sequence[int], target: int | Sequence[int], **options: Any) -> nn.Module:
-    """A convolution for all levels, or one for each level. Nothing where a level needs none."""
-    if isinstance(own, int) and isinstance(target, int):
-        return nn.Conv2d(own, target, 1, **options)
-    count = len(target if isinstance(own, int) else own)
-    own, target = ([x] * count if isinstance(x, int) else list(x) for x in (own, target))
-    if len(own) != len(target):
-        raise ValueError(f"channels are {own} for the student and {target} for the teacher; expected as many levels")
-    return nn.ModuleList(nn.Identity() if a == b else nn.Conv2d(a, b, 1, **options) for a, b in zip(own, target))
-
-
-def _adapt(adapter: nn.Module, maps: list[Tensor]) -> list[Tensor]:
-    levels = adapter if isinstance(adapter, nn.ModuleList) else [adapter] * len(maps)
-    if len(levels) != len(maps):
-        raise ValueError(f"there are {len(maps)} maps; expected {len(levels)}, as channels= has for each level")
-    out = []
-    for layer, x in zip(levels, maps):
-        as_it_is = isinstance(layer, nn.Identity) or torch.is_autocast_enabled(x.device.type)
-        out.append(layer(x if as_it_is else x.to(layer.weight.dtype)))
-    return out
 
 
 def _three(name: str, values: Any, also: str) -> tuple[float, ...]:

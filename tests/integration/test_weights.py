@@ -264,6 +264,18 @@ def test_a_compiled_student_needs_fixed_weights():
             (compiled(IMAGES)["loss"] + sum(distiller.losses(BOXES, LABELS).values())).backward()
 
 
+def test_a_step_that_fails_and_is_repeated_counts_no_measurement_twice():
+    distiller = sk.SEADistiller(*models(), TAPS)
+    for _ in range(4):
+        step(distiller)
+    for _ in range(2):
+        distiller.student(IMAGES)
+        with pytest.raises(ValueError, match="boxes and labels not given"):
+            distiller.losses()
+    step(distiller)
+    assert distiller.calibration.count.tolist() == [3, 3, 3]
+
+
 def test_steps_without_backward_measure_nothing():
     distiller = sk.SEADistiller(*models(), TAPS)
     for _ in range(2):
