@@ -53,12 +53,17 @@ class Calibration(nn.Module):
         # of the three losses; the factors by which the trainer multiplied them, as for loss scaling.
         self.register_buffer("seen", torch.zeros(8, device=device), kept)
         self._own_seen = self._any_seen = False  # whether backward reached the maps, and the losses
+        self.probe = torch.zeros(2, device=device, requires_grad=True)
         self._reading: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
 
     def measures(self, step: int) -> bool:
         if self.fixed is not None:
             return step == _CHECKED
         return 0 <= step < STEPS and (step % _EVERY == 0 or step in _EARLY)
+
+    def probe_of(self, step: int) -> Tensor | None:
+        """What a step's forward has to use, if it is compiled. Fixed weights are not worth another compilation."""
+        return self.probe if self.fixed is None and self.measures(step) else None
 
     def weights(self) -> Sequence[float | Tensor]:
         """Of the anchor, the distance and the localization loss. 0 for one that was never measured."""
@@ -85,7 +90,7 @@ class Calibration(nn.Module):
     def measure(self, losses: SEALoss, leaves: Sequence[Tensor], factor: float) -> list[Tensor]:
         """The losses, weighted and times `factor`, cut off from `leaves`, the maps that they were computed from."""
         self.seen = torch.zeros_like(self.seen)
-        self._any_seen = False
+        self.probe.grad, self._any_seen = None, False
         out = []
         for i, (weight, loss) in enumerate(zip(self.weights(), losses)):
             if loss.requires_grad:
@@ -98,13 +103,16 @@ class Calibration(nn.Module):
 
     def settle(self, group: ranks.Group | None) -> None:
         """Takes the step that was measured, whose backward has run, into the averages. The ranks add up theirs."""
+        own = self.seen[:2]
+        if self.probe.grad is not None:
+            own, self._own_seen, self.probe.grad = own + self.probe.grad, True, None
         if self.fixed is None and self._any_seen and not self._own_seen:
             raise RuntimeError(
                 "weights is 'auto', but no gradient of the student's own loss reached its maps, by which they are "
-                "measured (torch.compile hides it where it compiles maps and loss together); expected three numbers, "
-                "such as those that the student finds without torch.compile"
+                "measured (in a compiled student it is hidden where an output is neither a tensor nor a list or dict "
+                "of them); expected three numbers"
             )
-        seen = torch.cat([self.seen[:2], self.seen[2:5] * self.seen[5:]])
+        seen = torch.cat([own, self.seen[2:5] * self.seen[5:]])
         if group is not None:
             seen = ranks.all_reduce(seen, group)
         own = torch.stack([sum(seen[("cls", "box").index(x)] for x in branches) for branches in self._branches])
@@ -152,7 +160,9 @@ class Calibration(nn.Module):
                 )  # fmt: skip
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Calibration":
-        return keep_buffers(self, super()._apply, fn, recurse)
+        keep_buffers(self, super()._apply, fn, recurse)
+        self.probe = torch.zeros(2, device=self.seen.device, requires_grad=True)
+        return self
 
     def _load_from_state_dict(self, state: dict, prefix: str, meta: Any, strict: bool, missing: list, *rest: Any):
         """What a checkpoint with other weights lacks keeps its value, and what only that has is dropped."""
@@ -164,6 +174,24 @@ class Calibration(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_reading": []}  # events cannot be copied
+
+
+class Probe(torch.autograd.Function):
+    """A map, unchanged. The gradient of the probe is the sum of the squares of the map's gradient.
+
+    Compiled code shows nobody the gradients inside of it, but it gives those of its inputs, such as the probe.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probe: Tensor, branches: Sequence[int]) -> Tensor:
+        ctx.branches, ctx.device = branches, probe.device
+        return x.clone()  # an operation in place may follow
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        square = _squared(gradient)
+        squares = torch.stack([square if i in ctx.branches else torch.zeros_like(square) for i in (0, 1)])
+        return gradient, squares.to(ctx.device), None  # it moves only if the student has left its distiller behind
 
 
 def keep_buffers(module: nn.Module, apply: Callable, fn: Callable, recurse: bool) -> nn.Module:

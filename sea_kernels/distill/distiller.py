@@ -221,6 +221,8 @@ class SEADistiller(nn.Module):
     def step(self, value: int) -> None:
         self._step = int(value)  # what the host counts; the buffer is for checkpoints
         self._buffers["step"] = torch.full_like(self._buffers["step"], self._step)  # a state_dict keeps the old one
+        since = 0 if self._begin is None else self._step - self._begin
+        self._recorders[0].probe = self.calibration.probe_of(since)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "step":  # which nn.Module would take for the buffer
@@ -316,7 +318,8 @@ class SEADistiller(nn.Module):
         device = next(self.student.parameters()).device
         if self.calibration.count.device != device:
             self.calibration.to_empty(device=device)  # which keeps the values
-            self._buffers["step"] = torch.full_like(self._buffers["step"], self._step, device=device)
+            self._buffers["step"] = self._buffers["step"].new_empty((), device=device)
+            self.step = self._step
 
     def _look_for_mistakes(self) -> None:
         if not self.student.training and "evaluation" not in self._said:
@@ -378,7 +381,8 @@ class SEADistiller(nn.Module):
             for branch, sets in ours.items():
                 for m, maps in enumerate(sets):
                     for x, name in zip(maps, itertools.cycle(names(getattr(self._taps[0], branch)[m]))):
-                        self.calibration.watch(branch, x, name in student.cloned)
+                        if name not in student.probed:
+                            self.calibration.watch(branch, x, name in student.cloned)
                     # Without the loss scaling that backward has, a gradient may be too small for float16.
                     dtype = torch.float32 if maps[0].dtype == torch.float16 else maps[0].dtype
                     sets[m] = [x.detach().to(dtype).requires_grad_() for x in maps]

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..taps import Entry, Select, Taps, names, tensors, values
+from .calibration import Probe
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -62,6 +64,8 @@ class Recorder:
         self.side, self.model, self.taps = side, model, taps
         self.computes = taps.run or _call
         self.next_targets: Any = None
+        self.probe: Tensor | None = None  # see Calibration
+        self.probed: set[str] = set()  # modules of the last forward whose maps have a probe
         self.forget()
         tapped = dict.fromkeys(name for entry in (*taps.cls, *taps.box) for name in names(entry))
         modules = {name: _submodule(side, model, name) for name in tapped}
@@ -86,7 +90,7 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, whose hooks do nothing: without what was recorded, which may have a graph."""
-        recorded = {"open": False, "images": None, "others": None, "targets": None, "next_targets": None}
+        recorded = {"open": False, "images": None, "others": None, "targets": None, "next_targets": None, "probe": None}
         return self.__dict__ | recorded | {"fired": {}, "versions": [], "handles": []}
 
     def forget(self) -> None:
@@ -219,10 +223,9 @@ class _Hook:
     def __init__(self, call: Callable, recorder: Recorder, name: str = "") -> None:
         self.call, self.recorder, self.name = call, weakref.ref(recorder), name
 
-    def __call__(self, module: nn.Module, *arguments: Any) -> None:
+    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
         recorder = self.recorder()
-        if recorder is not None:
-            self.call(recorder, self.name, module, *arguments)
+        return None if recorder is None else self.call(recorder, self.name, module, *arguments)
 
     def __reduce__(self) -> tuple:
         return _Nothing, ()
@@ -236,6 +239,7 @@ class _Nothing:
 def _begin(recorder: Recorder, _name: str, _module: nn.Module, args: tuple, kwargs: dict) -> None:
     targets, recorder.next_targets = recorder.next_targets, None
     recorder.forget()
+    recorder.probed = set()
     # Without gradients this is an evaluation, of which nothing is recorded.
     if torch.is_grad_enabled():
         recorder.open, recorder.targets = True, targets
@@ -245,13 +249,24 @@ def _begin(recorder: Recorder, _name: str, _module: nn.Module, args: tuple, kwar
         _note_versions(recorder, f"input of {recorder.taps.input!r}", recorder.images)
 
 
-def _record(recorder: Recorder, name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
+def _record(recorder: Recorder, name: str, _module: nn.Module, _args: tuple, output: Any) -> Any:
     if not recorder.open:  # recomputed in backward by a checkpoint, or a teacher that runs for others
         return
+    if recorder.probe is not None and torch.compiler.is_compiling() and isinstance(output, (Tensor, list, tuple, dict)):
+        branches = [i for i, branch in enumerate((recorder.taps.cls, recorder.taps.box)) if _names_module(branch, name)]
+        if branches:
+            recorder.fired.setdefault(name, []).append(output)
+            recorder.probed.add(name)
+            return tree_map_only(Tensor, lambda x: Probe.apply(x, recorder.probe, branches), output)
     if name in recorder.cloned:
         output = output.clone()
     recorder.fired.setdefault(name, []).append(output)
     _note_versions(recorder, f"map of {name!r}", output)
+
+
+def _names_module(entries: Sequence[Entry], name: str) -> bool:
+    """Whether all that a module returns are maps of these entries."""
+    return any(name in names(entry) for entry in entries if not isinstance(entry, Select))
 
 
 def _note_versions(recorder: Recorder, what: str, output: Any) -> None:
