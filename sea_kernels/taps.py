@@ -18,6 +18,7 @@ their parts.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -169,7 +170,8 @@ def find(model: nn.Module) -> Taps:
     """The ready taps of a torchvision or MMDetection detector (bare, or wrapped by DDP or torch.compile).
 
     Raises:
-        TypeError: the model is not one of the known detectors. Write `Taps` with the names of its modules.
+        TypeError: the model is not one of the known detectors. Write `Taps` with the names of its modules,
+            which `candidates` lists.
 
     Example:
         >>> import sea_kernels as sk, torch
@@ -190,83 +192,6 @@ def find(model: nn.Module) -> Taps:
         "box=..., strides=...) with the names of the modules that make the maps, which "
         "sea_kernels.taps.candidates(model, images) lists"
     )
-
-
-class Candidate(NamedTuple):
-    """A module that gave maps in a forward."""
-
-    name: str
-    kind: str  # the name of its class
-    calls: int  # how often it was called
-    shapes: list[tuple[int, int, int]]  # (C, H, W) of its maps, in their order
-    strides: list[float]  # height of the detector's input / H; empty if no module got [B, 3, H, W]
-
-
-class Candidates(list[Candidate]):
-    """A list that prints as a table."""
-
-    def __repr__(self) -> str:
-        rows = [("module", "class", "calls", "maps (C x H x W)", "strides")]
-        for x in self:
-            maps = ", ".join("x".join(map(str, shape)) for shape in x.shapes)
-            rows.append((x.name, x.kind, str(x.calls), maps, ", ".join(f"{s:g}" for s in x.strides)))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
-
-
-def candidates(model: nn.Module, *inputs: Any, **keywords: Any) -> Candidates:
-    """The modules of a detector that give maps: what `Taps` may name.
-
-    It runs `model(*inputs, **keywords)` once in evaluation mode without gradients, and leaves the model as it was.
-
-    Args:
-        model: a detector, bare or wrapped by DDP or torch.compile.
-        inputs, keywords: what the detector takes in evaluation.
-
-    Returns:
-        First the modules that gave a map of every level, by being called once per level or all at once, then the
-        others. Both in the order of the forward. Maps of a single pixel are left out. It prints as a table.
-
-    Raises:
-        What the detector raises.
-
-    Example:
-        >>> import sea_kernels as sk, torch
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), torch.nn.ReLU(), torch.nn.Flatten())
-        >>> sk.taps.candidates(model, torch.zeros(1, 3, 64, 96))
-        module  class   calls  maps (C x H x W)  strides
-        0       Conv2d  1      8x8x12            8
-        1       ReLU    1      8x8x12            8
-    """
-    model = unwrap(model)
-    calls: dict[str, list[list[tuple[int, int, int]]]] = {}
-    heights: list[int] = []  # of the images, as the first module saw them
-
-    def look(module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str) -> None:
-        given = [x for x in tensors((args, kwargs)) if x.dim() == 4 and x.shape[1] == 3]
-        heights.extend(x.shape[2] for x in given[:1])
-        found = [tuple(x.shape[1:]) for x in tensors(output) if x.dim() == 4 and x[0, 0].numel() > 1]
-        if found:
-            calls.setdefault(name, []).append(found)
-
-    modules = {name: x for name, x in model.named_modules() if name}
-    hooks = [x.register_forward_hook(partial(look, name=name), with_kwargs=True) for name, x in modules.items()]
-    training = [x for x in model.modules() if x.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(*inputs, **keywords)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for x in training:
-            x.training = True
-    out = []
-    for name, fired in calls.items():
-        shapes = [shape for found in fired for shape in found]
-        strides = [heights[0] / height for _, height, _ in shapes] if heights else []
-        out.append(Candidate(name, type(modules[name]).__name__, len(fired), shapes, strides))
-    return Candidates(sorted(out, key=lambda x: len({shape[1:] for shape in x.shapes}) < 2))
 
 
 def values(output: Any) -> list:
@@ -295,3 +220,97 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+class Candidate(NamedTuple):
+    """A module that computes maps, one of what `candidates` lists."""
+
+    name: str  # as in named_modules(), for Taps
+    kind: str  # its class
+    calls: int  # in a forward
+    shapes: tuple[tuple[int, ...], ...]  # of its maps [B, C, H, W], in their order
+    strides: tuple[tuple[float, float], ...]  # (height, width) of the input / those of each map. (): not known
+
+
+class _Table(list[Candidate]):
+    def __repr__(self) -> str:
+        rows = [("module", "class", "calls", "C x H x W of each map", "strides")]
+        for x in self:
+            shapes = [f"{c}x{h}x{w}" for _, c, h, w in x.shapes]
+            strides = [f"{h:.4g}" if h == w else f"{h:.4g}x{w:.4g}" for h, w in x.strides]
+            cells = [" ".join(maps[:8] + ["..."] * (len(maps) > 8)) for maps in (shapes, strides)]
+            rows.append((x.name or "(itself)", x.kind, str(x.calls), *cells))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def candidates(model: nn.Module, *inputs: Any, **keywords: Any) -> list[Candidate]:
+    """The modules of a detector that compute maps, to choose from for `Taps`. Prints as a table.
+
+    Calls `model(*inputs, **keywords)` once (the detector inside DistributedDataParallel and torch.compile), in
+    evaluation mode and without gradients. Parameters, running statistics, modes and torch's random numbers stay as they
+    are. Images of the size of training show all levels.
+
+    First come modules with a map for each level, from fine to coarse: called once per level, or once with several maps
+    in a list, tuple, dict or dataclass. Then the others, among them those that belong to one level. Both are in the
+    order of the forward, and a module with several names has the first. Strides are the size of the images over that of
+    the map: where a detector rounds the sizes of its maps up, its own may be larger. The images are the first
+    tensor [B, 3, H, W] that a module gets. Maps of another batch size, such as those of RoIs, are left out, and so are
+    modules whose maps all have a single pixel.
+
+    Raises:
+        Whatever the model raises for these inputs.
+
+    Example:
+        >>> import sea_kernels as sk, torch
+        >>> from torch import nn
+        >>> class Detector(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.backbone, self.tower = nn.Conv2d(3, 16, 8, 8), nn.Conv2d(16, 16, 3, 1, 1)
+        ...     def forward(self, images):
+        ...         x = self.backbone(images)
+        ...         return [self.tower(x), self.tower(nn.functional.max_pool2d(x, 2))]
+        >>> sk.taps.candidates(Detector(), torch.zeros(1, 3, 64, 96))
+        module    class     calls  C x H x W of each map  strides
+        tower     Conv2d    2      16x8x12 16x4x6         8 16
+        (itself)  Detector  1      16x8x12 16x4x6         8 16
+        backbone  Conv2d    1      16x8x12                8
+    """
+    model = unwrap(model)
+    modules = dict(model.named_modules())
+    modes = [(module, module.training) for module in modules.values()]
+    seen: dict[str, list[list[tuple[int, ...]]]] = {}  # shapes, since a later operation may overwrite a map
+    images: list[tuple[int, ...]] = []
+
+    def see(name: str, _module: nn.Module, args: tuple, output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].dim() == 4 and args[0].shape[1] == 3:
+            images.append(tuple(args[0].shape))
+        seen.setdefault(name, []).append([tuple(x.shape) for x in tensors(output) if x.dim() == 4])
+
+    hooks = [module.register_forward_hook(partial(see, name)) for name, module in modules.items()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        for module in modules.values():  # not model.eval(): detectors override train() to do more
+            module.training = False
+        # What was compiled before ignores new hooks.
+        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            model(*inputs, **keywords)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+
+    found = _Table()
+    for name, calls in seen.items():
+        shapes = tuple(s for call in calls for s in call if not images or s[0] == images[0][0])
+        if any(h * w > 1 for _, _, h, w in shapes):
+            strides = tuple((images[0][2] / h, images[0][3] / w) for _, _, h, w in shapes if images)
+            found.append(Candidate(name, type(modules[name]).__name__, len(calls), shapes, strides))
+    found.sort(key=lambda x: not _falls([h * w for _, _, h, w in x.shapes]))
+    return found
+
+
+def _falls(sizes: list[int]) -> bool:
+    return len(sizes) > 1 and all(a > b for a, b in itertools.pairwise(sizes))

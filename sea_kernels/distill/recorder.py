@@ -22,8 +22,8 @@ def _submodule(side: str, model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        near = difflib.get_close_matches(name, [n for n, _ in model.named_modules() if n])
-        hint = f" (it has {', '.join(map(repr, near))})" if near else ""
+        near = difflib.get_close_matches(name, [known for known, _ in model.named_modules()])
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(
             f"the {side}'s taps name the module {name!r}, which {type(model).__name__} lacks{hint}"
         ) from error

@@ -348,3 +348,20 @@ def test_a_narrower_student_gets_adapters():
         sum(distiller.losses().values()).backward()
     assert len(distiller.adapters) == 8 and all(a.weight.shape == (256, 128, 1, 1) for a in distiller.adapters.values())
     assert all(p.grad.abs().max() > 0 for p in distiller.parameters() if p.dim() > 1)
+
+
+def test_the_candidates_of_a_detector():
+    """Those with a map for each level are the pyramid and the head; strides are those of the padded images."""
+    model = torchvision_detector("FCOS").train()
+    found = {x.name: x for x in sk.taps.candidates(model, [torch.ones(3, 150, 220), torch.ones(3, 192, 192)])}
+    assert model.training and {n for x in sk.taps.find(model).cls for n in sk.taps.names(x)} <= found.keys()
+    levels = [name for name, x in found.items() if len(x.shapes) == 5]
+    assert levels[2] == "backbone" and all(name.startswith("head.") for name in levels[3:])
+    for name in ("backbone", "head.classification_head.conv.2", "head.regression_head.conv"):
+        strides, calls = found[name].strides, found[name].calls
+        assert strides[:4] == ((8, 8), (16, 16), (32, 32), (64, 64)) and calls == (1 if name == "backbone" else 5)
+
+
+def test_the_candidates_of_a_detector_of_two_stages_hold_no_maps_of_boxes():
+    found = {x.name: x for x in sk.taps.candidates(torchvision_detector("MaskRCNN"), [torch.ones(3, 192, 192)])}
+    assert {"backbone", "rpn.head.conv"} <= found.keys() and not any(n.startswith("roi_heads") for n in found)
