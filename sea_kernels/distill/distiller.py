@@ -102,7 +102,8 @@ class SEADistiller(nn.Module):
         adapters: a 1x1 convolution for each set of maps in which student and teacher differ in channels, or one for
             each level if channels differ from level to level. It maps the student's channels to the teacher's.
             `to(device)` moves adapters and teacher.
-        weights: three numbers, or tensors [] on the device with "auto": those of the next step, without the schedule.
+        weights: three numbers, or tensors [] on the device with "auto": those of the next step, without the schedule. May
+            be set, to three numbers or "auto".
         unweighted: the losses of the last step before their weights, detached; None before the first step.
         step: number of calls of `losses`. It is part of the state_dict, and may be set.
 
@@ -150,7 +151,7 @@ class SEADistiller(nn.Module):
         group: "ProcessGroup | str | None" = "local",
     ) -> None:
         super().__init__()
-        weights = None if isinstance(weights, str) and weights == "auto" else _three("weights", weights, "'auto', or ")
+        weights = _weights(weights)
         shares = _three("share", [share] * 3 if isinstance(share, numbers.Real) else share, "a number, or ")
         if min(shares) < 0:
             raise ValueError(f"share is {share}; expected numbers that are not negative")
@@ -233,6 +234,10 @@ class SEADistiller(nn.Module):
     @property
     def weights(self) -> tuple[float | Tensor, ...]:
         return tuple(self.calibration.weights())
+
+    @weights.setter
+    def weights(self, value: Sequence[float] | str) -> None:
+        self.calibration.fixed = _weights(value)
 
     @property
     def student(self) -> nn.Module:
@@ -488,6 +493,10 @@ class SEADistiller(nn.Module):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _weights(value: Any) -> tuple[float, ...] | None:
+    return None if isinstance(value, str) and value == "auto" else _three("weights", value, "'auto', or ")
 
 
 def _three(name: str, values: Any, also: str) -> tuple[float, ...]:

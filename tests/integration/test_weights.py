@@ -288,6 +288,20 @@ def test_checkpoints_of_fixed_weights_and_of_weights_that_set_themselves():
     assert weights(fixed) == [1, 1, 1] and fixed.step == 1003
 
 
+def test_weights_may_be_set():
+    distiller = sk.SEADistiller(*models(), TAPS)
+    for _ in range(FIRST + 1):
+        step(distiller)
+    measured = weights(distiller)
+    distiller.weights = (1, 2, 3)
+    losses, _ = step(distiller)
+    assert [x.item() for x in losses] == [w * x.item() for w, x in zip((1, 2, 3), distiller.unweighted)]
+    distiller.weights = "auto"
+    assert weights(distiller) == measured
+    with pytest.raises(ValueError, match="weights is 3; expected 'auto', or three numbers"):
+        distiller.weights = 3
+
+
 def test_copies_and_dtypes_keep_the_weights():
     distiller = sk.SEADistiller(*models(24), TAPS)
     for _ in range(2):
