@@ -102,8 +102,8 @@ class SEADistiller(nn.Module):
         adapters: a 1x1 convolution for each set of maps in which student and teacher differ in channels, or one for
             each level if channels differ from level to level. It maps the student's channels to the teacher's.
             `to(device)` moves adapters and teacher.
-        weights: three numbers, or tensors [] on the device with "auto": those of the next step, without the schedule. May
-            be set, to three numbers or "auto".
+        weights: three numbers, or tensors [] on the device with "auto": those of the next step, without the schedule.
+            They may be set, also to "auto".
         unweighted: the losses of the last step before their weights, detached; None before the first step.
         step: number of calls of `losses`. It is part of the state_dict, and may be set.
 
