@@ -238,14 +238,15 @@ def step(runs, fcos, shapes, little):
             runs.make(preset, preset.teacher, 1, "cpu"),
         )
         distillation = runs.Distillation(student, teacher, row, rule, share, preset.channels)
-        maps, capture = [], distillation.distiller.capture
+        maps, capture = [], distillation.distiller._capture
 
-        def captured(*arguments, **regions):
-            found = distillation.seen = capture(*arguments, **regions)
+        def captured(*arguments, **options):
+            found, leaves = capture(*arguments, **options)
+            distillation.seen = found
             maps[:] = [x for sets in (found.student_cls, found.student_box) for levels in sets for x in levels]
-            return found
+            return found, leaves
 
-        distillation.distiller.capture = captured
+        distillation.distiller._capture = captured
 
         def forward():
             return sum(student(fcos.images(data, torch.arange(4)), fcos.targets(data, torch.arange(4))).values())
@@ -309,7 +310,7 @@ def test_no_two_rows_pull_the_same_way(runs, step, little):
         if not row.terms:
             continue
         distillation, forward, maps = step(row)
-        regions = teachers if row.boxes == "teacher" else {}
+        regions = teachers if row.boxes == "teacher" or row.parts > 1 else {}
         distillation.losses(0, forward(), False, **regions)
         losses = distillation.losses(1, forward(), False, **regions)
         if "score" not in row.terms:
@@ -326,6 +327,26 @@ def test_no_two_rows_pull_the_same_way(runs, step, little):
         "localization": (0, 1),
     }.items():
         assert (pulls[name][:box].any(), pulls[name][box:].any()) == branches, name
+
+
+def test_anchors_of_a_part_of_the_batch(runs, step, fcos):
+    """Those of two images at a time, as in each of two processes; then the mean of the losses."""
+    row = runs.EVERY_ROW["all three, anchors of half a batch"]
+    distillation, forward, _ = step(row)
+    boxes = [torch.tensor([[8.0 * i, 8, 40, 56]]) for i in range(4)]
+    truth = {"boxes": boxes, "labels": [torch.tensor([i]) for i in (3, 1, 3, 3)]}
+    forward()
+    capture = distillation.distiller.capture(**truth)
+    found = distillation._unweighted(capture, truth)
+    halves = []
+    for rest in (slice(0, 2), slice(2, 4)):
+        sides = [[[x[rest] for x in levels] for levels in sets] for sets in capture[:4]]
+        own = [x[rest] for x in truth.values()]
+        regions = sk.Regions.from_boxes(*own, capture.regions.level_shapes, fcos.STRIDES, num_classes=12)
+        halves.append(sk.sea_loss(*sides, regions))
+    for name, x in found.items():
+        torch.testing.assert_close(x, (getattr(halves[0], name) + getattr(halves[1], name)) / 2)
+    assert found["anchor"] != distillation._unweighted(capture, truth | {"labels": truth["labels"][::-1]})["anchor"]
 
 
 def perform(runs, preset, out, run, deadline=math.inf):
