@@ -569,15 +569,20 @@ def test_a_batch_that_was_made_under_inference_mode():
 
 
 @pytest.mark.skipif(not CUDA, reason=NO_CUDA)
-def test_a_step_on_a_gpu_does_not_synchronize():
+@pytest.mark.parametrize("weights", ["auto", (1, 1, 1)])
+def test_a_step_on_a_gpu_does_not_synchronize(weights):
+    """Nor do those that measure the weights and report them."""
     student, teacher = (m.cuda() for m in pair(width=24))
     images, boxes, labels = IMAGES.cuda(), [b.cuda() for b in BOXES], [x.cuda() for x in LABELS]
-    distiller = distill(student, teacher)
+    distiller = distill(student, teacher, weights=weights)
     for mode in ("default", "error"):  # once to warm up
+        distiller.step = 0
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            student(images)
-            sum(distiller.losses(boxes, labels, image_sizes=[(60, 96), (64, 50)]).values()).backward()
+            for _ in range(20):
+                own = student(images)["loss"]
+                losses = distiller.losses(boxes, labels, image_sizes=[(60, 96), (64, 50)])
+                (own + sum(losses.values())).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
