@@ -28,7 +28,7 @@ _log = logging.getLogger("sea_kernels")
 
 
 class Calibration(nn.Module):
-    """Measures how hard the losses pull, and averages. Steps are counted from the first that has losses.
+    """Measures how hard the losses pull, and averages. Its steps are those that have losses.
 
     Args:
         weights: the fixed weights, or None if they follow from the shares.
@@ -52,18 +52,30 @@ class Calibration(nn.Module):
         # Of the step that was measured last, squared: the pull of the student's own loss at cls and at box maps; those
         # of the three losses; the factors by which the trainer multiplied them, as for loss scaling.
         self.register_buffer("seen", torch.zeros(8, device=device), kept)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device), kept)
+        # The next step, which the buffer has for checkpoints; whether the last was measured and is not settled.
+        self.step, self.pending = 0, False
         self._own_seen = self._any_seen = False  # whether backward reached the maps, and the losses
         self.probe = torch.zeros(2, device=device, requires_grad=True)
         self._reading: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
+
+    def go_on(self, step: int) -> None:
+        self.step = min(step, STEPS + 1)
+        self._buffers["steps"] = torch.full_like(self.steps, self.step)  # a state_dict keeps the old one
+
+    def begin(self, weights: Sequence[float] | None) -> None:
+        """Measures from here on: with these fixed weights, or None."""
+        self.fixed, self.pending = weights, False
+        self.go_on(0)
 
     def measures(self, step: int) -> bool:
         if self.fixed is not None:
             return step == _CHECKED
         return 0 <= step < STEPS and (step % _EVERY == 0 or step in _EARLY)
 
-    def probe_of(self, step: int) -> Tensor | None:
-        """What a step's forward has to use, if it is compiled. Fixed weights are not worth another compilation."""
-        return self.probe if self.fixed is None and self.measures(step) else None
+    def next_probe(self) -> Tensor | None:
+        """What the step's forward has to use, if it is compiled. Fixed weights are not worth another compilation."""
+        return self.probe if self.fixed is None and self.measures(self.step) else None
 
     def weights(self) -> Sequence[float | Tensor]:
         """Of the anchor, the distance and the localization loss. 0 for one that was never measured."""
@@ -90,7 +102,7 @@ class Calibration(nn.Module):
     def measure(self, losses: SEALoss, leaves: Sequence[Tensor], factor: float) -> list[Tensor]:
         """The losses, weighted and times `factor`, cut off from `leaves`, the maps that they were computed from."""
         self.seen = torch.zeros_like(self.seen)
-        self.probe.grad, self._any_seen = None, False
+        self.probe.grad, self._any_seen, self.pending = None, False, True
         out = []
         for i, (weight, loss) in enumerate(zip(self.weights(), losses)):
             if loss.requires_grad:
@@ -102,11 +114,12 @@ class Calibration(nn.Module):
         return out
 
     def settle(self, group: ranks.Group | None) -> None:
-        """Takes the step that was measured, whose backward has run, into the averages. The ranks add up theirs."""
+        """Takes a step that was measured, whose backward has run, into the averages. The ranks add up theirs."""
         own = self.seen[:2]
         if self.probe.grad is not None:
             own, self._own_seen, self.probe.grad = own + self.probe.grad, True, None
-        if self.fixed is None and self._any_seen and not self._own_seen:
+        # Not after one measurement, whose batch may have had nothing to learn from.
+        if self.fixed is None and self._any_seen and not self._own_seen and self.step > max(_EARLY):
             raise RuntimeError(
                 "weights is 'auto', but no gradient of the student's own loss reached its maps, by which they are "
                 "measured (in a compiled student it is hidden where an output is neither a tensor nor a list or dict "
@@ -121,10 +134,12 @@ class Calibration(nn.Module):
         newest = torch.where(equal < self.log_equal - _DROP, 1, (1 / (self.count + 1)).clamp(min=_NEWEST))
         self.log_equal += torch.where(valid, newest * (equal - self.log_equal), 0)
         self.count += valid
-        self.seen = torch.zeros_like(self.seen)  # counts once, if the step that follows fails and is repeated
+        # It counts once, if the step that follows fails and is repeated.
+        self.seen, self.pending = torch.zeros_like(self.seen), False
 
-    def report(self, step: int) -> None:
+    def report(self) -> None:
         """Logs what was found, some steps later: the numbers are on their way to the host meanwhile."""
+        step = self.step
         if step == _CHECKED + 1 or (step == STEPS and self.fixed is None):
             found, event = torch.stack([self.log_equal, self.count.float()]), None
             if found.is_cuda:
@@ -162,6 +177,7 @@ class Calibration(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> "Calibration":
         keep_buffers(self, super()._apply, fn, recurse)
         self.probe = torch.zeros(2, device=self.seen.device, requires_grad=True)
+        self.go_on(self.step)  # the buffer may have had no value until now
         return self
 
     def _load_from_state_dict(self, state: dict, prefix: str, meta: Any, strict: bool, missing: list, *rest: Any):

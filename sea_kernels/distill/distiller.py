@@ -18,7 +18,7 @@ from ..losses import SEALoss, sea_loss
 from ..regions import Regions
 from ..taps import Taps, names, unwrap
 from . import adapters
-from .calibration import Calibration, keep_buffers
+from .calibration import STEPS, Calibration, keep_buffers
 from .recorder import Recorder, output_channels
 from .schedule import Schedule
 
@@ -79,8 +79,10 @@ class SEADistiller(nn.Module):
         weights: "auto", or three numbers: the weights of the anchor, the distance and the localization loss. "auto"
             measures in steps 0, 1, 3 and every 8th of the first 512 how hard each loss and the student's own loss pull
             at the student's maps, by the norms of their gradients there, and then keeps the weights that follow from
-            `share`. A step that is measured trains on the student's own loss alone. The weights are the same on all
-            ranks, in the state_dict, and logged when they are final.
+            `share`. Only steps in which the schedule is not 0 count, from the first one whatever its number. A step
+            that is measured trains on the student's own loss alone. The weights are the same in all processes, so each
+            has to call `losses` in these steps, with group="local" too. They are in the state_dict, and logged when
+            they are final.
         share: for weights="auto": how hard each loss pulls, as a part of the student's own loss. A number, or three.
             The default is ours.
         schedule: a factor for the weights as a function of the step (see :class:`Schedule`). A step is one call of
@@ -103,7 +105,7 @@ class SEADistiller(nn.Module):
             each level if channels differ from level to level. It maps the student's channels to the teacher's.
             `to(device)` moves adapters and teacher.
         weights: three numbers, or tensors [] on the device with "auto": those of the next step, without the schedule.
-            They may be set, also to "auto".
+            They may be set, also to "auto", which then measures again.
         unweighted: the losses of the last step before their weights, detached; None before the first step.
         step: number of calls of `losses`. It is part of the state_dict, and may be set.
 
@@ -193,7 +195,7 @@ class SEADistiller(nn.Module):
             "distance_on_box": distance_on_box,
             "anchor_on_box": taps.anchor_on_box,
         }
-        self.unweighted, self._said, self._begin = None, set(), None
+        self.unweighted, self._said = None, set()
         self._calls, self._versions = 0, []
 
         teacher.requires_grad_(False).eval()
@@ -222,8 +224,7 @@ class SEADistiller(nn.Module):
     def step(self, value: int) -> None:
         self._step = int(value)  # what the host counts; the buffer is for checkpoints
         self._buffers["step"] = torch.full_like(self._buffers["step"], self._step)  # a state_dict keeps the old one
-        since = 0 if self._begin is None else self._step - self._begin
-        self._recorders[0].probe = self.calibration.probe_of(since)
+        self._recorders[0].probe = self.calibration.next_probe()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "step":  # which nn.Module would take for the buffer
@@ -237,7 +238,8 @@ class SEADistiller(nn.Module):
 
     @weights.setter
     def weights(self, value: Sequence[float] | str) -> None:
-        self.calibration.fixed = _weights(value)
+        self.calibration.begin(_weights(value))
+        self._recorders[0].probe = self.calibration.next_probe()
 
     @property
     def student(self) -> nn.Module:
@@ -295,25 +297,26 @@ class SEADistiller(nn.Module):
         self._follow_student()
         self._look_for_mistakes()
         factor = float(self.schedule(self.step))
+        if self.calibration.pending:
+            self.calibration.settle(ranks.everyone(self._group))
         if factor == 0:
             self._recorders[0].forget()
             losses = SEALoss(*[self._zero()] * 3)
             weighted = list(losses)
         else:
-            since = self.step - self._first()
-            if self.calibration.measures(since - 1):
-                self.calibration.settle(ranks.everyone(self._group))
-            self.calibration.report(since)
+            self.calibration.report()
             truth = _Truth(
                 boxes, labels, image_sizes, ignore_boxes, masks, batch_index, ignore_batch_index, box_format, normalized
             )
-            if self.calibration.measures(since):
+            if self.calibration.measures(self.calibration.step):
                 captured, leaves = self._capture(truth, teacher_input, measured=True)
                 losses = sea_loss(*captured, **self._loss_options)
                 weighted = [x + self._zero() for x in self.calibration.measure(losses, leaves, factor)]
             else:
                 losses = sea_loss(*self._capture(truth, teacher_input)[0], **self._loss_options)
                 weighted = [factor * w * x for w, x in zip(self.calibration.weights(), losses)]
+            if self.calibration.step <= STEPS:
+                self.calibration.go_on(self.calibration.step + 1)
         self.step += 1
         self.unweighted = SEALoss(*(x.detach() for x in losses))
         return dict(zip(("loss_sea_anchor", "loss_sea_distance", "loss_sea_localization"), weighted))
@@ -344,12 +347,6 @@ class SEADistiller(nn.Module):
         """A zero that depends on all adapters, as DDP waits for a gradient of every parameter."""
         like = next(self.student.parameters())
         return sum((p.sum() * 0 for p in self.parameters()), torch.zeros((), device=like.device))
-
-    def _first(self) -> int:
-        """The first step that has losses."""
-        if self._begin is None:
-            self._begin = next(step for step in itertools.count() if self.schedule(step) != 0)
-        return self._begin
 
     forward = losses  # so that DDP can wrap a distiller with adapters
 
@@ -479,9 +476,10 @@ class SEADistiller(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         step = state_dict.get(prefix + "step")
         if step is not None and not getattr(step, "is_meta", False):
-            self.step = int(step)
             # where the weights were fixed until now, they are measured from here on
-            self._begin = None if f"{prefix}calibration.count" in state_dict else self.step
+            self.calibration.go_on(int(state_dict.get(f"{prefix}calibration.steps", 0)))
+            self.calibration.pending = self.calibration.measures(self.calibration.step - 1)
+            self.step = int(step)
 
     def close(self) -> None:
         """Removes the hooks. After that the distiller cannot be used."""

@@ -150,10 +150,31 @@ def test_measurements_are_averaged_and_end():
             assert found == pytest.approx(wanted, rel=1e-4)
         # measured: steps 3, 4, 6, 11, 19, each counted in the next one
         assert distiller.calibration.count.tolist() == [sum(at > x for x in (3, 4, 6, 11, 19))] * 3
-    distiller.step = 3 + 512
+    distiller.calibration.go_on(512)
     for _ in range(2):
         step(distiller)
-    assert distiller.calibration.count.tolist() == [4, 4, 4]
+    assert distiller.calibration.count.tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("every", [1, 2, 8])
+@pytest.mark.parametrize("begin", ["step", "weights", "schedule", "checkpoint"])
+def test_measurements_begin_with_the_first_losses(begin, every):
+    """Whatever the number of the step, and also where only some steps have losses."""
+    on = [begin != "schedule"]
+    schedule = {"schedule": lambda at: on[0] * (at % every == 0)}
+    distiller = sk.SEADistiller(*models(), TAPS, **schedule, weights=(1, 1, 1) if begin == "weights" else "auto")
+    distiller.step = 800
+    if begin == "weights":
+        distiller.weights = "auto"
+    elif begin == "checkpoint":
+        state = copy.deepcopy(distiller.state_dict())
+        distiller = sk.SEADistiller(*models(), TAPS, **schedule)
+        distiller.load_state_dict(state)
+    on[0] = True
+    for _ in range(FIRST * every + 1):
+        losses, _ = step(distiller)
+    assert weights(distiller) == pytest.approx(expected(), rel=1e-5)
+    assert distiller.calibration.count.tolist() == [FIRST] * 3 and all(x > 0 for x in losses)
 
 
 def test_the_newest_measurement_counts_a_tenth():
@@ -299,6 +320,9 @@ def test_weights_may_be_set():
     assert [x.item() for x in losses] == pytest.approx(wanted, rel=1e-6)
     distiller.weights = "auto"
     assert weights(distiller) == measured
+    step(distiller)
+    step(distiller)  # it is measured again from then on
+    assert distiller.calibration.count.tolist() == [3, 3, 3]
     with pytest.raises(ValueError, match="weights is 3; expected 'auto', or three numbers"):
         distiller.weights = 3
 
@@ -329,8 +353,9 @@ def test_buffers_follow_a_student_that_was_moved_alone():
 
 def test_a_loss_whose_gradient_is_hidden_is_an_error():
     distiller = sk.SEADistiller(*models(), TAPS)
-    distiller.student(IMAGES)
-    sum(distiller.losses(BOXES, LABELS).values()).backward()
+    for _ in range(4):  # the first batches may have had nothing to learn from
+        distiller.student(IMAGES)
+        sum(distiller.losses(BOXES, LABELS).values()).backward()
     distiller.student(IMAGES)
     with pytest.raises(RuntimeError, match=r"weights is 'auto', but no gradient of the student's own loss reached its"):
         distiller.losses(BOXES, LABELS)
@@ -363,7 +388,7 @@ def logged(caplog, distiller, *steps):
     caplog.clear()
     with caplog.at_level(logging.WARNING, "sea_kernels"):
         for at in steps:
-            distiller.step = at
+            distiller.calibration.go_on(at)
             step(distiller)
     return [x for x in (r.getMessage() for r in caplog.records) if "evaluation" not in x]
 
