@@ -19,7 +19,7 @@ from ..regions import Regions
 from ..taps import Taps, names, unwrap
 from . import adapters
 from .calibration import STEPS, Calibration, keep_buffers
-from .recorder import Recorder, output_channels
+from .recorder import Recorder, leaf, output_channels
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -376,19 +376,21 @@ class SEADistiller(nn.Module):
     def _capture(
         self, truth: _Truth, teacher_input: Tensor | None, measured: bool = False
     ) -> tuple[Capture, list[Tensor]]:
-        """(the capture, the student's maps); if this step is measured, these are leaves, cut off from the student."""
+        """(the capture, leaves): if this step is measured, the leaves from which the student's maps are computed."""
         student, teacher = self._recorders
-        images, others, targets, ours = student.take()
+        cuts, leaves = [] if measured else None, []
+        images, others, targets, ours = student.take(cuts)
         if measured:
             for branch, sets in ours.items():
                 for m, maps in enumerate(sets):
-                    for x, name in zip(maps, itertools.cycle(names(getattr(self._taps[0], branch)[m]))):
+                    pairs = _reached(maps, cuts)
+                    if not pairs:
+                        sets[m] = [leaf(x) for x in maps]
+                        pairs = list(zip(maps, sets[m]))
+                    for (x, cut), name in zip(pairs, itertools.cycle(names(getattr(self._taps[0], branch)[m]))):
                         if name not in student.probed:
                             self.calibration.watch(branch, x, name in student.cloned)
-                    # Without the loss scaling that backward has, a gradient may be too small for float16.
-                    dtype = torch.float32 if maps[0].dtype == torch.float16 else maps[0].dtype
-                    sets[m] = [x.detach().to(dtype).requires_grad_() for x in maps]
-        leaves = [x for sets in ours.values() for maps in sets for x in maps]
+                        leaves.append(cut)
         first = next(maps for sets in ours.values() for maps in sets)
         regions = self._regions(first, images, targets, truth)
         self.teacher.eval()  # a trainer may have gone over all its modules
@@ -491,6 +493,15 @@ class SEADistiller(nn.Module):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _reached(maps: list[Tensor], cuts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Those of the pairs (tensor, leaf) from whose leaf the maps were computed."""
+    if not cuts:
+        return []
+    ones = [torch.ones_like(x) for x in maps]
+    found = torch.autograd.grad(maps, [x for _, x in cuts], ones, retain_graph=True, allow_unused=True)
+    return [pair for pair, x in zip(cuts, found) if x is not None]
 
 
 def _weights(value: Any) -> tuple[float, ...] | None:

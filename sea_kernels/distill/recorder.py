@@ -133,8 +133,12 @@ class Recorder:
         finally:
             model.__dict__.pop("forward", None)
 
-    def take(self) -> tuple[Tensor, tuple[tuple, dict], Any, dict[str, list[list[Tensor]]]]:
-        """(input, other arguments, targets, maps) of the student's forward, which are then forgotten."""
+    def take(self, cuts: list[tuple[Tensor, Tensor]] | None = None) -> tuple[Tensor, tuple[tuple, dict], Any, dict]:
+        """(input, other arguments, targets, maps) of the student's forward, which are then forgotten.
+
+        If there is a list `cuts`, a Select gets leaves in place of the tensors in an output, as the student's own loss
+        does not see what it makes of them. The list gets each tensor and its leaf.
+        """
         images, others, targets = self.images, self.others, self.targets
         if self.closed:
             raise RuntimeError("the distiller is closed: its hooks are gone")
@@ -152,7 +156,7 @@ class Recorder:
                     "it; expected a module whose output stays, such as the block around it"
                 )
         try:
-            sets = self.sets(len(self.taps.strides) if isinstance(self.taps.strides, Sequence) else None, images)
+            sets = self.sets(len(self.taps.strides) if isinstance(self.taps.strides, Sequence) else None, images, cuts)
         finally:
             self.forget()
         for name, x in [(n, x) for b in sets for n, maps in zip(getattr(self.taps, b), sets[b]) for x in maps]:
@@ -163,23 +167,29 @@ class Recorder:
                 )
         return images, others, targets, sets
 
-    def sets(self, levels: int | None, images: Tensor) -> dict[str, list[list[Tensor]]]:
+    def sets(
+        self, levels: int | None, images: Tensor, cuts: list[tuple[Tensor, Tensor]] | None = None
+    ) -> dict[str, list[list[Tensor]]]:
         """{"cls": [M][L] maps, "box": [M][L] maps}; every module must give `levels` maps, or as many as the first."""
         out: dict[str, list[list[Tensor]]] = {"cls": [], "box": []}
         for branch, sets in out.items():
             for entry in getattr(self.taps, branch):
                 per_level = isinstance(entry, tuple)
-                maps = [self.maps(n, images, 1)[0] for n in entry] if per_level else self.maps(entry, images)
+                maps = [self.maps(n, images, 1)[0] for n in entry] if per_level else self.maps(entry, images, cuts=cuts)
                 levels = levels or len(maps)
                 if len(maps) != levels:
                     raise self.miscounted(names(entry), len(maps), levels)
                 sets.append(maps)
         return out
 
-    def maps(self, entry: str | Select, images: Tensor, count: int | None = None) -> list[Tensor]:
+    def maps(
+        self, entry: str | Select, images: Tensor, count: int | None = None, cuts: list | None = None
+    ) -> list[Tensor]:
         (name,) = names(entry)
         outputs = self.fired.get(name, [])
         if isinstance(entry, Select):
+            if cuts is not None:
+                outputs = [tree_map_only(Tensor, partial(_cut, cuts), x) for x in outputs]
             chosen = [entry.select(x, tuple(images.shape[2:])) for x in outputs]
             outputs = [x for c in chosen for x in ([c] if isinstance(c, Tensor) else c)]
         elif len(outputs) == 1 and not isinstance(outputs[0], Tensor):
@@ -206,6 +216,18 @@ class Recorder:
 
 def _call(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     model(*args, **kwargs)
+
+
+def leaf(x: Tensor) -> Tensor:
+    # Without the loss scaling that backward has, a gradient may be too small for float16.
+    return x.detach().to(torch.float32 if x.dtype == torch.float16 else x.dtype).requires_grad_()
+
+
+def _cut(cuts: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+    if not x.requires_grad:
+        return x
+    cuts.append((x, leaf(x)))
+    return cuts[-1][1]
 
 
 def _takes_more(run: Callable) -> bool:

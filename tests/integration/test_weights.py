@@ -96,6 +96,51 @@ def test_each_loss_pulls_as_its_share_says(share, anchor_on_box):
     assert not torch.equal(gradients["head.cls_tower.0.weight"], own.head.cls_tower[0].weight.grad)
 
 
+class Tokens(Toy):
+    """As a transformer: a class token, then the pixels of two levels, in a list beside what no loss sees."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed=seed)
+        self.first, self.encoder = nn.Parameter(torch.zeros(1, 1, 8)), Encoder()
+
+    def forward(self, images):
+        levels = [x.flatten(2).mT for x in self.features(images)[:2]]
+        tokens, _ = self.encoder(torch.cat([self.first.expand(len(images), -1, -1), *levels], 1))
+        return {"loss": tokens[:, 1:].square().mean()}
+
+
+class Encoder(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 12))
+
+    def forward(self, x):
+        x = super().forward(x)
+        return [x, 2 * x]
+
+
+def test_maps_that_a_select_computes():
+    """The student's own loss sees the tokens, not the maps that were made of them."""
+    select = sk.taps.Select("encoder", lambda output, size: sk.taps.tokens(8, 16, skip=1)(output[0], size))
+    taps = dataclasses.replace(TAPS, cls=(select,), box=(select,), strides=(8, 16), channels=12)
+    student, teacher = Tokens().eval(), Tokens(1)
+    distiller = sk.SEADistiller(student, teacher, taps)
+    for _ in range(FIRST + 1):
+        step(distiller)
+    seen = []
+    hook = student.encoder.register_forward_hook(lambda _module, _args, output: seen.append(output[0]))
+    own = student(IMAGES)["loss"]
+    hook.remove()
+    captured = distiller.capture(BOXES, LABELS)
+    losses = sk.sea_loss(*captured)
+    whole = norm(torch.autograd.grad(own, seen))
+    wanted = []
+    for loss, copies in zip(losses, (2, 1, 1)):  # the anchor loss compares the maps of both branches, which are one
+        sets = captured.student_cls + captured.student_box
+        pulls = torch.autograd.grad(loss, [x for maps in sets for x in maps], retain_graph=True, allow_unused=True)
+        wanted.append(0.3 * math.sqrt(copies) * whole / norm([x for x in pulls if x is not None]))
+    assert weights(distiller) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_what_multiplies_the_losses_is_seen():
     """Loss scaling changes nothing. Where a trainer multiplies our losses by 8, the weights are 8 times smaller."""
     distiller = sk.SEADistiller(*models(), TAPS)
