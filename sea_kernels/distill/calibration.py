@@ -33,7 +33,7 @@ class Calibration(nn.Module):
     Args:
         weights: the fixed weights, or None if they follow from the shares.
         shares: the pull of each loss over that of the student's own loss.
-        branches: for each loss those of the branches "cls" and "box" whose maps it compares.
+        branches: for each loss those of the branches "cls" and "box" whose maps it compares, none if there are no maps.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Calibration(nn.Module):
         seen = torch.cat([own, self.seen[2:5] * self.seen[5:]])
         if group is not None:
             seen = ranks.all_reduce(seen, group)
-        own = torch.stack([sum(seen[("cls", "box").index(x)] for x in branches) for branches in self._branches])
+        own = torch.stack([sum((seen[("cls", "box").index(x)] for x in b), seen.new_zeros(())) for b in self._branches])
         equal = (own / seen[2:]).log() / 2
         valid = equal.isfinite()  # not where a gradient was zero, or overflowed
         newest = torch.where(equal < self.log_equal - _DROP, 1, (1 / (self.count + 1)).clamp(min=_NEWEST))
@@ -162,7 +162,7 @@ class Calibration(nn.Module):
             )  # fmt: skip
             return
         for name, e, i in zip(SEALoss._fields, equal, range(3)):
-            if self.fixed is None and e is None:
+            if self.fixed is None and e is None and self._branches[i]:
                 _log.warning(
                     "the weight of the %s loss is still 0 after %d steps: a gradient, its own or that of the student's "
                     "loss, was always zero or not finite at the maps", name, step,

@@ -211,6 +211,7 @@ class SEADistiller(nn.Module):
                     self.adapters[f"{branch}_{m}"] = adapters.make(own, target, device=like.device, dtype=like.dtype)
         both, cls = ("cls", "box"), ("cls",)
         branches = both if taps.anchor_on_box else cls, both if distance_on_box else cls, ("box",)
+        branches = [[x for x in compared if getattr(taps, x)] for compared in branches]
         self.calibration = Calibration(weights, shares, branches, like.device)
         self._buffers["step"] = torch.zeros((), dtype=torch.int64, device=like.device)
         self.step = 0
@@ -304,7 +305,6 @@ class SEADistiller(nn.Module):
             losses = SEALoss(*[self._zero()] * 3)
             weighted = list(losses)
         else:
-            self.calibration.report()
             truth = _Truth(
                 boxes, labels, image_sizes, ignore_boxes, masks, batch_index, ignore_batch_index, box_format, normalized
             )
@@ -315,6 +315,7 @@ class SEADistiller(nn.Module):
             else:
                 losses = sea_loss(*self._capture(truth, teacher_input)[0], **self._loss_options)
                 weighted = [factor * w * x for w, x in zip(self.calibration.weights(), losses)]
+            self.calibration.report()
             if self.calibration.step <= STEPS:
                 self.calibration.go_on(self.calibration.step + 1)
         self.step += 1
@@ -509,6 +510,8 @@ def _weights(value: Any) -> tuple[float, ...] | None:
 
 
 def _three(name: str, values: Any, also: str) -> tuple[float, ...]:
+    if isinstance(values, Sequence):  # as `weights` has them
+        values = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in values]
     if isinstance(values, Sequence) and len(values) == 3 and all(isinstance(x, numbers.Real) for x in values):
         if all(map(math.isfinite, values)):
             return tuple(map(float, values))

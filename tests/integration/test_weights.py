@@ -368,6 +368,9 @@ def test_weights_may_be_set():
     step(distiller)
     step(distiller)  # it is measured again from then on
     assert distiller.calibration.count.tolist() == [3, 3, 3]
+    measured = weights(distiller)
+    distiller.weights = distiller.weights  # fixed at what they are
+    assert distiller.weights == tuple(measured)
     with pytest.raises(ValueError, match="weights is 3; expected 'auto', or three numbers"):
         distiller.weights = 3
 
@@ -451,6 +454,12 @@ def test_fixed_weights_that_are_far_off_are_told_once(caplog):
     first, second = logged(caplog, distiller, *range(20))
     assert first.startswith("the anchor loss pulls 5 times as hard at the student's maps as the student's own loss")
     assert second.startswith("the localization loss pulls 1e-05 times as hard")
+    caplog.clear()
+    distiller.calibration.go_on(17)
+    distiller.student(IMAGES)
+    with pytest.raises(ValueError, match="boxes and labels not given"):
+        distiller.losses()  # a step that fails tells nothing, as it is repeated
+    assert not caplog.records
 
 
 def test_a_loss_that_never_pulls_is_told(caplog):
@@ -463,6 +472,8 @@ def test_a_loss_that_never_pulls_is_told(caplog):
     distiller = sk.SEADistiller(WithoutBoxes().eval(), models()[1], TAPS)
     (said,) = logged(caplog, distiller, *range(18))
     assert said.startswith("the weight of the localization loss is still 0 after 17 steps")
+    without = sk.SEADistiller(*models(), dataclasses.replace(TAPS, box=()))  # as the taps say
+    assert logged(caplog, without, *range(18)) == [] and weights(without)[2] == 0
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
