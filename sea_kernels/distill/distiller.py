@@ -299,7 +299,9 @@ class SEADistiller(nn.Module):
         self._look_for_mistakes()
         factor = float(self.schedule(self.step))
         if self.calibration.pending:
-            self.calibration.settle(ranks.everyone(self._group))
+            # Fixed weights are measured for a warning alone, for which no process waits for the others.
+            everyone = ranks.everyone if self.calibration.fixed is None else ranks.resolve
+            self.calibration.settle(everyone(self._group))
         if factor == 0:
             self._recorders[0].forget()
             losses = SEALoss(*[self._zero()] * 3)
@@ -308,7 +310,12 @@ class SEADistiller(nn.Module):
             truth = _Truth(
                 boxes, labels, image_sizes, ignore_boxes, masks, batch_index, ignore_batch_index, box_format, normalized
             )
-            if self.calibration.measures(self.calibration.step):
+            measured = self.calibration.measures(self.calibration.step)
+            if measured and torch._C._are_functorch_transforms_active():  # a transform of torch.func hides gradients
+                if self.calibration.fixed is None:
+                    raise RuntimeError("weights is 'auto', which measures nothing in torch.func; expected numbers")
+                measured = False
+            if measured:
                 captured, leaves = self._capture(truth, teacher_input, measured=True)
                 losses = sea_loss(*captured, **self._loss_options)
                 weighted = [x + self._zero() for x in self.calibration.measure(losses, leaves, factor)]

@@ -409,6 +409,22 @@ def test_a_loss_whose_gradient_is_hidden_is_an_error():
         distiller.losses(BOXES, LABELS)
 
 
+def test_transforms_of_functions():
+    student, teacher = models()
+    parameters = {name: x.detach() for name, x in student.named_parameters()}
+
+    def loss(parameters):
+        own = torch.func.functional_call(student, parameters, (IMAGES,))["loss"]
+        return own + sum(distiller.losses(BOXES, LABELS).values())
+
+    distiller = sk.SEADistiller(student, teacher, TAPS, weights=(1, 1, 1))
+    found = [torch.func.grad(loss)(parameters) for _ in range(18)]  # 16 would be measured
+    assert all(torch.equal(x, found[0][name]) for out in found for name, x in out.items())
+    distiller.weights = "auto"
+    with pytest.raises(RuntimeError, match=r"weights is 'auto', which measures nothing in torch\.func; expected numb"):
+        torch.func.grad(loss)(parameters)
+
+
 def test_a_step_that_fails_and_is_repeated_counts_no_measurement_twice():
     distiller = sk.SEADistiller(*models(), TAPS)
     for _ in range(4):
@@ -492,6 +508,23 @@ def _weights_of_two(rank, _group, _meeting, given, width):
         out.append(weights(distiller))
     assert all(p.grad is not None for p in distiller.parameters())
     return out
+
+
+def _one_skips_a_step(rank, _group, _meeting):
+    student, teacher = models()
+    model = nn.parallel.DistributedDataParallel(student)
+    distiller = sk.SEADistiller(model, teacher, TAPS, weights=(1, 1, 1))
+    for at in range(20):
+        losses = model(IMAGES)
+        if (rank, at) != (1, 3):
+            losses |= distiller.losses(BOXES, LABELS)
+        sum(losses.values()).backward()
+    return distiller.step
+
+
+@pytest.mark.processes
+def test_a_rank_with_fixed_weights_may_skip_a_step(tmp_path):
+    assert Meeting(tmp_path, 2).spawn(_one_skips_a_step) == [20, 19]
 
 
 @pytest.mark.processes
