@@ -132,8 +132,9 @@ class Calibration(nn.Module):
         equal = (own / seen[2:]).log() / 2
         valid = equal.isfinite()  # not where a gradient was zero, or overflowed
         newest = torch.where(equal < self.log_equal - _DROP, 1, (1 / (self.count + 1)).clamp(min=_NEWEST))
-        self.log_equal += torch.where(valid, newest * (equal - self.log_equal), 0)
-        self.count += valid
+        # Not in place: a state_dict keeps the old ones.
+        self.log_equal = self.log_equal + torch.where(valid, newest * (equal - self.log_equal), 0)
+        self.count = self.count + valid
         # It counts once, if the step that follows fails and is repeated.
         self.seen, self.pending = torch.zeros_like(self.seen), False
 

@@ -275,7 +275,8 @@ def _record(recorder: Recorder, name: str, _module: nn.Module, _args: tuple, out
     if not recorder.open:  # recomputed in backward by a checkpoint, or a teacher that runs for others
         return
     if recorder.probe is not None and torch.compiler.is_compiling() and isinstance(output, (Tensor, list, tuple, dict)):
-        branches = [i for i, branch in enumerate((recorder.taps.cls, recorder.taps.box)) if _names_module(branch, name)]
+        both = recorder.taps.cls, recorder.taps.box
+        branches = [i for i, entries in enumerate(both) if _names_module(entries, name, output)]
         if branches:
             recorder.fired.setdefault(name, []).append(output)
             recorder.probed.add(name)
@@ -286,9 +287,10 @@ def _record(recorder: Recorder, name: str, _module: nn.Module, _args: tuple, out
     _note_versions(recorder, f"map of {name!r}", output)
 
 
-def _names_module(entries: Sequence[Entry], name: str) -> bool:
-    """Whether all that a module returns are maps of these entries."""
-    return any(name in names(entry) for entry in entries if not isinstance(entry, Select))
+def _names_module(entries: Sequence[Entry], name: str, output: Any) -> bool:
+    """Whether the maps of these entries are all that a module returns, or are computed from its only tensor."""
+    one = isinstance(output, Tensor)
+    return any(name in names(entry) for entry in entries if one or not isinstance(entry, Select))
 
 
 def _note_versions(recorder: Recorder, what: str, output: Any) -> None:
