@@ -517,7 +517,7 @@ def _weights(value: Any) -> tuple[float, ...] | None:
 
 
 def _three(name: str, values: Any, also: str) -> tuple[float, ...]:
-    if isinstance(values, Sequence):  # as `weights` has them
+    if isinstance(values, (list, tuple)):  # as `weights` has them
         values = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in values]
     if isinstance(values, Sequence) and len(values) == 3 and all(isinstance(x, numbers.Real) for x in values):
         if all(map(math.isfinite, values)):

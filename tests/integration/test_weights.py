@@ -101,7 +101,7 @@ class Tokens(Toy):
 
     def __init__(self, encoder, seed=0):
         super().__init__(seed=seed)
-        self.first, self.encoder = nn.Parameter(torch.zeros(1, 1, 8)), encoder
+        self.first, self.encoder = nn.Parameter(torch.zeros(1, 1, 8)), encoder()
 
     def forward(self, images):
         levels = [x.flatten(2).mT for x in self.features(images)[:2]]
@@ -124,7 +124,7 @@ def test_maps_that_a_select_computes():
     """The student's own loss sees the tokens, not the maps that were made of them."""
     select = sk.taps.Select("encoder", lambda output, size: sk.taps.tokens(8, 16, skip=1)(output[0], size))
     taps = dataclasses.replace(TAPS, cls=(select,), box=(select,), strides=(8, 16), channels=12)
-    student, teacher = Tokens(Encoder()).eval(), Tokens(Encoder(), 1)
+    student, teacher = Tokens(Encoder).eval(), Tokens(Encoder, 1)
     distiller = sk.SEADistiller(student, teacher, taps)
     for _ in range(FIRST + 1):
         step(distiller)
@@ -281,7 +281,7 @@ NECK = dataclasses.replace(TAPS, cls=("neck",), box=("neck",), anchor_on_box=Fal
 TOKENS = sk.taps.Select("encoder", sk.taps.tokens(8, 16, skip=1))
 COMPILED = {
     "tokens": (
-        lambda **seed: Tokens(nn.Linear(8, 12), **seed),
+        lambda **seed: Tokens(lambda: nn.Linear(8, 12), **seed),
         dataclasses.replace(TAPS, cls=(TOKENS,), box=(TOKENS,), strides=(8, 16), channels=12),
     ),
     "towers": (Toy, TAPS),
