@@ -15,7 +15,8 @@ ORDER = """
     reference.raster reference.losses reference
     native.schemas native.library native.saved native.autograd native
     taps
-    distill.schedule distill.adapters distill.calibration distill.recorder distill.torchvision distill.mmdet distill.distiller distill
+    distill.schedule distill.adapters distill.calibration distill.recorder distill.torchvision distill.mmdet
+    distill.distiller distill
     plot page pictures ground_truth mmdet ultralytics transformers
     __init__ __main__
 """.split()
