@@ -235,7 +235,7 @@ def pairs(
     student_name: str, student: object, teacher_name: str, teacher: object, optional: bool = False
 ) -> tuple[list, list]:
     """The sets of maps of student and teacher, which match. If they are optional, both may be empty."""
-    if optional and all(isinstance(x, (list, tuple)) and not x for x in (student, teacher)):
+    if optional and all(isinstance(x, (list, tuple)) and len(x) == 0 for x in (student, teacher)):
         return [], []
     student, teacher = pyramid(student_name, student), pyramid(teacher_name, teacher)
     match(student_name, student, teacher_name, teacher)

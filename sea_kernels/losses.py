@@ -266,7 +266,7 @@ def sea_loss(
     """
     cls_student, cls_teacher = checks.pairs("student_cls", student_cls, "teacher_cls", teacher_cls, optional=True)
     box_student, box_teacher = checks.pairs(
-        "student_box", student_box, "teacher_box", teacher_box, optional=bool(cls_student)
+        "student_box", student_box, "teacher_box", teacher_box, optional=len(cls_student) > 0
     )
     check_fit("regions", regions, "student_cls", cls_student)
     check_fit("regions", regions, "student_box", box_student)

@@ -155,7 +155,7 @@ class Regions:
         """Rasterize the ground-truth boxes of one batch on every level of a pyramid (SEA, arXiv 2203.00862).
 
         With stride `s`, a box `(x1, y1, x2, y2)` covers columns `floor(x1/s) .. max(ceil(x2/s), floor(x1/s) + 1) - 1`
-        and rows likewise, clipped to the map. So a box inside the image owns at least one pixel on every level. Its
+        and rows likewise, clipped to the map. So a box inside the image covers at least one pixel on every level. Its
         center box, `(x1 + x2)/2 -+ center_ratio * (x2 - x1)/2` before any clipping, is rasterized by the same rule and
         intersected with the box. The edge is the box without its own center. The masks of a category are the unions
         over its boxes. The background is what lies inside the image, in no box and in no ignore box. Pixels beyond the
@@ -175,8 +175,8 @@ class Regions:
                 which is skipped whatever its other values.
             level_shapes: `(H_l, W_l)` of each level.
             strides: for each level the number of input pixels from one pixel of the map to the next: a number, or a
-                `(y, x)` pair. It need not be whole. Give the true strides, not image size / map size, as batches are
-                padded.
+                `(y, x)` pair. It need not be whole. Give the network's strides: image size / map size is wrong in
+                padded batches.
             num_classes: number of categories.
             center_ratio: side of the center box / side of the box, from 0 to 1. The default is ours.
             batch_index: integer tensor `[G]`, the image of each packed box.

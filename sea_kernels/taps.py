@@ -115,8 +115,8 @@ class Taps:
             `strides((height, width), [(H_1, W_1), ...])`.
         input: name of the module whose first argument is the batch of images, [B, 3, H, W], padded and normalized. The
             call of this module marks the start of a forward of the detector.
-        run: `run(model, images)` computes a teacher's maps, and as little else as possible. If it takes more arguments,
-            it gets the others that the student's module `input` got, such as a mask. None: `model(images, ...)` with
+        run: `run(model, images)` computes a teacher's maps and should stop there. If it takes more arguments, it gets
+            the others that the student's module `input` got, such as a mask. None: `model(images, ...)` with
             all of them.
         targets: name of a module whose output holds the ground truth, and which is called before `input`. None: there
             is none.
@@ -124,7 +124,7 @@ class Taps:
             no ground truth.
         num_classes: number of the detector's categories. None: not known.
         channels: of the maps: a number, or one for each level. None: read from the modules.
-        anchor_on_box: box maps take part in the anchor loss.
+        anchor_on_box: whether the anchor loss compares the box maps too.
 
     Example:
         >>> import sea_kernels as sk
@@ -254,7 +254,7 @@ def candidates(model: nn.Module, *inputs: Any, **keywords: Any) -> list[Candidat
     First come modules with a map for each level, from fine to coarse: called once per level, or once with several maps
     in a list, tuple, dict or dataclass. Then the others, among them those that belong to one level. Both are in the
     order of the forward, and a module with several names has the first. Strides are the size of the images over that of
-    the map: where a detector rounds the sizes of its maps up, its own may be larger. The images are the first
+    the map; if the map's size was rounded up, the true stride may be larger. The images are the first
     tensor [B, 3, H, W] that a module gets. Maps of another batch size, such as those of RoIs, are left out, and so are
     modules whose maps all have a single pixel.
 

@@ -166,7 +166,8 @@ class Calibration(nn.Module):
             if self.fixed is None and e is None and self._branches[i]:
                 _log.warning(
                     "the weight of the %s loss is still 0 after %d steps: a gradient, its own or that of the student's "
-                    "loss, was always zero or not finite at the maps", name, step,
+                    "loss, was always zero or not finite at the maps, or backward had not run before the next losses()",
+                    name, step,
                 )  # fmt: skip
             elif self.fixed is not None and e is not None and self.fixed[i] and not 1e-3 <= self.fixed[i] / e <= 1:
                 _log.warning(

@@ -78,13 +78,13 @@ class SEADistiller(nn.Module):
         teacher_taps: the same for the teacher. Default: `taps`, or what `find` gives for the teacher.
         weights: "auto", or three numbers: the weights of the anchor, the distance and the localization loss. "auto"
             measures in steps 0, 1, 3 and every 8th of the first 512 how hard each loss and the student's own loss pull
-            at the student's maps, by the norms of their gradients there, and then keeps the weights that follow from
-            `share`. Only steps in which the schedule is not 0 count, from the first one whatever its number. A step
-            that is measured trains on the student's own loss alone. The weights are the same in all processes, so each
-            has to call `losses` in these steps, with group="local" too. They are in the state_dict, and logged when
-            they are final.
+            at the student's maps, by the norms of their gradients there. It then sets each weight so that its loss
+            pulls `share` times as hard as the student's own loss. Only steps in which the schedule is not 0 count,
+            from the first one whatever its number. A step that is measured trains on the student's own loss alone. The
+            weights are the same in all processes, so each has to call `losses` in these steps, with group="local" too.
+            They are in the state_dict, and logged when they are final.
         share: for weights="auto": how hard each loss pulls, as a part of the student's own loss. A number, or three.
-            The default is ours.
+            The paper has none; 0.3 did best in one trial of ours.
         schedule: a factor for the weights as a function of the step (see :class:`Schedule`). A step is one call of
             `losses`. Where the factor is 0 the teacher does not run.
         num_classes: number of categories. Default: the student's own, if the taps know it.
@@ -95,10 +95,10 @@ class SEADistiller(nn.Module):
             :func:`sea_kernels.sea_loss`.
         use_masks: build the regions from the instances' masks (:meth:`sea_kernels.Regions.from_masks`) instead of their
             boxes.
-        group: a `torch.distributed.ProcessGroup`, or "world": all processes, whose group may be initialized until the
-            first `losses`. The anchors are then those of the batch of all its ranks, and all ranks must call `losses`
-            at every step, with the same options. Default: "local", each process is alone. None is an error where there
-            are several processes, because `dist.group.WORLD` is None before `init_process_group`.
+        group: a `torch.distributed.ProcessGroup`, or "world": all processes, whose group need not be initialized
+            before the first `losses`. The anchors are then those of the batch of all its ranks, and all ranks must
+            call `losses` at every step, with the same options. Default: "local", each process is alone. None is an
+            error where there are several processes, because `dist.group.WORLD` is None before `init_process_group`.
 
     Attributes:
         adapters: a 1x1 convolution for each set of maps in which student and teacher differ in channels, or one for
