@@ -97,7 +97,7 @@ class Calibration(nn.Module):
         if gradient is not None:
             self._own_seen |= slot < 2
             self._any_seen |= slot >= 2
-            self.seen[slot] += _squared(gradient)
+            self.seen[slot] += _squared(gradient).to(self.seen.device)  # models may be split over devices
 
     def measure(self, losses: SEALoss, leaves: Sequence[Tensor], factor: float) -> list[Tensor]:
         """The losses, weighted and times `factor`, cut off from `leaves`, the maps that they were computed from."""
