@@ -292,7 +292,8 @@ class SEADistiller(nn.Module):
             the adapters.
 
         Raises:
-            RuntimeError: the student has not run; a map has no graph, or was overwritten.
+            RuntimeError: the student has not run; a map has no graph, or was overwritten; weights="auto" sees no
+                gradient of the student's own loss at its maps.
             ValueError: there are no boxes or labels; maps do not pair up (the message names the module and the counts).
         """
         self._follow_student()
