@@ -74,7 +74,7 @@ def corners(boxes: Tensor, box_format: str) -> Tensor:
         return boxes
     first, size = boxes.split(2, dim=1)
     if box_format == "cxcywh":
-        first = first - size / 2
+        return torch.cat([first - size / 2, first + size / 2], dim=1)
     return torch.cat([first, first + size], dim=1)
 
 
@@ -82,20 +82,21 @@ def scaled(
     boxes: Tensor, index: Tensor | None, counts: Sequence[int], sizes: Tensor | None, size_list: Sequence[int]
 ) -> Tensor:
     """Boxes [G, 4] that are relative to the sizes of their images, in pixels. Numbers on the device stay there."""
-    pairs = list(zip(size_list[::2], size_list[1::2])) if sizes is None else [x.unbind() for x in sizes.unbind()]
-    if not pairs:
+    pairs = list(zip(size_list[::2], size_list[1::2])) if sizes is None else sizes
+    if len(pairs) == 0:
         return boxes
     if index is None:
-        return torch.cat([_times(x, *pair) for x, pair in zip(boxes.split(list(counts)), pairs)])
+        return torch.cat([times(x, *pair) for x, pair in zip(boxes.split(list(counts)), pairs)])
     if sizes is None and all(pair == pairs[0] for pair in pairs):
-        return _times(boxes, *pairs[0])
+        return times(boxes, *pairs[0])
     if sizes is None:  # filled on the device: a copy from the host would wait
         sizes = torch.stack([torch.full((), n, device=boxes.device) for n in size_list]).view(-1, 2)
     height, width = sizes[index.clamp(0, len(pairs) - 1)].unbind(1)  # what is out of range is refused or skipped later
-    return _times(boxes, height, width)
+    return times(boxes, height, width)
 
 
-def _times(boxes: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
+def times(boxes: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
+    """Boxes [G, 4], x1 y1 x2 y2, relative to one size or to one size [G] each, in pixels."""
     x1, y1, x2, y2 = boxes.unbind(1)
     return torch.stack([x1 * width, y1 * height, x2 * width, y2 * height], dim=1)
 
@@ -116,22 +117,23 @@ def pack_labels(labels: object, counts: Sequence[int], device: torch.device | No
 def check_boxes(given: RasterInput) -> None:
     """`check_values`, and a warning where boxes on a CPU look as if they were meant in another way."""
     check_values(given)
-    used = given.labels >= 0
-    boxes, index = given.boxes[used], given.batch_index
-    if boxes.device.type != "cpu" or not len(boxes):
+    if given.boxes.device.type != "cpu":
         return
-    if (boxes[:, 2:] - boxes[:, :2] <= 1).all():
+    # As lists: the first box usually settles it, and an operation on tensors takes longer than that.
+    index = given.batch_index
+    images = [b for b, n in enumerate(given.counts) for _ in range(n)] if index is None else index.tolist()
+    rows = zip(given.boxes.tolist(), given.labels.tolist(), images)
+    used = [(box, image) for box, label, image in rows if label >= 0]
+    if not used:
+        return
+    if all(x2 - x1 <= 1 and y2 - y1 <= 1 for (x1, y1, x2, y2), _ in used):
         _tell("no box is larger than one pixel; are they relative to their images? Then pass normalized=True")
-    if index is None:
-        index = torch.arange(len(given.counts)).repeat_interleave(torch.tensor(given.counts, dtype=torch.int64))
-    sizes = given.image_sizes
-    if sizes is None and given.image_size_list:
-        sizes = torch.tensor(given.image_size_list).view(-1, 2)
-    if sizes is None:
-        sizes = torch.tensor([n * s for n, s in zip(given.level_shapes[:2], given.strides[:2])])
-        sizes = sizes.expand(given.batch_size, 2)
-    first, end = boxes.split(2, dim=1)
-    if ((first >= sizes[index[used]].flip(1)) | (end <= 0)).any(1).all():
+    sizes = given.image_size_list if given.image_sizes is None else given.image_sizes.flatten().tolist()
+    if not sizes:
+        sizes = [n * s for n, s in zip(given.level_shapes[:2], given.strides[:2])] * given.batch_size
+    if all(
+        x1 >= sizes[2 * image + 1] or y1 >= sizes[2 * image] or x2 <= 0 or y2 <= 0 for (x1, y1, x2, y2), image in used
+    ):
         _tell("every box lies outside of its image; are they of images before they were resized?")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, PreTrainedModel, Trainer, TrainerCallback
 
+from .boxes import corners, times
 from .distill.distiller import SEADistiller
 from .taps import Taps
 
@@ -165,15 +166,8 @@ def ground_truth(batch: Mapping[str, Any]) -> dict[str, Any]:
     if mask is not None:
         mask = mask.bool()
         sizes = torch.stack([mask.any(2).sum(1), mask.any(1).sum(1)], 1)
-    boxes = [_corners(x["boxes"], *x.get("size", full)) for x in labels]
+    boxes = [times(corners(x["boxes"], "cxcywh"), *x.get("size", full)) for x in labels]
     return {"boxes": boxes, "labels": [x["class_labels"] for x in labels], "image_sizes": sizes}
-
-
-def _corners(boxes: Tensor, height: Any, width: Any) -> Tensor:
-    """Boxes in pixels, x1 y1 x2 y2. Numbers on the device stay there."""
-    x, y, w, h = boxes.unbind(-1)
-    corners = (x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height
-    return torch.stack(corners, -1)
 
 
 class _Done(Exception):

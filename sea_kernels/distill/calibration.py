@@ -177,7 +177,12 @@ class Calibration(nn.Module):
                 )  # fmt: skip
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Calibration":
-        keep_buffers(self, super()._apply, fn, recurse)
+        """The buffers keep dtype and values, through `half()` and `to_empty()` too."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            device = self._buffers[name].device
+            self._buffers[name] = torch.zeros_like(old, device=device) if old.is_meta else old.to(device)
         self.probe = torch.zeros(2, device=self.seen.device, requires_grad=True)
         self.go_on(self.step)  # the buffer may have had no value until now
         return self
@@ -210,16 +215,6 @@ class Probe(torch.autograd.Function):
         square = _squared(gradient)
         squares = torch.stack([square if i in ctx.branches else torch.zeros_like(square) for i in (0, 1)])
         return gradient, squares.to(ctx.device), None  # it moves only if the student has left its distiller behind
-
-
-def keep_buffers(module: nn.Module, apply: Callable, fn: Callable, recurse: bool) -> nn.Module:
-    """`module._apply`, but its own buffers keep dtype and values, through `half()` and `to_empty()` too."""
-    before = dict(module._buffers)
-    apply(fn, recurse)
-    for name, old in before.items():
-        device = module._buffers[name].device
-        module._buffers[name] = torch.zeros_like(old, device=device) if old.is_meta else old.to(device)
-    return module
 
 
 def _squared(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..losses import SEALoss, sea_loss
 from ..regions import Regions
 from ..taps import Taps, names, unwrap
 from . import adapters
-from .calibration import STEPS, Calibration, keep_buffers
+from .calibration import STEPS, Calibration
 from .recorder import Recorder, leaf, output_channels
 from .schedule import Schedule
 
@@ -319,7 +319,8 @@ class SEADistiller(nn.Module):
             if measured:
                 captured, leaves = self._capture(truth, teacher_input, measured=True)
                 losses = sea_loss(*captured, **self._loss_options)
-                weighted = [x + self._zero() for x in self.calibration.measure(losses, leaves, factor)]
+                zero = self._zero()
+                weighted = [x + zero for x in self.calibration.measure(losses, leaves, factor)]
             else:
                 losses = sea_loss(*self._capture(truth, teacher_input)[0], **self._loss_options)
                 weighted = [factor * w * x for w, x in zip(self.calibration.weights(), losses)]
@@ -479,8 +480,8 @@ class SEADistiller(nn.Module):
             self.teacher.to(fn(self._buffers["step"]).device)
         else:
             self.teacher._apply(fn)
-        keep_buffers(self, super()._apply, fn, recurse)
-        self.step = self._step  # the buffer may have had no value until now
+        super()._apply(fn, recurse)
+        self.step = self._step  # the buffer may have no value now
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:

@@ -63,6 +63,7 @@ class Recorder:
     def __init__(self, side: str, model: nn.Module, taps: Taps) -> None:
         self.side, self.model, self.taps = side, model, taps
         self.computes = taps.run or _call
+        self.takes_more = _takes_more(self.computes)
         self.next_targets: Any = None
         self.probe: Tensor | None = None  # see Calibration
         self.probed: set[str] = set()  # modules of the last forward whose maps have a probe
@@ -110,7 +111,7 @@ class Recorder:
         self.open = True
         try:
             with torch.no_grad():
-                self._compute(images, *(others if _takes_more(self.computes) else ((), {})))
+                self._compute(images, *(others if self.takes_more else ((), {})))
             return self.sets(levels, images)
         finally:
             self.forget()
