@@ -17,7 +17,7 @@ import fcos
 import peers
 import shapes
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sea_kernels as sk
 
@@ -83,15 +83,16 @@ class Preset:
     tuning_images: int  # the same of a run that only helps to choose the share
     teacher_images: int
     rate: float  # the highest learning rate (AdamW, one cycle)
+    remember: bool  # compute the teacher's maps of all train images once, and store them
     points: int = 5  # of a curve: evaluations, evenly over the steps; at each there is a checkpoint
 
 
 _SMALL = fcos.Net(12, (16, 32, 48, 64), (0, 1, 1, 0)), fcos.Net(24, (32, 64, 96, 128), (1, 2, 2, 1))
 _LARGE = fcos.Net(16, (24, 48, 72, 96), (0, 1, 1, 0)), fcos.Net(32, (64, 128, 192, 256), (1, 3, 3, 2))
 PRESETS = {
-    "gpu": Preset(256, 200, 16384, 1000, 2000, 64, 3, *_LARGE, 32, 131072, 65536, 262144, 4e-3),
-    "cpu": Preset(128, 112, 8192, 400, 800, 32, 2, *_SMALL, 8, 46080, 23040, 61440, 4e-3),
-    "tiny": Preset(64, 50, 32, 8, 8, 16, 1, *_SMALL, 4, 16, 8, 16, 4e-3, 2),
+    "gpu": Preset(256, 200, 16384, 1000, 2000, 64, 3, *_LARGE, 32, 131072, 65536, 262144, 4e-3, False),
+    "cpu": Preset(128, 112, 8192, 400, 800, 32, 2, *_SMALL, 8, 46080, 23040, 61440, 4e-3, True),
+    "tiny": Preset(64, 50, 32, 8, 8, 16, 1, *_SMALL, 4, 16, 8, 16, 4e-3, True, 2),
 }
 
 
@@ -117,7 +118,8 @@ class Run:
 
     def effort(self, preset: Preset) -> float:
         """In images of a student alone, as measured on a CPU."""
-        return self.images(preset) * (2.4 if self.row == TEACHER else 1.8 if EVERY_ROW[self.row].terms else 1)
+        distilled = 1.3 if preset.remember else 1.8
+        return self.images(preset) * (2.4 if self.row == TEACHER else distilled if EVERY_ROW[self.row].terms else 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -147,6 +149,63 @@ def trained_teacher(preset: Preset, out: Path, device: str):
     model = make(preset, preset.teacher, 0, device)
     model.load_state_dict(torch.load(out / "teacher.pt", map_location=device, weights_only=True))
     return model
+
+
+class Stored(nn.Module):
+    """Stands in for a tapped module of the teacher: its maps of all train images, L of `[N, C, H_l, W_l]`."""
+
+    def __init__(self, levels: list[Tensor]):
+        super().__init__()
+        self.levels, self.out_channels = levels, levels[0].shape[1]
+
+    def forward(self, index: Tensor) -> list[Tensor]:
+        return [x[index] for x in self.levels]
+
+
+class Remembered(nn.ModuleDict):
+    """Stands in for the teacher, which always sees the same images. Its input is their numbers `[B]`."""
+
+    def __init__(self, maps: dict[str, list[Tensor]]):
+        super().__init__({self.key(name): Stored(levels) for name, levels in maps.items()})
+
+    @staticmethod
+    def key(name: str) -> str:
+        return name.replace(".", "_")
+
+    def taps(self, taps: sk.taps.Taps) -> sk.taps.Taps:
+        """Those of the teacher, by the names here."""
+        cls, box = (tuple(map(self.key, entries)) for entries in (taps.cls, taps.box))
+        return dataclasses.replace(taps, cls=cls, box=box, run=None)
+
+    def forward(self, index: Tensor) -> None:
+        for stored in self.values():
+            stored(index)
+
+
+@torch.no_grad()
+def teachers_maps(teacher, data: shapes.Scenes, batch: int = 64) -> dict[str, list[Tensor]]:
+    """What the modules that any row taps give for each image, in evaluation mode."""
+    taps, scored = sk.taps.find(teacher), _score_taps(teacher)
+    maps, handles = {}, []
+
+    def record(name, _module, _inputs, output):
+        for level in output.values() if isinstance(output, dict) else [output]:
+            found[name].append(level.contiguous())
+
+    for name in dict.fromkeys((*taps.cls, *taps.box, *scored.cls)):
+        handles.append(teacher.get_submodule(name).register_forward_hook(functools.partial(record, name)))
+        maps[name] = None
+    teacher.eval()
+    for index in torch.arange(len(data)).split(batch):
+        found = {name: [] for name in maps}
+        teacher.head(list(teacher.backbone(teacher.transform(fcos.images(data, index))[0].tensors).values()))
+        for name, levels in found.items():
+            maps[name] = maps[name] or [x.new_empty(len(data), *x.shape[1:]) for x in levels]
+            for whole, part in zip(maps[name], levels):
+                whole[index] = part
+    for handle in handles:
+        handle.remove()
+    return maps
 
 
 def teachers_boxes(preset: Preset, out: Path, device: str, teacher) -> dict[str, Tensor]:
@@ -181,23 +240,30 @@ class Distillation:
         self.row, self.balance = row, balance.Balance(row.terms, rule, share * row.factor)
         taps = _score_taps(student) if "score" in row.terms else None
         # weights of 1: the rule is applied here, as to all methods
-        self.distiller = sk.SEADistiller(
-            student, teacher, taps, weights=(1, 1, 1), center_ratio=row.center_ratio, **row.options
-        )
+        self.remembered = isinstance(teacher, Remembered)
+        teacher_taps = teacher.taps(taps or sk.taps.find(student)) if self.remembered else None
+        options = {"weights": (1, 1, 1), "center_ratio": row.center_ratio} | row.options
+        self.distiller = sk.SEADistiller(student, teacher, taps, teacher_taps=teacher_taps, **options)
         # Modules that train along; of the rows here only Ultralytics' has any.
         self.projectors = peers.Projectors(len(fcos.STRIDES) if "score" in row.terms else 0, channels)
         self.projectors.to(next(student.parameters()).device)
 
-    def losses(self, step: int, detection: Tensor, measure: bool, **regions) -> dict[str, Tensor]:
-        """The weighted losses after the student's forward. Measured steps have none: they train on detection alone."""
+    def losses(
+        self, step: int, detection: Tensor, measure: bool, index: Tensor | None = None, **regions
+    ) -> dict[str, Tensor]:
+        """The weighted losses after the student's forward of the images `index`.
+
+        Measured steps have none: they train on detection alone.
+        """
+        given = regions | ({"teacher_input": index} if self.remembered else {})
         if measure or self.balance.measures(step):
-            self._measure(step, detection, self.distiller.capture(**regions), regions)
+            self._measure(step, detection, self.distiller.capture(**given), regions)
             return {}
         if set(self.row.terms) <= set(SEA) and self.row.parts == 1:
-            found = self.distiller.losses(**regions)
+            found = self.distiller.losses(**given)
             found = {name: found[f"loss_sea_{name}"] for name in self.row.terms}
         else:
-            found = self._unweighted(self.distiller.capture(**regions), regions)
+            found = self._unweighted(self.distiller.capture(**given), regions)
         weights = self.balance.weights
         return {k: weights[k] * x for k, x in found.items()}
 
@@ -253,6 +319,8 @@ def perform(run: Run, preset: Preset, out: Path, device: str, deadline: float, p
     if row.terms:
         teacher = trained_teacher(preset, out, device)
         boxes = teachers_boxes(preset, out, device, teacher) if row.boxes == "teacher" else None
+        if preset.remember:
+            teacher = Remembered(torch.load(out / "teachers_maps.pt", map_location=device, mmap=True))
         distillation = Distillation(model, teacher, row, run.rule, run.share, preset.channels)
     parameters = [*model.parameters(), *(distillation.projectors.parameters() if distillation else [])]
     decayed, others = ([p for p in parameters if (p.dim() > 1) == decays] for decays in (True, False))
@@ -289,7 +357,7 @@ def perform(run: Run, preset: Preset, out: Path, device: str, deadline: float, p
             if boxes:
                 there = [x >= 0 for x in boxes["labels"][index]]
                 regions = {k: [x[t] for x, t in zip(boxes[k][index], there)] for k in ("boxes", "labels")}
-            losses |= distillation.losses(step, detection, step + 1 in ends, **regions)
+            losses |= distillation.losses(step, detection, step + 1 in ends, index, **regions)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 10.0)
@@ -310,6 +378,8 @@ def perform(run: Run, preset: Preset, out: Path, device: str, deadline: float, p
             save(checkpoint, state | {"balance": distillation and distillation.balance})
     if is_teacher:
         save(out / "teacher.pt", model.state_dict())
+        if preset.remember:
+            save(out / "teachers_maps.pt", teachers_maps(model, data))
     result = dataclasses.asdict(run) | {"metrics": curve[-1]["metrics"], "curve": curve, "seconds": seconds}
     if distillation:
         result |= {"weights": distillation.balance.weights, "measured": distillation.balance.measured}

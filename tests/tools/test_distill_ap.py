@@ -329,6 +329,31 @@ def test_no_two_rows_pull_the_same_way(runs, step, little):
         assert (pulls[name][:box].any(), pulls[name][box:].any()) == branches, name
 
 
+@pytest.mark.parametrize("name", ["all three", "score-weighted", "CWD", "all three, anchors of half a batch"])
+def test_a_remembered_teacher_gives_the_losses_of_the_teacher_itself(runs, fcos, shapes, little, name):
+    row = dataclasses.replace(runs.EVERY_ROW[name], parts=min(2, runs.EVERY_ROW[name].parts))
+    data, index = shapes.generate(8, little.size, 1, little.largest), torch.tensor([6, 1, 3, 4])
+    teacher = runs.make(little, little.teacher, 1, "cpu")
+    with torch.no_grad():  # running statistics other than those of a new model, which count in evaluation mode alone
+        teacher.backbone(teacher.transform(fcos.images(data, torch.arange(8)))[0].tensors)
+    remembered = runs.Remembered(runs.teachers_maps(teacher, data, batch=3))
+    found = []
+    for one in (teacher, remembered):
+        student = runs.make(little, little.student, 0, "cpu").train()
+        distillation = runs.Distillation(student, one, row, "gradients", 0.3, little.channels)
+        shown = fcos.targets(data, index)
+        regions = {k: [x[k] for x in shown] for k in ("boxes", "labels")} if row.parts > 1 else {}
+        for step in range(2):  # the first one measures
+            torch.manual_seed(2)
+            detection = sum(student(fcos.images(data, index), shown).values())
+            losses = distillation.losses(step, detection, False, index, **regions)
+        found.append(losses)
+    assert found[0].keys() == found[1].keys() == set(row.terms)
+    for term in row.terms:
+        torch.testing.assert_close(found[0][term], found[1][term], rtol=1e-4, atol=0)
+        assert found[0][term] > 0
+
+
 def test_anchors_of_a_part_of_the_batch(runs, step, fcos):
     """Those of two images at a time, as in each of two processes; then the mean of the losses."""
     row = runs.EVERY_ROW["all three, anchors of half a batch"]
