@@ -112,6 +112,10 @@ class Run:
     def file(self, out: Path) -> Path:
         return out / ("tuning" if self.tuning else "runs") / (re.sub(r"[^\w.]+", "_", self.name) + ".json")
 
+    def weights(self, out: Path) -> Path:
+        """The trained student."""
+        return self.file(out).with_suffix(".weights.pt")
+
     def images(self, preset: Preset) -> int:
         student = preset.tuning_images if self.tuning else preset.student_images
         return preset.teacher_images if self.row == TEACHER else student
@@ -376,10 +380,9 @@ def perform(run: Run, preset: Preset, out: Path, device: str, deadline: float, p
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step + 1, "curve": curve, "seconds": seconds}
             save(checkpoint, state | {"balance": distillation and distillation.balance})
-    if is_teacher:
-        save(out / "teacher.pt", model.state_dict())
-        if preset.remember:
-            save(out / "teachers_maps.pt", teachers_maps(model, data))
+    save(out / "teacher.pt" if is_teacher else run.weights(out), model.state_dict())
+    if is_teacher and preset.remember:
+        save(out / "teachers_maps.pt", teachers_maps(model, data))
     result = dataclasses.asdict(run) | {"metrics": curve[-1]["metrics"], "curve": curve, "seconds": seconds}
     if distillation:
         result |= {"weights": distillation.balance.weights, "measured": distillation.balance.measured}
