@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import balance
-import fcos
 import peers
 import shapes
+import small_detectors
 import torch
+from small_detectors import Net
 from torch import Tensor, nn
 
 import sea_kernels as sk
@@ -76,24 +77,34 @@ class Preset:
     val: int
     channels: int  # of FPN and head, the same for student and teacher: no adapters
     convolutions: int  # of each tower
-    student: fcos.Net
-    teacher: fcos.Net
+    student: Net
+    teacher: Net
     batch: int
     student_images: int  # that one student sees, in as many passes over the train set as that takes
     tuning_images: int  # the same of a run that only helps to choose the share
     teacher_images: int
     rate: float  # the highest learning rate (AdamW, one cycle)
     remember: bool  # compute the teacher's maps of all train images once, and store them
+    detector: str = "fcos"  # or "faster_rcnn"
     points: int = 5  # of a curve: evaluations, evenly over the steps; at each there is a checkpoint
 
 
-_SMALL = fcos.Net(12, (16, 32, 48, 64), (0, 1, 1, 0)), fcos.Net(24, (32, 64, 96, 128), (1, 2, 2, 1))
-_LARGE = fcos.Net(16, (24, 48, 72, 96), (0, 1, 1, 0)), fcos.Net(32, (64, 128, 192, 256), (1, 3, 3, 2))
+_SMALL = (
+    Net(12, (16, 32, 48, 64), (0, 1, 1, 0)),
+    Net(24, (32, 64, 96, 128), (1, 2, 2, 1)),
+)
+_LARGE = (
+    Net(16, (24, 48, 72, 96), (0, 1, 1, 0)),
+    Net(32, (64, 128, 192, 256), (1, 3, 3, 2)),
+)
 PRESETS = {
     "gpu": Preset(256, 200, 16384, 1000, 2000, 64, 3, *_LARGE, 32, 131072, 65536, 262144, 4e-3, False),
-    "cpu": Preset(128, 112, 8192, 400, 800, 32, 2, *_SMALL, 8, 46080, 23040, 61440, 4e-3, True),
-    "tiny": Preset(64, 50, 32, 8, 8, 16, 1, *_SMALL, 4, 16, 8, 16, 4e-3, True, 2),
+    "cpu": Preset(128, 112, 8192, 400, 800, 32, 2, *_SMALL, 8, 30720, 15360, 61440, 4e-3, True),
+    "tiny": Preset(64, 50, 32, 8, 8, 16, 1, *_SMALL, 4, 16, 8, 16, 4e-3, True, points=2),
 }
+PRESETS["cpu-two-stage"] = dataclasses.replace(
+    PRESETS["cpu"], detector="faster_rcnn", student_images=15360, teacher_images=30720
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,9 @@ class Run:
 
     def weights(self, out: Path) -> Path:
         """The trained student."""
-        return self.file(out).with_suffix(".weights.pt")
+        folder = out / "students" / ("tuning" if self.tuning else "runs")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / self.file(out).with_suffix(".pt").name
 
     def images(self, preset: Preset) -> int:
         student = preset.tuning_images if self.tuning else preset.student_images
@@ -144,9 +157,11 @@ def batches(preset: Preset, images: int, seed: int) -> Tensor:
     return torch.cat(passes)[: steps * preset.batch].view(steps, preset.batch)
 
 
-def make(preset: Preset, net: fcos.Net, seed: int, device):
+def make(preset: Preset, net: Net, seed: int, device):
     torch.manual_seed(seed)
-    return fcos.make(net, preset.channels, preset.convolutions, len(shapes.CATEGORIES), preset.size, device)
+    return getattr(small_detectors, preset.detector)(
+        net, preset.channels, preset.convolutions, len(shapes.CATEGORIES), preset.size, device
+    )
 
 
 def trained_teacher(preset: Preset, out: Path, device: str):
@@ -189,20 +204,21 @@ class Remembered(nn.ModuleDict):
 @torch.no_grad()
 def teachers_maps(teacher, data: shapes.Scenes, batch: int = 64) -> dict[str, list[Tensor]]:
     """What the modules that any row taps give for each image, in evaluation mode."""
-    taps, scored = sk.taps.find(teacher), _score_taps(teacher)
-    maps, handles = {}, []
+    taps, two_stage, maps, handles = sk.taps.find(teacher), hasattr(teacher, "rpn"), {}, []
+    head = teacher.rpn.head if two_stage else teacher.head
+    tapped = *taps.cls, *taps.box, *(() if two_stage else _score_taps(teacher).cls)
 
     def record(name, _module, _inputs, output):
         for level in output.values() if isinstance(output, dict) else [output]:
             found[name].append(level.contiguous())
 
-    for name in dict.fromkeys((*taps.cls, *taps.box, *scored.cls)):
+    for name in dict.fromkeys(tapped):
         handles.append(teacher.get_submodule(name).register_forward_hook(functools.partial(record, name)))
         maps[name] = None
     teacher.eval()
     for index in torch.arange(len(data)).split(batch):
         found = {name: [] for name in maps}
-        teacher.head(list(teacher.backbone(teacher.transform(fcos.images(data, index))[0].tensors).values()))
+        head(list(teacher.backbone(teacher.transform(small_detectors.images(data, index))[0].tensors).values()))
         for name, levels in found.items():
             maps[name] = maps[name] or [x.new_empty(len(data), *x.shape[1:]) for x in levels]
             for whole, part in zip(maps[name], levels):
@@ -216,7 +232,7 @@ def teachers_boxes(preset: Preset, out: Path, device: str, teacher) -> dict[str,
     """What the teacher detects in the train set: `boxes` `[N, most, 4]`, `labels` `[N, most]`, padded by label -1."""
     path = out / "teachers_boxes.pt"
     if not path.exists():
-        found = fcos.detect(teacher, scenes(preset, "train", device))
+        found = small_detectors.detect(teacher, scenes(preset, "train", device))
         sure = [one["scores"] >= TEACHERS_SCORE for one in found]
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-1)
         save(path, {k: pad([one[k][s] for one, s in zip(found, sure)]) for k in ("boxes", "labels")})
@@ -249,7 +265,7 @@ class Distillation:
         options = {"weights": (1, 1, 1), "center_ratio": row.center_ratio} | row.options
         self.distiller = sk.SEADistiller(student, teacher, taps, teacher_taps=teacher_taps, **options)
         # Modules that train along; of the rows here only Ultralytics' has any.
-        self.projectors = peers.Projectors(len(fcos.STRIDES) if "score" in row.terms else 0, channels)
+        self.projectors = peers.Projectors(len(small_detectors.STRIDES) if "score" in row.terms else 0, channels)
         self.projectors.to(next(student.parameters()).device)
 
     def losses(
@@ -293,7 +309,10 @@ class Distillation:
             own = slice(int(part[0]), int(part[-1]) + 1)
             maps = [[[x[own] for x in levels] for levels in sets] for sets in sides]
             options = {"num_classes": self.distiller.num_classes, "center_ratio": self.row.center_ratio}
-            yield *maps, sk.Regions.from_boxes(boxes[own], labels[own], whole.level_shapes, fcos.STRIDES, **options)
+            yield (
+                *maps,
+                sk.Regions.from_boxes(boxes[own], labels[own], whole.level_shapes, small_detectors.STRIDES, **options),
+            )
 
     def _measure(self, step, detection, capture, regions):
         def cut(sets):
@@ -351,13 +370,13 @@ def perform(run: Run, preset: Preset, out: Path, device: str, deadline: float, p
         if time.time() > deadline and step in ends and step > first:
             return False
         index = order[step].to(device)
-        detection = sum(model(fcos.images(data, index), fcos.targets(data, index)).values())
+        shown = small_detectors.targets(data, index, small_detectors.first_label(model))
+        detection = sum(model(small_detectors.images(data, index), shown).values())
         losses = {"detection": detection}
         if distillation:
             regions = {}
             if row.parts > 1:
-                shown = fcos.targets(data, index)
-                regions = {k: [x[k] for x in shown] for k in ("boxes", "labels")}
+                regions = {k: [x[k] for x in small_detectors.targets(data, index)] for k in ("boxes", "labels")}
             if boxes:
                 there = [x >= 0 for x in boxes["labels"][index]]
                 regions = {k: [x[t] for x, t in zip(boxes[k][index], there)] for k in ("boxes", "labels")}
@@ -371,7 +390,9 @@ def perform(run: Run, preset: Preset, out: Path, device: str, deadline: float, p
             sums[k], counts[k] = sums.get(k, 0.0) + x.detach(), counts.get(k, 0) + 1
         progress(run.effort(preset) / len(order))
         if step + 1 in ends:
-            metrics = fcos.evaluate(model, scenes(preset, "tune" if run.tuning else "val", device), shapes.CATEGORIES)
+            metrics = small_detectors.evaluate(
+                model, scenes(preset, "tune" if run.tuning else "val", device), shapes.CATEGORIES
+            )
             means = {k: float(x) / counts[k] for k, x in sums.items()}
             if not math.isfinite(means["detection"]):
                 raise FloatingPointError(f"{run.name}: the loss is {means['detection']} before step {step + 1}")

@@ -4,8 +4,8 @@ import statistics
 from pathlib import Path
 
 import balance
-import fcos
 import report
+import small_detectors
 from distill_runs import ALONE, EVERY_ROW, SEA, TEACHER, read
 from plot import plt
 
@@ -14,7 +14,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def in_words(metrics: dict) -> str:
-    return ", ".join(f"{k} {metrics[k]:.2f}" for k in fcos.METRICS)
+    return ", ".join(f"{k} {metrics[k]:.2f}" for k in small_detectors.METRICS)
 
 
 def collect(out: Path) -> list[dict]:
@@ -28,13 +28,13 @@ def collect(out: Path) -> list[dict]:
     def paired(results, others):
         others = {r["seed"]: r["metrics"] for r in others}
         pairs = [(r["metrics"], others[r["seed"]]) for r in results if r["seed"] in others]
-        return {k: interval([a[k] - b[k] for a, b in pairs]) for k in fcos.METRICS} if pairs else None
+        return {k: interval([a[k] - b[k] for a, b in pairs]) for k in small_detectors.METRICS} if pairs else None
 
     rows = []
     for key in sorted(groups, key=lambda key: (rank.index(key[0]), key[1] or "", key[2] or 0)):
         results = sorted(groups[key], key=lambda r: r["seed"])
         row = {"name": key[0], "rule": key[1], "share": key[2], "seeds": [r["seed"] for r in results], "runs": results}
-        values = {k: [r["metrics"][k] for r in results] for k in fcos.METRICS}
+        values = {k: [r["metrics"][k] for r in results] for k in small_detectors.METRICS}
         row |= {"values": values, "mean": {k: statistics.fmean(v) for k, v in values.items()}}
         row["deviation"] = {k: statistics.stdev(v) if len(v) > 1 else None for k, v in values.items()}
         if key[0] not in (ALONE, TEACHER):
@@ -58,11 +58,11 @@ def _plus_minus(mean: float, spread: float | None, form: str = "{:.2f}") -> str:
 
 
 def markdown(result: dict) -> str:
-    header = ["", "share", *fcos.METRICS, "AP over student alone", "AP of all three over it", "seeds"]
+    header = ["", "share", *small_detectors.METRICS, "AP over student alone", "AP of all three over it", "seeds"]
     rules = {row["rule"] for row in result["rows"] if row["rule"]}
     lines = []
     for row in result["rows"]:
-        cells = [_plus_minus(row["mean"][k], row["deviation"][k]) for k in fcos.METRICS]
+        cells = [_plus_minus(row["mean"][k], row["deviation"][k]) for k in small_detectors.METRICS]
         for gain in (row.get("gain"), row.get("all three over it")):
             cells.append(_plus_minus(gain["AP"]["mean"], gain["AP"]["half"], "{:+.2f}") if gain else "-")
         share = "-" if row["share"] is None else f"{row['share']:g}" + f" ({row['rule']})" * (len(rules) > 1)

@@ -32,13 +32,13 @@ def shapes():
 
 
 @pytest.fixture
-def fcos():
+def small():
     require("torchvision")
-    return importlib.import_module("fcos")
+    return importlib.import_module("small_detectors")
 
 
 @pytest.fixture
-def runs(fcos):
+def runs(small):
     return importlib.import_module("distill_runs")
 
 
@@ -101,7 +101,7 @@ def scattered():
     return boxes, labels
 
 
-def test_perfect_answers_have_ap_100(fcos, shapes):
+def test_perfect_answers_have_ap_100(small, shapes):
     boxes, labels = scattered()
 
     def metrics(boxes, labels, truth=labels):
@@ -109,11 +109,11 @@ def test_perfect_answers_have_ap_100(fcos, shapes):
             {"boxes": b[x >= 0], "scores": torch.ones(int((x >= 0).sum())), "labels": x[x >= 0]}
             for b, x in zip(boxes, labels)
         ]
-        return fcos.coco_metrics(found, scattered()[0], truth, shapes.CATEGORIES)
+        return small.coco_metrics(found, scattered()[0], truth, shapes.CATEGORIES)
 
     perfect = metrics(boxes, labels)
     of_category = perfect.pop("categories")
-    assert perfect == pytest.approx(dict.fromkeys(fcos.METRICS, 100.0), abs=0.1)
+    assert perfect == pytest.approx(dict.fromkeys(small.METRICS, 100.0), abs=0.1)
     assert [i for i, name in enumerate(shapes.CATEGORIES) if of_category[name] > 99] == [0, 3, 5, 11]
     assert min(of_category.values()) == -100  # none of that category
     assert metrics(boxes, labels.where(labels != 3, 4))["AP"] == pytest.approx(75.0, abs=0.1)  # 1 of 4 is never found
@@ -122,15 +122,15 @@ def test_perfect_answers_have_ap_100(fcos, shapes):
     assert metrics(boxes, torch.full_like(labels, -1))["AP"] == 0
 
 
-def test_the_detector_is_torchvisions_and_every_level_has_objects_to_find(fcos, shapes, monkeypatch):
+def test_the_detector_is_torchvisions_and_every_level_has_objects_to_find(small, shapes, monkeypatch):
     from torchvision.models.detection import FCOS
 
     data = shapes.generate(64, 128, 1, 112)
-    model = fcos.make(fcos.Net(8, (8, 8, 8, 8), (0, 0, 0, 0)), 16, 1, 12, 128)
+    model = small.fcos(small.Net(8, (8, 8, 8, 8), (0, 0, 0, 0)), 16, 1, 12, 128)
     assert isinstance(model, FCOS) and sk.taps.find(model).num_classes == 12
     matched = []
     monkeypatch.setattr(model.head, "compute_loss", lambda *arguments: matched.append(arguments[3]) or {})
-    model(fcos.images(data, torch.arange(64)), fcos.targets(data, torch.arange(64)))
+    model(small.images(data, torch.arange(64)), small.targets(data, torch.arange(64)))
     there = torch.stack(matched[0])
     of_level = [(x >= 0).sum() for x in there.split([256, 64, 16], 1)]
     assert min(of_level) > 20
@@ -228,7 +228,7 @@ def little(runs, monkeypatch):
 
 
 @pytest.fixture
-def step(runs, fcos, shapes, little):
+def step(runs, small, shapes, little):
     """step(row, rule, share): the distillation, the detection loss and the student's maps of one forward."""
     data = shapes.generate(4, little.size, 1, little.largest)
 
@@ -249,7 +249,7 @@ def step(runs, fcos, shapes, little):
         distillation.distiller._capture = captured
 
         def forward():
-            return sum(student(fcos.images(data, torch.arange(4)), fcos.targets(data, torch.arange(4))).values())
+            return sum(student(small.images(data, torch.arange(4)), small.targets(data, torch.arange(4))).values())
 
         return distillation, forward, maps
 
@@ -330,22 +330,22 @@ def test_no_two_rows_pull_the_same_way(runs, step, little):
 
 
 @pytest.mark.parametrize("name", ["all three", "score-weighted", "CWD", "all three, anchors of half a batch"])
-def test_a_remembered_teacher_gives_the_losses_of_the_teacher_itself(runs, fcos, shapes, little, name):
+def test_a_remembered_teacher_gives_the_losses_of_the_teacher_itself(runs, small, shapes, little, name):
     row = dataclasses.replace(runs.EVERY_ROW[name], parts=min(2, runs.EVERY_ROW[name].parts))
     data, index = shapes.generate(8, little.size, 1, little.largest), torch.tensor([6, 1, 3, 4])
     teacher = runs.make(little, little.teacher, 1, "cpu")
     with torch.no_grad():  # running statistics other than those of a new model, which count in evaluation mode alone
-        teacher.backbone(teacher.transform(fcos.images(data, torch.arange(8)))[0].tensors)
+        teacher.backbone(teacher.transform(small.images(data, torch.arange(8)))[0].tensors)
     remembered = runs.Remembered(runs.teachers_maps(teacher, data, batch=3))
     found = []
     for one in (teacher, remembered):
         student = runs.make(little, little.student, 0, "cpu").train()
         distillation = runs.Distillation(student, one, row, "gradients", 0.3, little.channels)
-        shown = fcos.targets(data, index)
+        shown = small.targets(data, index)
         regions = {k: [x[k] for x in shown] for k in ("boxes", "labels")} if row.parts > 1 else {}
         for step in range(2):  # the first one measures
             torch.manual_seed(2)
-            detection = sum(student(fcos.images(data, index), shown).values())
+            detection = sum(student(small.images(data, index), shown).values())
             losses = distillation.losses(step, detection, False, index, **regions)
         found.append(losses)
     assert found[0].keys() == found[1].keys() == set(row.terms)
@@ -354,7 +354,7 @@ def test_a_remembered_teacher_gives_the_losses_of_the_teacher_itself(runs, fcos,
         assert found[0][term] > 0
 
 
-def test_anchors_of_a_part_of_the_batch(runs, step, fcos):
+def test_anchors_of_a_part_of_the_batch(runs, step, small):
     """Those of two images at a time, as in each of two processes; then the mean of the losses."""
     row = runs.EVERY_ROW["all three, anchors of half a batch"]
     distillation, forward, _ = step(row)
@@ -367,7 +367,7 @@ def test_anchors_of_a_part_of_the_batch(runs, step, fcos):
     for rest in (slice(0, 2), slice(2, 4)):
         sides = [[[x[rest] for x in levels] for levels in sets] for sets in capture[:4]]
         own = [x[rest] for x in truth.values()]
-        regions = sk.Regions.from_boxes(*own, capture.regions.level_shapes, fcos.STRIDES, num_classes=12)
+        regions = sk.Regions.from_boxes(*own, capture.regions.level_shapes, small.STRIDES, num_classes=12)
         halves.append(sk.sea_loss(*sides, regions))
     for name, x in found.items():
         torch.testing.assert_close(x, (getattr(halves[0], name) + getattr(halves[1], name)) / 2)
@@ -412,6 +412,15 @@ def test_a_run_goes_on_where_it_stopped(runs, little, tmp_path):
     assert {k: v for k, v in parts.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
     assert [p["images"] for p in whole["curve"]] == [8, 16, 24]
     assert not list((tmp_path / "parts" / "runs").glob("*.p*t"))
+
+
+def test_a_two_stage_detector_learns_by_the_same_losses(runs, little, tmp_path):
+    preset = dataclasses.replace(little, detector="faster_rcnn")
+    perform(runs, preset, tmp_path, runs.Run(runs.TEACHER, 0))
+    maps = torch.load(tmp_path / "teachers_maps.pt")
+    assert [x.shape[1:] for x in maps["rpn.head.conv"]] == [(16, 8, 8), (16, 4, 4), (16, 2, 2)]
+    result = perform(runs, preset, tmp_path, runs.Run("all three", 0, "gradients", 0.3))
+    assert set(result["weights"]) == set(runs.SEA) and all(w > 0 for w in result["weights"].values())
 
 
 def test_the_teachers_boxes_stand_in_for_labels(runs, little, tmp_path, monkeypatch):

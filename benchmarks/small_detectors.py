@@ -1,7 +1,8 @@
-"""torchvision's FCOS on a small backbone, and COCO's averages of what it finds.
+"""torchvision's FCOS and Faster R-CNN on a small backbone, and COCO's averages of what they find.
 
-The transform, the head, the losses and the post-processing are torchvision's. Made here: the backbone, group
-normalization of 8 groups in the towers (torchvision's 32 would leave one channel a group), and scales for small images.
+The transform, the heads, the losses and the post-processing are torchvision's. Made here: the backbone, group
+normalization of 8 groups in FCOS's towers (torchvision's 32 would leave one channel a group), and scales for small
+images.
 """
 
 import contextlib
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 STRIDES = (8, 16, 32)
@@ -72,8 +74,13 @@ class Backbone(nn.Module):
         return self.fpn(levels)
 
 
-def make(net: Net, channels: int, convolutions: int, classes: int, size: int, device="cpu") -> detection.FCOS:
-    """A detector of images `[3, size, size]` in 0..1, from torch's random numbers."""
+def _of_images(size: int) -> dict:
+    """What both detectors are told about images `[3, size, size]` in 0..1."""
+    return {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "min_size": size, "max_size": size, "_skip_resize": True}
+
+
+def fcos(net: Net, channels: int, convolutions: int, classes: int, size: int, device="cpu") -> detection.FCOS:
+    """From torch's random numbers. convolutions: of each tower."""
     norm = partial(nn.GroupNorm, 8)
     head = FCOSHead(channels, 1, classes, 0)  # both of its branches are replaced
     head.classification_head = FCOSClassificationHead(channels, 1, classes, convolutions, norm_layer=norm)
@@ -81,19 +88,39 @@ def make(net: Net, channels: int, convolutions: int, classes: int, size: int, de
     model = detection.FCOS(
         Backbone(net, channels),
         classes,
-        image_mean=[0.5] * 3,
-        image_std=[0.25] * 3,
         # A level answers for boxes whose farthest side is 4 to 8 anchors away: here up to 32, 64, and more pixels.
         anchor_generator=AnchorGenerator(tuple((s // 2,) for s in STRIDES), ((1.0,),) * len(STRIDES)),
         center_sampling_radius=3.0,  # in anchors: 1.5 strides
         head=head,
         score_thresh=0.05,
         topk_candidates=200,
-        min_size=size,
-        max_size=size,
-        _skip_resize=True,
+        **_of_images(size),
     )
     return model.to(device, memory_format=torch.channels_last)
+
+
+def faster_rcnn(net: Net, channels: int, _: int, classes: int, size: int, device="cpu") -> detection.FasterRCNN:
+    """From torch's random numbers. Its labels begin at 1."""
+    pool = MultiScaleRoIAlign([str(i) for i in range(len(STRIDES))], 5, 2, canonical_scale=64)
+    model = detection.FasterRCNN(
+        Backbone(net, channels),
+        rpn_anchor_generator=AnchorGenerator(tuple((3 * s // 2, 3 * s) for s in STRIDES), ((0.5, 1.0, 2.0),) * 3),
+        rpn_pre_nms_top_n_train=200,
+        rpn_pre_nms_top_n_test=200,
+        rpn_post_nms_top_n_train=100,
+        rpn_post_nms_top_n_test=100,
+        rpn_batch_size_per_image=64,
+        box_roi_pool=pool,
+        box_head=TwoMLPHead(channels * 5 * 5, 4 * channels),
+        box_predictor=FastRCNNPredictor(4 * channels, classes + 1),
+        box_batch_size_per_image=32,
+        **_of_images(size),
+    )
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def first_label(model) -> int:
+    return int(isinstance(model, detection.FasterRCNN))
 
 
 def images(scenes, index) -> list[Tensor]:
@@ -101,21 +128,21 @@ def images(scenes, index) -> list[Tensor]:
     return list((scenes.images[index].float() / 255).unbind())
 
 
-def targets(scenes, index) -> list[dict[str, Tensor]]:
+def targets(scenes, index, first_label: int = 0) -> list[dict[str, Tensor]]:
     return [
-        {"boxes": boxes[labels >= 0], "labels": labels[labels >= 0]}
+        {"boxes": boxes[labels >= 0], "labels": labels[labels >= 0] + first_label}
         for boxes, labels in zip(scenes.boxes[index], scenes.labels[index])
     ]
 
 
 @torch.no_grad()
-def detect(model: detection.FCOS, scenes, batch: int = 100) -> list[dict[str, Tensor]]:
-    """`boxes`, `scores` and `labels` of every image."""
+def detect(model, scenes, batch: int = 100) -> list[dict[str, Tensor]]:
+    """`boxes`, `scores` and `labels` (from 0) of every image."""
     training = model.training
     model.eval()
     found = [x for part in torch.arange(len(scenes)).split(batch) for x in model(images(scenes, part))]
     model.train(training)
-    return found
+    return [one | {"labels": one["labels"] - first_label(model)} for one in found]
 
 
 def coco_metrics(found: list[dict[str, Tensor]], boxes: Tensor, labels: Tensor, categories) -> dict:
@@ -156,5 +183,5 @@ def coco_metrics(found: list[dict[str, Tensor]], boxes: Tensor, labels: Tensor, 
     return metrics | {"categories": of_category}
 
 
-def evaluate(model: detection.FCOS, scenes, categories) -> dict:
+def evaluate(model, scenes, categories) -> dict:
     return coco_metrics(detect(model, scenes), scenes.boxes.cpu(), scenes.labels.cpu(), categories)
