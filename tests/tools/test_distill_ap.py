@@ -441,6 +441,28 @@ def arguments(distill, out, *more):
     return distill.arguments(["--preset", "tiny", "--device", "cpu", "--out", str(out), *more])
 
 
+def test_a_look_at_what_a_student_learned(runs, little, tmp_path, capsys):
+    look = importlib.import_module("distill_look")
+    perform(runs, little, tmp_path, runs.Run(runs.TEACHER, 0))
+    perform(runs, little, tmp_path, runs.Run("all three", 0, "gradients", 0.3))
+    look.main(["--out", str(tmp_path), "--preset", "tiny", "--drawn", "all three"])
+    lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert lines[2:] == [look.UNTRAINED, "all three"]
+    assert (tmp_path / "look.png").stat().st_size > 1000
+
+    same = runs.trained_teacher(little, tmp_path, "cpu")
+    teacher = runs.trained_teacher(little, tmp_path, "cpu")
+    data = runs.scenes(little, "val", "cpu")
+    for capture in look.captures(same, teacher, data):
+        found = look.likeness(capture)
+        for kind in ("background", "center", "edge"):
+            assert found[kind] == pytest.approx(1)
+        assert abs(found["distance loss"]) < 1e-6 and abs(found["localization loss"]) < 1e-6
+        student = [[x * 0.5 for x in maps] for maps in capture.student_cls]
+        found = look.likeness(capture._replace(student_cls=[[-x for x in student[0]], student[1]]))
+        assert found["center"] < 0.9 and found["pixel"] < 0.9
+
+
 def test_tuning_comes_before_the_runs_that_it_serves(distill, runs, tmp_path):
     (tmp_path / "tuning").mkdir()
     args = arguments(
