@@ -164,7 +164,7 @@ def rounded(x):
 def write(result, folder):
     """FOLDER/W1.json, a line for each kernel: what first_look.py and --against read."""
     folder.mkdir(parents=True, exist_ok=True)
-    shown = {"lines", "tile costs", "ptx classes"}  # in tables alone
+    shown = {"by line", "tile costs", "ptx classes"}  # in tables alone
     head = {"commit": commit(), "device": result["device"], "about": result["about"]}
     kernels = (
         f"  {json.dumps(name)}: {json.dumps(rounded({key: x for key, x in k.items() if key not in shown}))}"

@@ -207,7 +207,8 @@ void run_backward(const std::vector<Pair>& pairs, const Masks& masks, const Upst
 
 // The gradient of all tiles of the block from the coefficients of their cosines. E derives from MainEntry and has
 // `gradient`. at_pixel(valid) returns, for this thread's pixel, a function of a row of the chunk and its mask that
-// gives the coefficient e_p; weight() is the factor of the current entry, and sources() what else its pixels receive.
+// gives the coefficient e_p, 0 if the mask is empty; weight() is the factor of the current entry, and sources() what
+// else its pixels receive.
 template <class X, class E, class AtPixel, class Weight, class GetSources>
 __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scale, AtPixel at_pixel, Weight weight,
                                            GetSources get_sources) {
@@ -223,14 +224,19 @@ __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scal
           const bool valid = loop.valid(pixel);
           const auto coefficient = at_pixel(valid);
           loop.template write_coefficients<X>(rows, [&](int row, int) {
-            if (!valid || !loop.memory.nonempty[row]) return T(0);
-            const T value = coefficient(row, p0 + row);
-            along += value * *loop.cosine(0, pixel, row);
-            return value;
+            const Packed<T, 2> cosines = loop.cosine_pair(0, pixel, row);
+            Packed<T, 2> out;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              out.x[i] = valid ? coefficient(row + i, p0 + row + i) : T(0);
+              along += valid ? out.x[i] * cosines.x[i] : T(0);
+            }
+            return out;
           });
           __syncthreads();
           loop.add_directions(directions, rows);
         });
+    __syncthreads();
     along = sum_over_lanes<loop.kLanes>(along) / scale;
     if (loop.lane() == 0) {
       const int pixel = loop.pixel();
@@ -288,7 +294,7 @@ __global__ void __launch_bounds__(kMainThreads, 1)
   backward_of_cosines(
       loop, params.upstream.distance_exponent,
       [&](bool valid) {
-        const PixelSoftmax<X> q = valid ? PixelSoftmax<X>(saved_softmax(loop)) : PixelSoftmax<X>();
+        const PixelSoftmax<X> q = valid ? PixelSoftmax<X>(saved_softmax(loop, loop.pixel())) : PixelSoftmax<X>();
         return [q, &loop, pixel = loop.pixel()](int row, int) {
           return q(*loop.cosine(0, pixel, row), *loop.cosine(1, pixel, row)) * kUnit;
         };

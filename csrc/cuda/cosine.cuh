@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kMainThreads, 1) cosine(const __grid_constant_
             const int row = i / loop.kM, u = i % loop.kM;
             if (u < loop.at.count && p0 + row < loop.count)
               static_cast<T*>(out.data)[out.offset_of(loop.at.image, p0 + row, loop.at.first + u)] =
-                  loop.memory.nonempty[row] ? *loop.cosine(0, u, row) : T(0);
+                  loop.memory.absent[row] == 0 ? *loop.cosine(0, u, row) : T(0);
           }
         });
   };
@@ -58,10 +58,11 @@ __global__ void __launch_bounds__(kMainThreads, 1) cosine(const __grid_constant_
 template <class T>
 __device__ inline auto cosine_gradient(const MainLoop<T, CosineEntry>& loop) {
   return [&loop](bool) {
-    return [&loop](int, int mask) {
+    return [&loop](int row, int mask) {
+      if (loop.memory.absent[row] != 0) return T(0);
       const TileMap& gradient = loop.entry().cosines;
-      return static_cast<const T*>(
-          gradient.data)[gradient.offset_of(loop.at.image, mask, loop.at.first + loop.pixel())];
+      const int64_t offset = gradient.offset_of(loop.at.image, mask, loop.at.first + loop.pixel());
+      return static_cast<const T*>(gradient.data)[offset];
     };
   };
 }

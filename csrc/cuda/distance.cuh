@@ -71,10 +71,10 @@ inline TileWork distance_work(const Pair& pair) {
   return {static_cast<int32_t>(tile), 256};
 }
 
-// Where the softmax of this thread's pixel is saved.
+// Where the softmax of a pixel of the tile is saved.
 template <class X, class E>
-__device__ inline Compute<X>* saved_softmax(const MainLoop<X, E>& loop) {  // [PixelSoftmax<X>::kSize]
-  const int64_t of_level = loop.at.image * loop.entry().image() + loop.at.first + loop.pixel();
+__device__ inline Compute<X>* saved_softmax(const MainLoop<X, E>& loop, int pixel) {  // [PixelSoftmax<X>::kSize]
+  const int64_t of_level = loop.at.image * loop.entry().image() + loop.at.first + pixel;
   return static_cast<Compute<X>*>(loop.entry().pixel_softmax) + of_level * PixelSoftmax<X>::kSize;
 }
 
@@ -114,47 +114,63 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
         [&] {
           if (with_moments) loop.clear_invalid_pixels();
         },
-        [&](int, int rows) {
+        [&](int p0, int rows) {
           using Loop = MainLoop<X, DistanceEntry>;
           const int pixel = loop.pixel();
-          T student[Loop::kOwnRows], teacher[Loop::kOwnRows], student_max = -INFINITY, teacher_max = -INFINITY;
-          loop.each_row(rows, [&](int row, int k) {
-            student[k] = *loop.cosine(0, pixel, row);
-            teacher[k] = *loop.cosine(1, pixel, row);
-            if (!loop.memory.nonempty[row]) return;
-            student_max = max(student_max, student[k]);
-            teacher_max = max(teacher_max, teacher[k]);
+          Packed<T, 2> student[Loop::kOwnPairs], teacher[Loop::kOwnPairs];
+          T student_max = -INFINITY, teacher_max = -INFINITY;
+          loop.each_row_pair(rows, [&](int row, int k) {
+            student[k] = loop.cosine_pair(0, pixel, row);
+            teacher[k] = loop.cosine_pair(1, pixel, row);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              student_max = max(student_max, student[k].x[i]);
+              teacher_max = max(teacher_max, teacher[k].x[i]);
+            }
           });
           softmax.rescale(max_over_lanes<loop.kLanes>(student_max), max_over_lanes<loop.kLanes>(teacher_max));
-          typename OnlineSoftmax<X>::Terms terms[Loop::kOwnRows] = {};
-          loop.each_row(rows, [&](int row, int k) {
-            if (loop.memory.nonempty[row]) terms[k] = softmax.add(student[k], teacher[k], T(1));
+          loop.each_row_pair(rows, [&](int, int k) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {  // from here on, the exponentials are in the places of the cosines
+              const auto terms = softmax.add(student[k].x[i], teacher[k].x[i], T(1));
+              student[k].x[i] = terms.student;
+              teacher[k].x[i] = terms.teacher;
+            }
           });
-          if (!with_moments) return;
-          const T inverse = loop.valid(pixel) ? loop.memory.inverse_norm[pixel] : T(0);
-          const T student_factor = inverse / sum_over_lanes<loop.kLanes>(softmax.student_sum);
-          const T teacher_factor = inverse / sum_over_lanes<loop.kLanes>(softmax.teacher_sum);
-          loop.template write_coefficients<Wide<X>>(rows, [&](int row, int k) {
-            return loop.valid(pixel) && loop.memory.nonempty[row]
-                       ? terms[k].student * student_factor - terms[k].teacher * teacher_factor
-                       : T(0);
-          });
+          if (p0 + loop.block.n < loop.count) return;
+          softmax.student_sum = sum_over_lanes<loop.kLanes>(softmax.student_sum);
+          softmax.teacher_sum = sum_over_lanes<loop.kLanes>(softmax.teacher_sum);
+          softmax.difference = sum_over_lanes<loop.kLanes>(softmax.difference);
+          if (loop.lane() == 0) softmax.write(loop.memory.softmax + pixel, loop.kM);
+          if (with_moments) {
+            const T inverse = loop.valid(pixel) ? loop.memory.inverse_norm[pixel] : T(0);
+            const T student_factor = inverse / softmax.student_sum, teacher_factor = inverse / softmax.teacher_sum;
+            loop.template write_coefficients<Wide<X>>(rows, [&](int, int k) {
+              Packed<T, 2> out;
+#pragma unroll
+              for (int i = 0; i < 2; ++i)
+                out.x[i] = loop.valid(pixel)
+                               ? student[k].x[i] * student_factor - teacher[k].x[i] * teacher_factor
+                               : T(0);
+              return out;
+            });
+          }
           __syncthreads();
-          loop.add_moments(moments, rows);
+          if (with_moments) loop.add_moments(moments, rows);
         });
-    softmax.student_sum = sum_over_lanes<loop.kLanes>(softmax.student_sum);
-    softmax.teacher_sum = sum_over_lanes<loop.kLanes>(softmax.teacher_sum);
-    softmax.difference = sum_over_lanes<loop.kLanes>(softmax.difference);
-    if (loop.own == 0 && loop.lane() == 0 && loop.valid(loop.pixel())) {
-      total += softmax.divergence(T(1));
-      if (params.save) PixelSoftmax<X>(softmax).write(saved_softmax(loop));
-    }
+    // The warps take turns with what is left to do for the pixels.
+    if (loop.own > 0 || loop.warp() != t % loop.kWarps) return;
+    const int u = thread_index() % 32;
+    if (u >= loop.kM || !loop.valid(u)) return;
+    softmax.read(loop.memory.softmax + u, loop.kM);
+    total += softmax.divergence(T(1));
+    if (params.save) PixelSoftmax<X>(softmax).write(saved_softmax(loop, u));
   };
   loop.each_tile(work, leave);
 }
 
 // Sums up the moments of the chunk blockIdx.z. at_pixel() returns, for this thread's pixel, a function of a row of the
-// chunk and its mask that gives the coefficient e_p.
+// chunk and its mask that gives the coefficient e_p: 0 if the mask is empty.
 template <class X, class E, class AtPixel>
 __device__ inline void sum_moments(MainLoop<X, E>& loop, Compute<X> scale,
                                    Compute<X>* out,  // [slices + entries, masks, max_channels]
@@ -175,7 +191,10 @@ __device__ inline void sum_moments(MainLoop<X, E>& loop, Compute<X> scale,
           const T inverse = loop.memory.inverse_norm[pixel];
           const auto coefficient = at_pixel(valid);
           loop.template write_coefficients<Wide<X>>(rows, [&](int row, int) {
-            return valid && loop.memory.nonempty[row] ? coefficient(row, p0 + row) * inverse : T(0);
+            Packed<T, 2> out;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) out.x[i] = valid ? coefficient(row + i, p0 + row + i) * inverse : T(0);
+            return out;
           });
           __syncthreads();
           loop.add_moments(moments, rows);
@@ -201,7 +220,7 @@ __global__ void __launch_bounds__(kMainThreads, 1) moments(const __grid_constant
   MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false);
   if (static_cast<int>(blockIdx.z) >= loop.chunks || loop.chunks == 1) return;
   sum_moments(loop, params.scale, params.moments, [&](bool valid) {
-    const PixelSoftmax<X> q = valid ? PixelSoftmax<X>(saved_softmax(loop)) : PixelSoftmax<X>();
+    const PixelSoftmax<X> q = valid ? PixelSoftmax<X>(saved_softmax(loop, loop.pixel())) : PixelSoftmax<X>();
     return [q, &loop, pixel = loop.pixel()](int row, int) {
       return q(*loop.cosine(0, pixel, row), *loop.cosine(1, pixel, row));
     };

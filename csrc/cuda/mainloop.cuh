@@ -18,6 +18,7 @@
 namespace sea {
 
 constexpr int kMainThreads = 256, kMaxBlockN = 64, kMaxBlockK = 256;
+constexpr float kAbsent = -1e30f;  // finite, and far below any cosine over a temperature: its exponential is 0
 template <class X>
 constexpr int kBlockM = sizeof(X) == 2 ? 32 : 16;
 
@@ -34,12 +35,13 @@ struct MainMemory {
   X* tiles;           // [2 stages, 2 sides, k, kM]
   T* cosines;         // [2 sides, kM, n + 8]: without bank conflicts where 4 lanes store 2 neighbors each of 8 rows
   X* coefficients;    // [parts, kM, kMaxBlockN], after the cosines
-  T* squares;         // [2 sides, warps, kM], in the place of the coefficients
-  T* out;             // [kM, k + 8], in the place of all three
+  T* softmax;         // [5, kM] an OnlineSoftmax for each pixel, after the coefficients
+  T* squares;         // [2 sides, shares of the channels, kM], in the place of the coefficients
+  T* out;             // [kM, k + 8], in the place of all four
   double* scratch;    // [32]
   T* inverse_norm;    // [2 sides, kM] of the pixels
   T* direct;          // [2, kM] what a pixel's direction and the pixel itself are multiplied by in its gradient
-  uint8_t* nonempty;  // [kMaxBlockN] which anchors of the chunk have a mask with pixels
+  T* absent;          // [kMaxBlockN] added to the cosines with an anchor of the chunk: 0, or kAbsent if it is empty
   TileMasks masks;
 
   __host__ __device__ MainMemory(Carver& carver, BlockShape block)
@@ -49,13 +51,14 @@ struct MainMemory {
     scratch = carver.take<double>(32);
     inverse_norm = carver.take<T>(2 * kM);
     direct = carver.take<T>(2 * kM);
-    nonempty = carver.take<uint8_t>(kMaxBlockN);
+    absent = carver.take<T>(kMaxBlockN);
     const int64_t start = carver.used();
     cosines = carver.take<T>(2 * kM * (block.n + 8));
     const int64_t after = carver.used();
     coefficients = carver.take<X>(kParts<X> * kM * kMaxBlockN);
+    softmax = carver.take<T>(5 * kM);
     carver.rewind(after);
-    squares = carver.take<T>(2 * kMainThreads / 32 * kM);
+    squares = carver.take<T>(2 * kMainThreads);
     carver.rewind(start);
     out = carver.take<T>(kM * (block.k + 8));
   }
@@ -94,8 +97,14 @@ class MainLoop {
   static constexpr int kWarps = kMainThreads / 32;
   static constexpr int kM = kBlockM<X>, kRowTiles = kM / 16, kLanes = kMainThreads / kM;
   static constexpr int kStepK = 16 * kWarps, kTilesK = kMaxBlockK / kStepK;  // a warp's channels: 16 of every kStepK
-  // For work that is done pixel by pixel, kLanes neighboring threads share a pixel.
-  __device__ int pixel() const { return thread_index() / kLanes; }
+  // For work that is done pixel by pixel, kLanes neighboring threads share a pixel. The pixels of a warp are not
+  // neighbors where they would lie in the same banks.
+  __device__ int pixel() const {
+    if constexpr (sizeof(X) == 2)
+      return warp() / 2 * 8 + thread_index() % 32 / kLanes * 2 + warp() % 2;
+    else
+      return thread_index() / kLanes;
+  }
   __device__ int lane() const { return thread_index() % kLanes; }
   __device__ int warp() const { return thread_index() / 32; }
 
@@ -161,7 +170,8 @@ class MainLoop {
   }
 
   // Calls work(first mask, masks rounded up to 16) for the chunks first .. last - 1, with the cosines times `scale` in
-  // memory. Calls ready() before that, as soon as the tile of the own group is in memory, where it stays.
+  // memory. Calls ready() before that, as soon as the tile of the own group is in memory, where it stays. No barrier
+  // follows the last work().
   template <class Ready, class Work>
   __device__ void each_chunk(int64_t t, int first, int last, T scale, Ready ready, Work work) {
     for (int chunk = first; chunk < last; ++chunk) {
@@ -181,7 +191,7 @@ class MainLoop {
       write_cosines(products, rows, scale);
       __syncthreads();
       work(p0, rows);
-      __syncthreads();
+      if (chunk + 1 < last) __syncthreads();
     }
   }
 
@@ -189,28 +199,34 @@ class MainLoop {
     return memory.cosines + (side * kM + u) * (block.n + 8) + row;
   }
 
-  // Calls f(row, k) for the k-th of the rows of a chunk that this thread has for its pixel.
-  static constexpr int kOwnRows = kMaxBlockN / kLanes;
+  // Calls f(row, k) for the k-th of the pairs of rows (row, row + 1) of a chunk that this thread has for its pixel.
+  static constexpr int kOwnPairs = kMaxBlockN / (2 * kLanes);
   template <class F>
-  __device__ void each_row(int rows, F f) const {
-    const int first = lane();
+  __device__ void each_row_pair(int rows, F f) const {
 #pragma unroll
-    for (int k = 0; k < kOwnRows; ++k)
-      if (first + k * kLanes < rows) f(first + k * kLanes, k);
+    for (int k = 0; k < kOwnPairs; ++k)
+      if (2 * kLanes * k + (kLanes > 8 ? 2 * lane() : 0) < rows) f(2 * (kLanes * k + lane()), k);
+  }
+  __device__ Packed<T, 2> cosine_pair(int side, int u, int row) const {
+    return *reinterpret_cast<const Packed<T, 2>*>(cosine(side, u, row));
   }
 
-  // Writes the coefficients f(row, k) of this thread's pixel, in parts where the type asks for them.
+  // Writes the coefficients f(row, k) of this thread's pixel, two at a time, in parts where the type asks for them.
   template <class C, class F>
   __device__ void write_coefficients(int rows, F f) {
     static_assert(sizeof(C) == sizeof(X));
     const int u = pixel();
-    each_row(rows, [&](int row, int k) {
-      T value = f(row, k);
+    each_row_pair(rows, [&](int row, int k) {
+      Packed<T, 2> values = f(row, k);
 #pragma unroll
       for (int part = 0; part < kParts<X>; ++part) {
-        const C rounded = narrow<C>(value);
-        *coefficients<C>(part).at(u, row) = rounded;
-        value -= widen(rounded);
+        const Packed<C, 2> rounded = narrow<C>(values.x);
+        *reinterpret_cast<Packed<C, 2>*>(coefficients<C>(part).at(u, row)) = rounded;
+        if (part + 1 == kParts<X>) break;
+        T back[2];
+        widen(rounded, back);
+        values.x[0] -= back[0];
+        values.x[1] -= back[1];
       }
     });
   }
@@ -221,10 +237,12 @@ class MainLoop {
     Operand<Wide<X>, kParts<X>, true> left;
 #pragma unroll
     for (int part = 0; part < kParts<X>; ++part) left.parts[part] = coefficients<Wide<X>>(part);
+    X* const data = tile[0].matrix.data;
     if (tile[0].pixel_rows)
-      multiply(moments, left, 0, rows, Operand<X, 1, true>{{tile[0].matrix}}, 16 * warp(), kStepK, block.k, kM);
+      multiply<kRowTiles>(moments, left, 0, rows, Operand<X, 1, true>{{{data, block.k}}}, 16 * warp(), kStepK, block.k,
+                          kM);
     else
-      multiply(moments, left, 0, rows, Operand<X, 1, false>{{tile[0].matrix}}, 16 * warp(), kStepK, block.k, kM);
+      multiply<kRowTiles>(moments, left, 0, rows, Operand<X, 1, false>{{{data, kM}}}, 16 * warp(), kStepK, block.k, kM);
   }
 
   __device__ void write_moments(Moments& moments,
@@ -349,7 +367,8 @@ class MainLoop {
     const int64_t p0 = static_cast<int64_t>(chunk) * block.n;
     if (threadIdx.x < kMaxBlockN) {
       const int64_t mask = p0 + threadIdx.x;
-      memory.nonempty[threadIdx.x] = mask < count && masks.area[e.level * masks.masks + mask] > 0;
+      memory.absent[threadIdx.x] =
+          mask < count && masks.area[e.level * masks.masks + mask] > 0 ? T(0) : static_cast<T>(kAbsent);
     }
     for (int i = 0; i < sides * kParts<X>; ++i) {
       const X* source = static_cast<const X*>(e.units) + (i * masks.masks + p0) * pitch + c0;
@@ -361,58 +380,54 @@ class MainLoop {
     __syncthreads();
   }
 
-  // Each thread adds up the squares of some channels of one pixel, or of two neighbors.
-  static constexpr int kPair = sizeof(X) == 2 ? 2 : 1, kColumns = kM / kPair;
-  using Squares = T[2][kPair];
+  // 16-bit types: a warp has one side and a share of the channels. Other types: each thread adds up the squares of some
+  // channels of one pixel, neighbors in NCHW.
+  static constexpr bool kByProducts = sizeof(X) == 2;
+  static constexpr int kShares = kByProducts ? kWarps / 2 : kMainThreads / kM;
+  using Squares = std::conditional_t<kByProducts, T[kRowTiles][2][4], T[2]>;
 
   __device__ void add_squares(Squares& squares) {
+    if constexpr (kByProducts) {
+      const int side = product_side(), inner = block.k / kShares, first = warp() % kShares * inner;
+      if (side >= sides) return;
+      if (side ? tile[1].pixel_rows : tile[0].pixel_rows)
+        multiply_by_itself<false>(squares, Matrix<X>{tile_data(stage_, side), block.k}, first, inner);
+      else
+        multiply_by_itself<true>(squares, Matrix<X>{tile_data(stage_, side), kM}, first, inner);
+    } else {
+      const int u = threadIdx.x % kM;
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      if (side >= sides) break;
-      const Matrix<X>& matrix = tile[side].matrix;
-      if (tile[side].pixel_rows) {
-        constexpr int kSize = Packed<X>::kSize;
-        const int u = pixel();
-        for (int c = lane() * kSize; c < block.k; c += kLanes * kSize) {
-          T x[kSize];
-          widen(load_packed(matrix.at(u, c)), x);
-#pragma unroll
-          for (int k = 0; k < kSize; ++k) squares[side][0] += x[k] * x[k];
-        }
-      } else {
+      for (int side = 0; side < 2; ++side)
+        if (side < sides)
 #pragma unroll 4
-        for (int c = threadIdx.x / kColumns; c < block.k; c += kMainThreads / kColumns) {
-          T x[kPair];
-          widen(*reinterpret_cast<const Packed<X, kPair>*>(matrix.at(c, threadIdx.x % kColumns * kPair)), x);
-#pragma unroll
-          for (int k = 0; k < kPair; ++k) squares[side][k] += x[k] * x[k];
-        }
-      }
+          for (int c = threadIdx.x / kM; c < block.k; c += kShares) {
+            const T x = *tile[side].at(c, u);
+            squares[side] += x * x;
+          }
     }
   }
 
-  __device__ void write_norms(Squares& squares) {
+  __device__ void write_norms(const Squares& squares) {
+    if constexpr (kByProducts) {
+      T* const out = memory.squares + warp() * kM;  // warps: sides, shares
+      const int row = thread_index() % 32 / 4;
+      if (row / 2 == thread_index() % 4)  // this lane has the diagonal
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      if (side >= sides) break;
-      if (tile[side].pixel_rows) {
-        const T sum = sum_over_lanes<kLanes>(squares[side][0]);
-        if (lane() == 0) memory.inverse_norm[side * kM + pixel()] = inverse_or_zero(sqrt(sum));
-      } else {
+        for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int k = 0; k < kPair; ++k) {
-          const T sum = squares[side][k] + __shfl_xor_sync(kAllLanes, squares[side][k], kColumns);
-          if (threadIdx.x % 32 < kColumns)
-            memory.squares[(side * kWarps + warp()) * kM + threadIdx.x % kColumns * kPair + k] = sum;
-        }
-      }
+          for (int h = 0; h < 2; ++h)
+            out[16 * m + 8 * h + row] = row % 2 ? squares[m][h][2 * h + 1] : squares[m][h][2 * h];
+    } else {
+#pragma unroll
+      for (int side = 0; side < 2; ++side)
+        memory.squares[side * kMainThreads + threadIdx.x] = squares[side];
     }
     __syncthreads();
     const int side = threadIdx.x / kM, u = threadIdx.x % kM;
-    if (side >= sides || (side ? tile[1] : tile[0]).pixel_rows) return;
+    if (side >= sides) return;
     T sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += memory.squares[(side * kWarps + w) * kM + u];
+    for (int share = 0; share < kShares; ++share) sum += memory.squares[(side * kShares + share) * kM + u];
     memory.inverse_norm[side * kM + u] = inverse_or_zero(sqrt(sum));
   }
 
@@ -426,11 +441,11 @@ class MainLoop {
     Operand<X, kParts<X>, false> right;
 #pragma unroll
     for (int part = 0; part < kParts<X>; ++part) right.parts[part] = units(side, part);
-    const Matrix<X> left{tile_data(stage_, side), side ? tile[1].matrix.pitch : tile[0].matrix.pitch};
+    X* const data = tile_data(stage_, side);
     if (side ? tile[1].pixel_rows : tile[0].pixel_rows)
-      multiply(products, Operand<X, 1, false>{{left}}, 0, kM, right, column, 16, rows, block.k);
+      multiply<4>(products, Operand<X, 1, false>{{{data, block.k}}}, 0, kM, right, column, 16, rows, block.k);
     else
-      multiply(products, Operand<X, 1, true>{{left}}, 0, kM, right, column, 16, rows, block.k);
+      multiply<4>(products, Operand<X, 1, true>{{{data, kM}}}, 0, kM, right, column, 16, rows, block.k);
   }
 
   __device__ void write_cosines(T (&products)[kRowTiles][1][2][4], int rows, T scale) {
@@ -440,8 +455,9 @@ class MainLoop {
     for (int m = 0; m < kRowTiles; ++m)
       each_pair(products[m][0], [&](int u, int row, Packed<T, 2> values) {
         const T factor = memory.inverse_norm[side * kM + 16 * m + u] * scale;
-        values.x[0] *= factor;
-        values.x[1] *= factor;
+        const auto absent = *reinterpret_cast<const Packed<T, 2>*>(memory.absent + first + row);
+        values.x[0] = values.x[0] * factor + absent.x[0];
+        values.x[1] = values.x[1] * factor + absent.x[1];
         *reinterpret_cast<Packed<T, 2>*>(cosine(side, 16 * m + u, first + row)) = values;
       });
   }

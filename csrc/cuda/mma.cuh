@@ -37,29 +37,33 @@ __device__ inline void each_pair(const T (&product)[2][4], F f) {
       f(lane / 4 + i / 2 * 8, 8 * h + lane % 4 * 2, Packed<T, 2>{{{product[h][i], product[h][i + 1]}}});
 }
 
-// Where a lane finds its row of the 16 x 16 blocks that lie along the inner dimension of a matrix. The two parts (0 or
-// 8) choose its quarter of a block. No part of an address that is the same for all blocks is computed again.
+// Where a lane finds its row of the 16 x 16 blocks that lie along the inner dimension of a matrix of 16-bit elements.
+// The two parts (0 or 8) choose its quarter of a block. The way from block to block is the same for all rows of blocks.
 template <bool kTransposed, class X>
 class Blocks {
  public:
   __device__ Blocks(const Matrix<X>& matrix, unsigned outer, unsigned outer_part, unsigned inner_part, int lane)
-      : data_(matrix.data), pitch_(matrix.pitch) {
+      : pitch_(matrix.pitch) {
     const unsigned row = lane % 8 + (kTransposed ? inner_part : outer + outer_part);
-    const unsigned column = kTransposed ? outer + outer_part : inner_part;
-    chunk_ = column / 8 ^ matrix.swizzle(row);
-    start_ = row * pitch_ + (kTransposed ? chunk_ * 8 : 0);
+    const unsigned swizzle = matrix.swizzle(lane % 8);  // all rows of this lane are 8 apart
+    start_ = shared_address(matrix.data + row * pitch_);
+    if (kTransposed)
+      start_ += ((outer + outer_part) / 8 ^ swizzle) * 16;
+    else
+      chunk_ = inner_part / 8 ^ swizzle;
   }
 
-  __device__ void load(uint32_t (&out)[4], unsigned inner) const {  // inner: a multiple of 16
+  // inner, a multiple of 16, is base + step; base is a multiple of 64.
+  __device__ void load(uint32_t (&out)[4], unsigned base, unsigned step) const {
     if constexpr (kTransposed)
-      load_matrices_transposed(out, data_ + (start_ + inner * pitch_));
+      load_matrices_transposed(out, start_ + (base + step) * pitch_ * 2);
     else
-      load_matrices(out, data_ + (start_ + (inner / 8 ^ chunk_) * 8));
+      load_matrices(out, start_ + base * 2 + (step / 8 ^ chunk_) * 16);
   }
 
  private:
-  X* data_;
-  unsigned pitch_, start_, chunk_;
+  unsigned pitch_;
+  uint32_t start_, chunk_ = 0;  // start_: a shared address in bytes
 };
 
 __device__ inline uint32_t half_to_bfloat16(uint32_t pair) {
@@ -68,53 +72,60 @@ __device__ inline uint32_t half_to_bfloat16(uint32_t pair) {
   return static_cast<uint32_t>(__bfloat16_as_ushort(high)) << 16 | __bfloat16_as_ushort(low);
 }
 
-// products[m][n] += a(rows row + 16 m ..) b(columns column + n * step ..), summed over `inner`, a multiple of 16.
-// Blocks that begin at or past `rows` or `columns` are skipped. Where the types differ, b is float16 and is rounded to
-// bfloat16.
-template <int kRows, int kColumns, class T, class A, int kA, bool kTransposedA, class B, int kB, bool kTransposedB>
+// products[m][n] += a(rows row + 16 m ..) b(columns column + n * step ..), summed over `inner`, a multiple of 16. Rows
+// and columns that begin at or past `rows` or `columns` are skipped. Where the types differ, b is float16 and is rounded
+// to bfloat16. Of 16-bit operands, kUnrolled blocks of the inner dimension are unrolled, a divisor of 4 and of all.
+template <int kUnrolled = 1, int kRows, int kColumns, class T, class A, int kA, bool kTransposedA, class B, int kB,
+          bool kTransposedB>
 __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Operand<A, kA, kTransposedA>& a_operand,
                                 int row, int rows, const Operand<B, kB, kTransposedB>& b_operand, int column, int step,
                                 int columns, int inner) {
   const int lane = thread_index() % 32;
   if constexpr (sizeof(A) == 2) {
-    const int low = lane / 8 % 2 * 8, high = lane / 16 * 8;
-#pragma unroll 2
-    for (int k = 0; k < inner; k += 16) {
-      uint32_t b[kColumns][kB][4];
+    const unsigned low = lane / 8 % 2 * 8, high = lane / 16 * 8;
+    const auto a_blocks = [&](int m, int part) {
+      return Blocks<kTransposedA, A>(a_operand.parts[part], row + 16 * m, low, high, lane);
+    };
+    const auto b_blocks = [&](int n, int part) {
+      return Blocks<kTransposedB, B>(b_operand.parts[part], column + n * step, high, low, lane);
+    };
+#pragma unroll 1
+    for (int k = 0; k < inner; k += 16 * kUnrolled)
 #pragma unroll
-      for (int n = 0; n < kColumns; ++n)
-        if (column + n * step < columns)
+      for (int i = 0; i < kUnrolled; ++i) {
+        const unsigned base = kUnrolled == 4 ? k : k / 64 * 64, rest = kUnrolled == 4 ? 16 * i : k % 64 + 16 * i;
+        uint32_t a[kRows][kA][4];
 #pragma unroll
-          for (int r = 0; r < kB; ++r) {
-            Blocks<kTransposedB, B>(b_operand.parts[r], column + n * step, high, low, lane).load(b[n][r], k);
-            if constexpr (!std::is_same_v<A, B>)
+        for (int m = 0; m < kRows; ++m)
+          if (row + 16 * m < rows)
 #pragma unroll
-              for (int i = 0; i < 4; ++i) b[n][r][i] = half_to_bfloat16(b[n][r][i]);
+            for (int l = 0; l < kA; ++l) a_blocks(m, l).load(a[m][l], base, rest);
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n)
+          if (column + n * step < columns) {
+            uint32_t b[kB][4];
+#pragma unroll
+            for (int r = 0; r < kB; ++r) {
+              b_blocks(n, r).load(b[r], base, rest);
+              if constexpr (!std::is_same_v<A, B>)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) b[r][j] = half_to_bfloat16(b[r][j]);
+            }
+#pragma unroll
+            for (int r = 0; r < kB; ++r)
+#pragma unroll
+              for (int l = 0; l < kA; ++l)
+                if (l + r < 2)  // the product of both rests is below the rounding
+#pragma unroll
+                  for (int m = 0; m < kRows; ++m)
+                    if (row + 16 * m < rows)
+#pragma unroll
+                      for (int h = 0; h < 2; ++h) {
+                        const uint32_t half[2] = {b[r][2 * h], b[r][2 * h + 1]};
+                        multiply_add(products[m][n][h], a[m][l], half, A());
+                      }
           }
-      uint32_t a[kRows][kA][4];
-#pragma unroll
-      for (int m = 0; m < kRows; ++m)
-        if (row + 16 * m < rows)
-#pragma unroll
-          for (int l = 0; l < kA; ++l)
-            Blocks<kTransposedA, A>(a_operand.parts[l], row + 16 * m, low, high, lane).load(a[m][l], k);
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n)
-        if (column + n * step < columns)
-#pragma unroll
-          for (int r = 0; r < kB; ++r)
-#pragma unroll
-            for (int l = 0; l < kA; ++l)
-              if (l + r < 2)  // the product of both rests is below the rounding
-#pragma unroll
-                for (int m = 0; m < kRows; ++m)
-                  if (row + 16 * m < rows)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                      const uint32_t half[2] = {b[n][r][2 * h], b[n][r][2 * h + 1]};
-                      multiply_add(products[m][n][h], a[m][l], half, A());
-                    }
-    }
+      }
   } else {
     const int g = lane / 4, t = lane % 4;
     const auto a_at = [&](int r, int k) {
@@ -174,6 +185,27 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
             });
     }
   }
+}
+
+// squares[m][h] += the products of a tile's pixels 16 m + 8 h .. + 7 with themselves, over the channels first .. first +
+// inner - 1, multiples of 16. Only the diagonals are wanted: a lane has (h ? its rows g + 8 : g) at the columns
+// 2t and 2t + 1. See multiply_add().
+template <bool kTransposed, int kRows, class X>
+__device__ inline void multiply_by_itself(float (&squares)[kRows][2][4], const Matrix<X>& pixels, int first,
+                                          int inner) {
+  const int lane = thread_index() % 32;
+#pragma unroll 1
+  for (int k = first; k < first + inner; k += 16)
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      uint32_t a[4];
+      Blocks<kTransposed, X>(pixels, 16 * m, lane / 8 % 2 * 8, lane / 16 * 8, lane).load(a, k / 64 * 64, k % 64);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t same[2] = {a[h], a[h + 2]};
+        multiply_add(squares[m][h], a, same, X());
+      }
+    }
 }
 
 }  // namespace sea

@@ -91,11 +91,11 @@ __device__ inline void widen(const Packed<X, kCount>& packed, T (&x)[kCount]) {
   }
 }
 
-template <class X, class T>
-__device__ inline Packed<X> narrow(const T (&x)[Packed<X>::kSize]) {
-  Packed<X> packed;
+template <class X, class T, int kCount>
+__device__ inline Packed<X, kCount> narrow(const T (&x)[kCount]) {
+  Packed<X, kCount> packed;
 #pragma unroll
-  for (int k = 0; k < Packed<X>::kSize; ++k) {
+  for (int k = 0; k < kCount; ++k) {
     if constexpr (sizeof(X) > 2) {
       packed.x[k] = narrow<X>(x[k]);
     } else if (k % 2 == 0) {  // two at once

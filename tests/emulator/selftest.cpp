@@ -88,8 +88,8 @@ __global__ void product(const __grid_constant__ ProductParams params) {
   // The four 8 x 8 quarters of both: of a down its columns first, of b likewise but transposed, as mma has b.
   uint32_t quarters_a[4], quarters_b[4];
   const int row = lane % 16, column = lane / 16 * 8;
-  load_matrices(quarters_a, a + 16 * row + column);
-  load_matrices_transposed(quarters_b, b + 16 * row + column);
+  load_matrices(quarters_a, shared_address(a + 16 * row + column));
+  load_matrices_transposed(quarters_b, shared_address(b + 16 * row + column));
   for (int half = 0; half < 2; ++half) {
     float d[4] = {};
     const uint32_t columns[2] = {quarters_b[2 * half], quarters_b[2 * half + 1]};
@@ -271,10 +271,10 @@ __global__ void wrong(const __grid_constant__ ErrorParams params) {
       copy_async<4>(last ? params.out : memory, params.out, 4);
       break;
     case Error::kMisalignedRow:
-      load_matrices(quarters, memory + (last ? 1 : 0));
+      load_matrices(quarters, shared_address(memory) + (last ? sizeof(*memory) : 0));
       break;
     case Error::kRowBehind:
-      load_matrices(quarters, memory + (last ? 256 : 0));
+      load_matrices(quarters, shared_address(memory) + (last ? 256 * sizeof(*memory) : 0));
       break;
     case Error::kUnfinishedCopy:
       if (last) copy_async<4>(memory, params.out, 4);

@@ -240,7 +240,7 @@ def make(about, launches, texts, device_name, architecture=None, folder=None):
             for c, instructions in zip(counts, code.blocks):
                 for op, _, chain in instructions:
                     sass_classes[classify(op, SASS_CLASS)] += c
-                    by_line[chain[:1]] += c
+                    by_line[chain] += c
             k["mufu"] = sum(c for c, i in zip(counts, code.blocks) for op, _, _ in i if XU.match(op))
             k["alu"] = sum(c for c, i in zip(counts, code.blocks) for op, _, _ in i if ALU.match(op))
             k_classes = dict(sass_classes)
@@ -297,6 +297,7 @@ def make(about, launches, texts, device_name, architecture=None, folder=None):
             "ptx classes": dict(classes),
             "sass classes": k_classes,
             "tile costs": tile_costs,
+            "by line": dict(by_line),
         }
     report["lines"] = worst_lines, plain, again
     return report

@@ -24,6 +24,7 @@ def show(report, most_lines=10):
     show_memory(kernels)
     sums = show_bounds(kernels)
     show_tiles(kernels, about["shapes"], device["ghz"])
+    show_hot_lines(kernels, most_lines)
     show_lines(*report["lines"], most_lines)
     return sums["largest"], sums["even"], about["floor_bytes"] / device["hbm"] / 1e9
 
@@ -85,6 +86,18 @@ def show_tiles(kernels, shapes, ghz):
             row += f"{k['sass'] / k['tiles']:9.0f}{100 * k['tiles off']:4.0f}%" if i == 0 else " " * 14
             row += "".join(f"{at.get(tuple(s), 0) * ratio:11.0f}" for s in shapes)
             print(row + (f"{k['waits of a warp'] * 600 / ghz / 1e6:7.2f}" if i == 0 else ""))
+
+
+def show_hot_lines(kernels, most):
+    """Where machine code was counted."""
+    for name, k in kernels.items():
+        if k["by line"]:
+            print(f"\n{name}: the lines that execute the most, in millions of warp instructions, and % of the kernel")
+            merged = defaultdict(float)
+            for chain, n in k["by line"].items():
+                merged[chain_text(chain)] += n
+            for line, n in sorted(merged.items(), key=lambda x: -x[1])[:most]:
+                print(f"{n / 1e6:12.3f} {100 * n / k['sass']:5.1f}%  {line}")
 
 
 def show_lines(worst, plain, again, most):

@@ -25,13 +25,13 @@ void copy_async_wait() {
   emulator::copy_async_wait(kPending);
 }
 
-inline void load_matrices(uint32_t (&out)[4], const void* row, emulator::Site site = emulator::Site::here()) {
-  emulator::load_matrices(false, out, row, site);
+inline void load_matrices(uint32_t (&out)[4], uint32_t row, emulator::Site site = emulator::Site::here()) {
+  emulator::load_matrices(false, out, shared_memory() + row, site);
 }
 
-inline void load_matrices_transposed(uint32_t (&out)[4], const void* row,
+inline void load_matrices_transposed(uint32_t (&out)[4], uint32_t row,
                                      emulator::Site site = emulator::Site::here()) {
-  emulator::load_matrices(true, out, row, site);
+  emulator::load_matrices(true, out, shared_memory() + row, site);
 }
 
 inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16,
