@@ -18,7 +18,7 @@
 namespace sea {
 
 constexpr int kMainThreads = 256, kMaxBlockN = 64, kMaxBlockK = 256;
-constexpr float kAbsent = -1e30f;  // finite, and far below any cosine over a temperature: its exponential is 0
+constexpr float kAbsent = -8e37f;  // finite, and far below any cosine over a temperature: its exponential is 0
 template <class X>
 constexpr int kBlockM = sizeof(X) == 2 ? 32 : 16;
 
