@@ -179,8 +179,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--share",
         type=float,
         nargs="+",
-        default=[0.1, 0.3, 1.0],
-        help="if several, tuning chooses one for each method (default: 0.1 0.3 1)",
+        default=[0.3, 1.0],
+        help="if several, tuning chooses one for each method (default: 0.3 1)",
     )
     parser.add_argument(
         "--rows",

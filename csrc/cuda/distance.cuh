@@ -149,9 +149,8 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
               Packed<T, 2> out;
 #pragma unroll
               for (int i = 0; i < 2; ++i)
-                out.x[i] = loop.valid(pixel)
-                               ? student[k].x[i] * student_factor - teacher[k].x[i] * teacher_factor
-                               : T(0);
+                out.x[i] =
+                    loop.valid(pixel) ? student[k].x[i] * student_factor - teacher[k].x[i] * teacher_factor : T(0);
               return out;
             });
           }

@@ -31,17 +31,17 @@ template <class X>
 struct MainMemory {
   using T = Compute<X>;
   static constexpr int kM = kBlockM<X>;
-  X* units;           // [2 sides, parts, n, k]
-  X* tiles;           // [2 stages, 2 sides, k, kM]
-  T* cosines;         // [2 sides, kM, n + 8]: without bank conflicts where 4 lanes store 2 neighbors each of 8 rows
-  X* coefficients;    // [parts, kM, kMaxBlockN], after the cosines
-  T* softmax;         // [5, kM] an OnlineSoftmax for each pixel, after the coefficients
-  T* squares;         // [2 sides, shares of the channels, kM], in the place of the coefficients
-  T* out;             // [kM, k + 8], in the place of all four
-  double* scratch;    // [32]
-  T* inverse_norm;    // [2 sides, kM] of the pixels
-  T* direct;          // [2, kM] what a pixel's direction and the pixel itself are multiplied by in its gradient
-  T* absent;          // [kMaxBlockN] added to the cosines with an anchor of the chunk: 0, or kAbsent if it is empty
+  X* units;         // [2 sides, parts, n, k]
+  X* tiles;         // [2 stages, 2 sides, k, kM]
+  T* cosines;       // [2 sides, kM, n + 8]: without bank conflicts where 4 lanes store 2 neighbors each of 8 rows
+  X* coefficients;  // [parts, kM, kMaxBlockN], after the cosines
+  T* softmax;       // [5, kM] an OnlineSoftmax for each pixel, after the coefficients
+  T* squares;       // [2 sides, shares of the channels, kM], in the place of the coefficients
+  T* out;           // [kM, k + 8], in the place of all four
+  double* scratch;  // [32]
+  T* inverse_norm;  // [2 sides, kM] of the pixels
+  T* direct;        // [2, kM] what a pixel's direction and the pixel itself are multiplied by in its gradient
+  T* absent;        // [kMaxBlockN] added to the cosines with an anchor of the chunk: 0, or kAbsent if it is empty
   TileMasks masks;
 
   __host__ __device__ MainMemory(Carver& carver, BlockShape block)
@@ -419,8 +419,7 @@ class MainLoop {
             out[16 * m + 8 * h + row] = row % 2 ? squares[m][h][2 * h + 1] : squares[m][h][2 * h];
     } else {
 #pragma unroll
-      for (int side = 0; side < 2; ++side)
-        memory.squares[side * kMainThreads + threadIdx.x] = squares[side];
+      for (int side = 0; side < 2; ++side) memory.squares[side * kMainThreads + threadIdx.x] = squares[side];
     }
     __syncthreads();
     const int side = threadIdx.x / kM, u = threadIdx.x % kM;

@@ -73,8 +73,9 @@ __device__ inline uint32_t half_to_bfloat16(uint32_t pair) {
 }
 
 // products[m][n] += a(rows row + 16 m ..) b(columns column + n * step ..), summed over `inner`, a multiple of 16. Rows
-// and columns that begin at or past `rows` or `columns` are skipped. Where the types differ, b is float16 and is rounded
-// to bfloat16. Of 16-bit operands, kUnrolled blocks of the inner dimension are unrolled, a divisor of 4 and of all.
+// and columns that begin at or past `rows` or `columns` are skipped. Where the types differ, b is float16 and is
+// rounded to bfloat16. Of 16-bit operands, kUnrolled blocks of the inner dimension are unrolled, a divisor of 4 and of
+// all.
 template <int kUnrolled = 1, int kRows, int kColumns, class T, class A, int kA, bool kTransposedA, class B, int kB,
           bool kTransposedB>
 __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Operand<A, kA, kTransposedA>& a_operand,
@@ -187,9 +188,9 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
   }
 }
 
-// squares[m][h] += the products of a tile's pixels 16 m + 8 h .. + 7 with themselves, over the channels first .. first +
-// inner - 1, multiples of 16. Only the diagonals are wanted: a lane has (h ? its rows g + 8 : g) at the columns
-// 2t and 2t + 1. See multiply_add().
+// squares[m][h] += the products of a tile's pixels 16 m + 8 h .. + 7 with themselves, over the channels first .. first
+// + inner - 1, multiples of 16. Only the diagonals are wanted: a lane has (h ? its rows g + 8 : g) at the columns 2t
+// and 2t + 1. See multiply_add().
 template <bool kTransposed, int kRows, class X>
 __device__ inline void multiply_by_itself(float (&squares)[kRows][2][4], const Matrix<X>& pixels, int first,
                                           int inner) {

@@ -1,12 +1,14 @@
 // Pooling: masked sums of all maps, and in the same pass over memory the online softmax of the box maps.
 //
-// pool(): a block takes one slice of the tiles, for kPoolChannels channels. Each channel has two threads: of the sums,
-// each has a side; of the softmax, each has half of the pixels. A thread sums runs of pixels with the same masks, and
-// adds the sum of each run to every mask of the run, in global memory. No other thread adds to the same sums, so their
-// order is always the same, and since no thread reads them, none waits for them.
-// pool_finish() adds up the slices: the means one mask at a time, the softmax 256 channels at a time.
+// pool(): a block takes one slice of the tiles, for kPoolChannels channels. What a tile adds to the sums of its masks
+// is added in global memory, once for each mask and channel, so the order of additions is always the same. No thread
+// reads the sums, so none waits for them. Of 16-bit maps the sums of a tile are matrix products: those of its pixels
+// with ones and zeros, which say in which masks a pixel is. Of other maps, each channel has a thread for each side,
+// which sums runs of pixels with the same masks. For the softmax, each channel has two threads, with half of the pixels
+// each. pool_finish() adds up the slices: the means one mask at a time, the softmax 256 channels at a time.
 #pragma once
 #include "anchors.cuh"
+#include "mma.cuh"
 #include "softmax.cuh"
 
 namespace sea {
@@ -36,6 +38,97 @@ __device__ inline T sum_set(uint32_t bits, const T (&x)[kCount]) {
     if (bits >> k & 1) sum += x[k];
   return sum;
 }
+
+// Adds to the sums of each mask what a tile of 16-bit maps has of it. A warp does it for 16 channels.
+template <class X>
+class MaskSums {
+ public:
+  // sum(side, mask): [channels] the sums of a mask. All lanes call it.
+  template <class Sum>
+  __device__ MaskSums(const Tile<X> (&tiles)[2], int sides, const TileMasks& masks, const WorkTile& at, int first,
+                      int channels, Sum sum) {
+    static_assert(kPoolPixels<X> == 64);
+    int w = -1;
+    uint32_t words[2], rest = 0;  // the masks 32 w .. + 31 of the pixels `lane` and 32 + lane; those not yet taken
+    for (bool more = true; more;) {
+      pixels_[0] = pixels_[1] = 0;
+      masks_[0] = masks_[1] = -1;
+#pragma unroll 1
+      for (int k = 0; k < 8; ++k) {
+        while (rest == 0 && ++w < masks.count) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            words[i] = 32 * i + lane_ < at.count ? masks.words[w * masks.stride + 32 * i + lane_] : 0;
+          rest = __reduce_or_sync(kAllLanes, words[0] | words[1]);
+        }
+        more = rest != 0;
+        if (!more && k == 0) return;
+        if (!more) break;
+        const int bit = __ffs(static_cast<int>(rest)) - 1;
+        rest &= rest - 1;
+        const uint32_t found[2] = {__ballot_sync(kAllLanes, words[0] >> bit & 1),
+                                   __ballot_sync(kAllLanes, words[1] >> bit & 1)};
+        if (lane_ / 4 == k) pixels_[0] = found[0], pixels_[1] = found[1];
+        if (lane_ % 4 == k / 2) (k % 2 ? masks_[1] : masks_[0]) = 32 * w + bit;
+      }
+#pragma unroll
+      for (int side = 0; side < 2; ++side)
+        if (side < sides) add(tiles[side], first, channels, [&](int mask) { return sum(side, mask); });
+    }
+  }
+
+ private:
+  const int lane_ = thread_index() % 32;
+  uint32_t pixels_[2];  // of mask lane / 4 of up to 8: this lane's column of the product
+  int masks_[2];        // of the columns of its results; -1: none
+
+  // Two ones or zeros.
+  static __device__ uint32_t pair(uint32_t bits) {
+    const uint32_t one = std::is_same_v<X, __half> ? 0x3C00 : 0x3F80;
+    return (bits & 1) * one | (bits >> 1 & 1) * (one << 16);
+  }
+
+  // sum(mask): [channels]
+  template <class Sum>
+  __device__ void add(const Tile<X>& tile, int first, int channels, Sum sum) const {
+    float sums[4] = {};
+#pragma unroll
+    for (int k = 0; k < kPoolPixels<X>; k += 16) {
+      const uint32_t bits = pixels_[k / 32] >> lane_ % 4 * 2;
+      const uint32_t chosen[2] = {pair(bits >> k % 32), pair(bits >> (k % 32 + 8))};
+      uint32_t x[4];
+      const int low = lane_ / 8 % 2 * 8, high = lane_ / 16 * 8;
+      if (tile.pixel_rows)
+        Blocks<true, X>(tile.matrix, first, low, high, lane_).load(x, 0, k);
+      else
+        Blocks<false, X>(tile.matrix, first, low, high, lane_).load(x, 0, k);
+      multiply_add(sums, x, chosen, X());
+    }
+    const float all = sums[0] + sums[1] + sums[2] + sums[3];
+    if (__any_sync(kAllLanes, !(fabsf(all) < INFINITY))) add_each(sums, tile, first);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int channel = first + lane_ / 4 + i / 2 * 8;
+      if (masks_[i % 2] >= 0 && channel < channels) atomicAdd(sum(masks_[i % 2]) + channel, sums[i]);
+    }
+  }
+
+  // The same without products, in which a value that is not finite shows in all masks.
+  __device__ void add_each(float (&sums)[4], const Tile<X>& tile, int first) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = lane_ % 4 * 2 + i % 2;
+      sums[i] = 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t bits = __shfl_sync(kAllLanes, pixels_[half], 4 * column);
+#pragma unroll 1
+        for (int u = 0; u < 32; ++u)
+          if (bits >> u & 1) sums[i] += widen(*tile.at(first + lane_ / 4 + i / 2 * 8, 32 * half + u));
+      }
+    }
+  }
+};
 
 // Of pool() and backward().
 template <class X>
@@ -107,8 +200,8 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   OnlineSoftmax<X> softmax;
   int entry_index = -1;
   int image = -1;
-  T* sums = nullptr;  // [masks, max_channels] of this slice, the current entry and this thread's side and channel
-  const auto sum_of = [&](int mask) { return sums + mask * max_channels; };
+  T* sums = nullptr;  // [sides, masks, max_channels] of this slice and the current entry, from channel c0 on
+  const auto sum_of = [&](int side, int mask) { return sums + (side * params.masks.masks + mask) * max_channels; };
   const auto leave_image = [&] {
     const Entry& entry = pyramid.entries[entry_index];
     if (!(entry.losses & kLocalization)) return;
@@ -134,16 +227,16 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     if (image >= 0 && (entry_index != at.entry || image != at.image)) leave_image();
     const PoolEntry& entry = pyramid.entries[at.entry];
     const bool mine = channel < channels_of(entry);
-    const bool pools = entry.losses & (kAnchor | kDistance) && mine && half < params.sides;
+    const bool pools = entry.losses & (kAnchor | kDistance);
     const bool entered = entry_index != at.entry;
     entry_index = at.entry;
     image = at.image;
     if (entered && pools) {
-      const int64_t table = (slice + entry_index) * params.sides + half;
-      sums = params.sums + table * params.masks.masks * max_channels + c0 + channel;
-      for (int mask = 0; mask < count; ++mask) *sum_of(mask) = 0;
+      sums = params.sums + (slice + entry_index) * params.sides * params.masks.masks * max_channels + c0;
+      if (mine && half < params.sides)
+        for (int mask = 0; mask < count; ++mask) sum_of(half, mask)[channel] = 0;
     }
-    masks.load(params.masks, entry, at);
+    masks.load(params.masks, entry, at, sizeof(X) > 2);
     if (tile + 1 < end)
       copy_async_wait<1>();
     else
@@ -162,7 +255,10 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
         each_set<kStep>(masks.inside<kStep>(u), [&](int k) { softmax.add(x[0][k], x[1][k], params.scale); });
       }
     }
-    if (pools) {
+    if constexpr (sizeof(X) == 2) {
+      if (pools)
+        MaskSums<X>({student, teacher}, params.sides, masks, at, thread_index() / 32 * 16, channels_of(entry), sum_of);
+    } else if (pools && mine && half < params.sides) {
       const Tile<X> own = make_tile(memory.tile(stage, half), entry.maps[half], kPixels, kPoolChannels);
       RunCursor runs(masks);
       T sum = 0;
@@ -172,7 +268,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
         runs.advance<kStep>(
             u, [&](uint32_t pixels) { sum += sum_set(pixels, x); },
             [&](int run) {
-              masks.each(run, [&](int mask, int) { atomicAdd(sum_of(mask), sum); });
+              masks.each(run, [&](int mask, int) { atomicAdd(sum_of(half, mask) + channel, sum); });
               sum = 0;
             });
       }

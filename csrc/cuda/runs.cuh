@@ -24,7 +24,6 @@ struct TileMasks {
   uint32_t* valid;        // as inner: it is in a mask
   int32_t* begin;         // [pixels + 2] first pixel of each run; after the last, `pixels`
   int32_t* first;         // [pixels + 1] where the masks of each run begin in `masks`; after the last, their number
-  int32_t* listed;        // [1] how many masks all runs have together
   uint16_t* masks;        // [room] the masks of each run, one run after the other, as far as there is room
   const uint32_t* words;  // [count, stride] bitmasks of the pixels, where the regions have them
   int count, pixels, room;
@@ -35,12 +34,12 @@ struct TileMasks {
     valid = carver.take<uint32_t>(divide_up(pixels, 32));
     begin = carver.take<int32_t>(pixels + 2);
     first = carver.take<int32_t>(pixels + 1);
-    listed = carver.take<int32_t>(1);
     masks = carver.take<uint16_t>(room);
   }
 
-  // The first warp does it. All threads of the block call it; a barrier has to follow.
-  __device__ void load(const Masks& regions, const Entry& entry, const WorkTile& at) {
+  // The first warp does it. All threads of the block call it; a barrier has to follow. Without `lists`, each() cannot
+  // be called.
+  __device__ void load(const Masks& regions, const Entry& entry, const WorkTile& at, bool lists = true) {
     words = count == 0 ? nullptr : regions.bits + entry.first_pixel + at.image * entry.image() + at.first;
     stride = regions.pixels;
     if (count > (1 << 16) / 32) room = 0;  // masks are listed in 16 bits
@@ -68,7 +67,7 @@ struct TileMasks {
     }
     if (lane == 0) begin[runs] = pixels;
     __syncwarp();
-    list(runs);
+    if (lists) list(runs);
   }
 
   __device__ bool inside_at(int u) const { return inner[u / 32] >> u % 32 & 1; }
@@ -111,7 +110,7 @@ struct TileMasks {
       for (; word != 0 && at < room; word &= word - 1) masks[at++] = static_cast<uint16_t>(32 * w + __ffs(word) - 1);
       total += __shfl_sync(kAllLanes, end, 31);
     }
-    if (lane == 0) first[runs] = *listed = total;
+    if (lane == 0) first[runs] = total;
   }
 };
 
