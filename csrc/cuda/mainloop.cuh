@@ -395,17 +395,21 @@ class MainLoop {
       else
         multiply_by_itself<true>(squares, Matrix<X>{tile_data(stage_, side), kM}, first, inner);
     } else {
-      const int u = threadIdx.x % kM;
+      const int u = threadIdx.x % kM, c = threadIdx.x / kM;
 #pragma unroll
-      for (int side = 0; side < 2; ++side)
-        if (side < sides)
-#pragma unroll 4
-          for (int c = threadIdx.x / kM; c < block.k; c += kShares) {
-            const T x = *tile[side].at(c, u);
-            squares[side] += x * x;
-          }
+      for (int side = 0; side < 2; ++side) {
+        if (side >= sides) break;
+        if (tile[side].pixel_rows) {
+          for (int i = 0; i < block.k; i += kShares) add_square(squares[side], *tile[side].matrix.at(u, c + i));
+        } else {  // a lane's rows are a multiple of 8 apart: their swizzles are the same
+          const X* const x = Matrix<X>{tile[side].matrix.data, kM}.at(c, u);
+#pragma unroll 8
+          for (int i = 0; i < block.k; i += kShares) add_square(squares[side], x[i * kM]);
+        }
+      }
     }
   }
+  static __device__ void add_square(T& sum, T x) { sum += x * x; }
 
   __device__ void write_norms(const Squares& squares) {
     if constexpr (kByProducts) {

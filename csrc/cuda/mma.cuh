@@ -66,6 +66,40 @@ class Blocks {
   uint32_t start_, chunk_ = 0;  // start_: a shared address in bytes
 };
 
+// Where a lane finds its elements along the inner dimension of a matrix of float32: t, t + 4, t + 8, ...
+template <bool kTransposed, class X>
+class Cells {
+ public:
+  __device__ Cells(const Matrix<X>& matrix, unsigned outer, int t) : pitch_(matrix.pitch) {
+    if constexpr (kTransposed) {
+      start_[0] = matrix.at(t, outer);
+      start_[1] = matrix.at(t + 4, outer);  // swizzles repeat every 8 rows
+    } else {
+      start_[0] = matrix.data + outer * pitch_ + t;
+      swizzle_ = matrix.swizzle(outer);
+    }
+  }
+
+  // The element t + 4 j + step + base; j: 0 or 1. step is a multiple of 8, base of 64.
+  __device__ X load(unsigned base, unsigned step, int j) const {
+    if constexpr (kTransposed)
+      return start_[j][(base + step) * pitch_];
+    else
+      return start_[0][base + ((step / 4 + j) ^ swizzle_) * 4];
+  }
+
+ private:
+  unsigned pitch_, swizzle_ = 0;
+  const X* start_[2];
+};
+
+// x = rounded + rest in tf32 (10 bits of mantissa), the rest cut off. NaN and infinities make the rest NaN.
+__device__ inline void split_to_tf32(float x, float& rounded, float& rest) {
+  constexpr uint32_t kBits = 0xFFFFE000;
+  rounded = __uint_as_float((__float_as_uint(x) + 0x1000) & kBits);
+  rest = __uint_as_float(__float_as_uint(x - rounded) & kBits);
+}
+
 __device__ inline uint32_t half_to_bfloat16(uint32_t pair) {
   const __half2 x = *reinterpret_cast<const __half2*>(&pair);
   const __nv_bfloat16 low = narrow<__nv_bfloat16>(widen(x.x)), high = narrow<__nv_bfloat16>(widen(x.y));
@@ -127,39 +161,31 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
                       }
           }
       }
-  } else {
+  } else if constexpr (sizeof(A) == 4) {
     const int g = lane / 4, t = lane % 4;
-    const auto a_at = [&](int r, int k) {
-      return *(kTransposedA ? a_operand.parts[0].at(k, row + r) : a_operand.parts[0].at(row + r, k));
-    };
-    const auto b_at = [&](int k, int c) {
-      return *(kTransposedB ? b_operand.parts[0].at(k, column + c) : b_operand.parts[0].at(column + c, k));
-    };
-    if constexpr (sizeof(A) == 4) {
 #pragma unroll 1
-      for (int k = 0; k < inner; k += 8) {
+    for (int k = 0; k < inner; k += 16 * kUnrolled)
+#pragma unroll
+      for (int i = 0; i < 2 * kUnrolled; ++i) {
+        const unsigned base = kUnrolled == 4 ? k : k / 64 * 64, rest = kUnrolled == 4 ? 8 * i : k % 64 + 8 * i;
         float a[kRows][4], a_rest[kRows][4];
 #pragma unroll
         for (int m = 0; m < kRows; ++m)
           if (row + 16 * m < rows)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float x = a_at(16 * m + g + i % 2 * 8, k + t + i / 2 * 4);
-              a[m][i] = round_to_tf32(x);
-              a_rest[m][i] = round_to_tf32(x - a[m][i]);
+            for (int j = 0; j < 4; ++j) {
+              const Cells<kTransposedA, A> cells(a_operand.parts[0], row + 16 * m + g + j % 2 * 8, t);
+              split_to_tf32(cells.load(base, rest, j / 2), a[m][j], a_rest[m][j]);
             }
 #pragma unroll
         for (int n = 0; n < kColumns; ++n)
           if (column + n * step < columns)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
+              const Cells<kTransposedB, B> cells(b_operand.parts[0], column + n * step + 8 * h + g, t);
               float b[2], b_rest[2];
 #pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                const float x = b_at(k + t + 4 * i, n * step + 8 * h + g);
-                b[i] = round_to_tf32(x);
-                b_rest[i] = round_to_tf32(x - b[i]);
-              }
+              for (int j = 0; j < 2; ++j) split_to_tf32(cells.load(base, rest, j), b[j], b_rest[j]);
 #pragma unroll
               for (int m = 0; m < kRows; ++m)
                 if (row + 16 * m < rows) {
@@ -169,22 +195,27 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
                   multiply_add(sum, a[m], b_rest);
                   multiply_add(sum, a[m], b);
 #pragma unroll
-                  for (int i = 0; i < 4; ++i) products[m][n][h][i] += sum[i];
+                  for (int j = 0; j < 4; ++j) products[m][n][h][j] += sum[j];
                 }
             }
       }
-    } else {
+  } else {
+    const auto a_at = [&](int r, int k) {
+      return *(kTransposedA ? a_operand.parts[0].at(k, row + r) : a_operand.parts[0].at(row + r, k));
+    };
+    const auto b_at = [&](int k, int c) {
+      return *(kTransposedB ? b_operand.parts[0].at(k, column + c) : b_operand.parts[0].at(column + c, k));
+    };
 #pragma unroll
-      for (int m = 0; m < kRows; ++m)
+    for (int m = 0; m < kRows; ++m)
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n)
-          if (row + 16 * m < rows && column + n * step < columns)
-            each(products[m][n], [&](int r, int c, double& out) {
-              double sum = 0;
-              for (int k = 0; k < inner; ++k) sum += a_at(16 * m + r, k) * b_at(k, n * step + c);
-              out += sum;
-            });
-    }
+      for (int n = 0; n < kColumns; ++n)
+        if (row + 16 * m < rows && column + n * step < columns)
+          each(products[m][n], [&](int r, int c, double& out) {
+            double sum = 0;
+            for (int k = 0; k < inner; ++k) sum += a_at(16 * m + r, k) * b_at(k, n * step + c);
+            out += sum;
+          });
   }
 }
 

@@ -90,13 +90,6 @@ __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// A float32 rounded to tf32 (10 bits of mantissa), as float32.
-__device__ inline float round_to_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return __uint_as_float(bits);
-}
-
 // d += a b of tf32 values, 16 x 8 by 8 x 8 (mma.m16n8k8): a = (g, t) (g + 8, t) (g, t + 4) (g + 8, t + 4);
 // b = rows t, t + 4 of column g; d as above.
 __device__ inline void multiply_add(float (&d)[4], const float (&a)[4], const float (&b)[2]) {

@@ -3,7 +3,7 @@
 #include <map.h>
 #include <pybind11/numpy.h>
 
-#include <cuda/ptx.cuh>
+#include <cuda/mma.cuh>
 
 #include "bind.h"
 
@@ -324,7 +324,7 @@ __global__ void sharing(const __grid_constant__ SharingParams params) {
 struct ConvertParams {
   const float* in;      // [count]
   uint16_t* narrow[2];  // [count], bfloat16 and half
-  float* tf32;          // [count]
+  float* tf32[2];       // [count], rounded and rest
   float* wide[2];       // [65536]
   int count;
 };
@@ -334,7 +334,7 @@ __global__ void convert(const __grid_constant__ ConvertParams params) {
   for (int i = first; i < params.count; i += step) {
     params.narrow[0][i] = __bfloat16_as_ushort(__float2bfloat16_rn(params.in[i]));
     params.narrow[1][i] = __half_as_ushort(__float2half_rn(params.in[i]));
-    params.tf32[i] = round_to_tf32(params.in[i]);
+    split_to_tf32(params.in[i], params.tf32[0][i], params.tf32[1][i]);
   }
   for (int i = first; i < 65536; i += step) {
     params.wide[0][i] = __bfloat162float(__ushort_as_bfloat16(static_cast<uint16_t>(i)));
@@ -412,13 +412,13 @@ PYBIND11_MODULE(selftest, module) {
   });
   module.def("convert", [=](const Array<float>& in) {
     Array<uint16_t> bfloat16(in.size()), half(in.size());
-    Array<float> tf32(in.size()), from_bfloat16(65536), from_half(65536);
+    Array<float> tf32(in.size()), rest(in.size()), from_bfloat16(65536), from_half(65536);
     launch(convert, "convert", dim3(3), 128, 0, nullptr,
            ConvertParams{in.data(),
                          {bfloat16.mutable_data(), half.mutable_data()},
-                         tf32.mutable_data(),
+                         {tf32.mutable_data(), rest.mutable_data()},
                          {from_bfloat16.mutable_data(), from_half.mutable_data()},
                          static_cast<int>(in.size())});
-    return py::make_tuple(bfloat16, half, tf32, from_bfloat16, from_half);
+    return py::make_tuple(bfloat16, half, tf32, rest, from_bfloat16, from_half);
   });
 }

@@ -260,7 +260,7 @@ def test_conversions(default):
     bits = np.concatenate([bits.ravel(), bits.ravel() ^ 0x2000, bits.ravel() >> 3, bits.ravel() >> 3 | 1 << 31])
     x = bits.view(np.float32)
     number = ~np.isnan(x)
-    bfloat16, half, tf32, from_bfloat16, from_half = default.convert(x)
+    bfloat16, half, tf32, rest, from_bfloat16, from_half = default.convert(x)
     for given, type in (bfloat16, torch.bfloat16), (half, torch.float16):
         expected = torch.from_numpy(x).to(type).view(torch.int16).numpy().view(np.uint16)
         np.testing.assert_array_equal(given[number], expected[number])
@@ -269,12 +269,16 @@ def test_conversions(default):
         expected = torch.arange(1 << 16).to(torch.int16).view(type).float().numpy()
         np.testing.assert_array_equal(given, expected)  # NaN equals NaN
         assert (np.signbit(given) == np.signbit(expected)).all()
-    assert np.isnan(tf32[~number]).all()
+    assert np.isnan(rest[~number]).all()
     near = number & np.isfinite(tf32) & (np.abs(x) >= 2.0**-126)
     assert (tf32[near].view(np.uint32) & 0x1FFF == 0).all()
     step = 2.0 ** (np.frexp(x[near].astype(np.float64))[1] - 11)
     error = np.abs(tf32[near].astype(np.float64)) - np.abs(x[near].astype(np.float64))
     assert (error <= step / 2).all() and (error > -step / 2).all()  # ties go away from zero
+    assert (rest[near].view(np.uint32) & 0x1FFF == 0).all()
+    normal = np.abs(x[near]) >= 2.0**-103  # so that the rest is one
+    left = x[near].astype(np.float64) - tf32[near] - rest[near]
+    assert (np.abs(left) <= 2.0**-11 * step)[normal].all()
 
 
 # ------------------------------------------------------------------------------------------------------- building

@@ -49,9 +49,4 @@ inline void multiply_add(float (&d)[4], const float (&a)[4], const float (&b)[2]
   emulator::multiply_add_tf32(d, a, b, site);
 }
 
-inline float round_to_tf32(float x) {
-  if (!isfinite(x)) return isnan(x) ? __uint_as_float(0x7FFFFFFF) : x;
-  return __uint_as_float((__float_as_uint(x) + 0x1000) & 0xFFFFE000);  // ties away from zero
-}
-
 }  // namespace sea
