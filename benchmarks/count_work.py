@@ -1,7 +1,7 @@
 """Counts what the CUDA kernels execute in a step of a workload, without a GPU: tables, and a lower bound of its time.
 
     python benchmarks/count_work.py W1 W2 --device H200            # last "W1: 6.70x ...": bound over byte floor
-    python benchmarks/count_work.py W1 --kernels pool --columns 8  # one kernel, some of its blocks: a minute
+    python benchmarks/count_work.py W1 --kernels pool --columns 8  # one kernel, some of its blocks: half a minute
     python benchmarks/count_work.py W1 --json benchmarks/results/counted-2026-11-26
     python benchmarks/count_work.py W1 --against                   # fails where a kernel grew by more than 5%
 
@@ -195,7 +195,7 @@ def main():
     )
     parser.add_argument("--products", action="store_true", help="matrix products are computed: results are right")
     parser.add_argument("--no-sass", action="store_true", help="PTX is counted alone")
-    parser.add_argument("--lines", type=int, default=10, help="of the sources, in each table of lines")
+    parser.add_argument("--lines", type=int, default=10, help="in each table of the sources' lines")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="gets W1.json and so on")
     parser.add_argument(
         "--against",

@@ -102,7 +102,7 @@ struct Sources {
   // The gradient that each pixel of a run receives from the anchors.
   __device__ T spread_of(const TileMasks& masks, int run, int64_t channel) const {
     T spread = 0;
-    masks.each(run, [&](int mask, int) {
+    masks.each(run, [&](int mask) {
       const int64_t i = mask * pitch + channel;
       T value = 0;
       if (difference) value += difference_scale * difference[i];
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kMainThreads, 1)
     distance_backward(const __grid_constant__ DistanceBackwardParams<Compute<X>> params) {
   using T = Compute<X>;
   constexpr float kUnit = std::is_same_v<X, __half> ? 1024 : 1;  // keeps small coefficients above float16's underflow
-  MainLoop<X, DistanceBackwardEntry> loop(params.pyramid, params.masks, params.block, 2, false);
+  MainLoop<X, DistanceBackwardEntry> loop(params.pyramid, params.masks, params.block, 2, false, true);
   backward_of_cosines(
       loop, params.upstream.distance_exponent,
       [&](bool valid) {

@@ -37,7 +37,7 @@ struct CosineParams {
 // Grid: slices.
 template <class T>
 __global__ void __launch_bounds__(kMainThreads, 1) cosine(const __grid_constant__ CosineParams<T> params) {
-  MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true);
+  MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true, false);
   const auto work = [&](int64_t t) {
     loop.each_chunk(
         t, 0, loop.chunks, T(1), [] {},
@@ -70,7 +70,7 @@ __device__ inline auto cosine_gradient(const MainLoop<T, CosineEntry>& loop) {
 // The gradient of the features. Grid: slices, groups.
 template <class T>
 __global__ void __launch_bounds__(kMainThreads, 1) cosine_backward(const __grid_constant__ CosineParams<T> params) {
-  MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true);
+  MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true, false);
   backward_of_cosines(
       loop, T(1), cosine_gradient(loop), [] { return T(1); },
       [&] {
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMainThreads, 1) cosine_backward(const __grid_
 // The moments, from which project() makes the gradient of the anchors. Grid: slices, groups, chunks.
 template <class T>
 __global__ void __launch_bounds__(kMainThreads, 1) cosine_moments(const __grid_constant__ CosineParams<T> params) {
-  MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true);
+  MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true, false);
   if (static_cast<int>(blockIdx.z) < loop.chunks) sum_moments(loop, T(1), params.moments, cosine_gradient(loop));
 }
 

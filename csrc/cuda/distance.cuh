@@ -94,7 +94,7 @@ struct DistanceParams {
 template <class X>
 __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constant__ DistanceParams<X> params) {
   using T = Compute<X>;
-  MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false);
+  MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false, false);
   if (loop.own > 0 && loop.chunks > 1) return;  // the other groups have only moments to do, which moments() does
   const bool with_moments = params.moments && loop.chunks == 1;
   typename MainLoop<X, DistanceEntry>::Moments moments{};
@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
   loop.each_tile(work, leave);
 }
 
-// Sums up the moments of the chunk blockIdx.z. at_pixel() returns, for this thread's pixel, a function of a row of the
-// chunk and its mask that gives the coefficient e_p: 0 if the mask is empty.
+// Sums up the moments of the chunk blockIdx.z. at_pixel(valid) returns, for this thread's pixel, a function of a row of
+// the chunk and its mask that gives the coefficient e_p: 0 if the mask is empty.
 template <class X, class E, class AtPixel>
 __device__ inline void sum_moments(MainLoop<X, E>& loop, Compute<X> scale,
                                    Compute<X>* out,  // [slices + entries, masks, max_channels]
@@ -216,7 +216,7 @@ struct MomentsParams {
 // chunks.
 template <class X>
 __global__ void __launch_bounds__(kMainThreads, 1) moments(const __grid_constant__ MomentsParams<X> params) {
-  MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false);
+  MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false, false);
   if (static_cast<int>(blockIdx.z) >= loop.chunks || loop.chunks == 1) return;
   sum_moments(loop, params.scale, params.moments, [&](bool valid) {
     const PixelSoftmax<X> q = valid ? PixelSoftmax<X>(saved_softmax(loop, loop.pixel())) : PixelSoftmax<X>();

@@ -18,7 +18,9 @@
 namespace sea {
 
 constexpr int kMainThreads = 256, kMaxBlockN = 64, kMaxBlockK = 256;
-constexpr float kAbsent = -8e37f;  // finite, and far below any cosine over a temperature: its exponential is 0
+// Finite, and far below any cosine over a temperature: its exponential is 0. (Anchors of a chunk without others count
+// until a later chunk's maximum makes their sum 0.)
+constexpr float kAbsent = -8e37f;
 template <class X>
 constexpr int kBlockM = sizeof(X) == 2 ? 32 : 16;
 
@@ -41,7 +43,7 @@ struct MainMemory {
   double* scratch;  // [32]
   T* inverse_norm;  // [2 sides, kM] of the pixels
   T* direct;        // [2, kM] what a pixel's direction and the pixel itself are multiplied by in its gradient
-  T* absent;        // [kMaxBlockN] added to the cosines with an anchor of the chunk: 0, or kAbsent if it is empty
+  T* absent;        // [kMaxBlockN] added to an anchor's cosines: 0, or kAbsent if its mask is empty or there is none
   TileMasks masks;
 
   __host__ __device__ MainMemory(Carver& carver, BlockShape block)
@@ -97,8 +99,8 @@ class MainLoop {
   static constexpr int kWarps = kMainThreads / 32;
   static constexpr int kM = kBlockM<X>, kRowTiles = kM / 16, kLanes = kMainThreads / kM;
   static constexpr int kStepK = 16 * kWarps, kTilesK = kMaxBlockK / kStepK;  // a warp's channels: 16 of every kStepK
-  // For work that is done pixel by pixel, kLanes neighboring threads share a pixel. The pixels of a warp are not
-  // neighbors where they would lie in the same banks.
+  // For work that is done pixel by pixel, kLanes neighboring threads share a pixel. For 16-bit types a warp has every
+  // other one of 8 pixels, because neighbors share banks in the cosines and coefficients.
   __device__ int pixel() const {
     if constexpr (sizeof(X) == 2)
       return warp() / 2 * 8 + thread_index() % 32 / kLanes * 2 + warp() % 2;
@@ -113,6 +115,7 @@ class MainLoop {
   const BlockShape block;
   const int sides;
   const bool everywhere;  // for every pixel and every anchor, not only for valid pixels and categories present
+  const bool lists;       // of the masks of a tile's runs
   Carver carver;
   MainMemory<X> memory;
   int count, chunks, groups, own;  // anchors; own: the group whose gradients this block writes
@@ -120,12 +123,14 @@ class MainLoop {
   WorkTile at{};
   Tile<X> tile[2];  // student, teacher
 
-  __device__ MainLoop(const Pyramid<E>& pyramid_, const Masks& masks_, BlockShape block_, int sides_, bool everywhere_)
+  __device__ MainLoop(const Pyramid<E>& pyramid_, const Masks& masks_, BlockShape block_, int sides_, bool everywhere_,
+                      bool lists_)
       : pyramid(pyramid_),
         masks(masks_),
         block(block_),
         sides(sides_),
         everywhere(everywhere_),
+        lists(lists_),
         carver(shared_memory()),
         memory(carver, block_) {
     const int present = present_masks(masks);
@@ -162,7 +167,7 @@ class MainLoop {
       next.seek(pyramid, t, kM);
       if (t > begin && next.entry != at.entry) leave();
       at = next;
-      memory.masks.load(masks, entry(), at);
+      memory.masks.load(masks, entry(), at, lists);
       work(t);
       __syncthreads();
     }
@@ -199,7 +204,8 @@ class MainLoop {
     return memory.cosines + (side * kM + u) * (block.n + 8) + row;
   }
 
-  // Calls f(row, k) for the k-th of the pairs of rows (row, row + 1) of a chunk that this thread has for its pixel.
+  // A thread has its pixel's rows in pairs. Calls f(row, k) for its k-th pair, row and row + 1. (`rows` is a multiple
+  // of 16, so of 8 lanes each has a pair.)
   static constexpr int kOwnPairs = kMaxBlockN / (2 * kLanes);
   template <class F>
   __device__ void each_row_pair(int rows, F f) const {
@@ -380,8 +386,8 @@ class MainLoop {
     __syncthreads();
   }
 
-  // 16-bit types: a warp has one side and a share of the channels. Other types: each thread adds up the squares of some
-  // channels of one pixel, neighbors in NCHW.
+  // 16-bit types: a warp has one side and a share of the channels. Other types: a thread has one pixel and every
+  // kShares-th channel; neighboring threads have neighboring pixels.
   static constexpr bool kByProducts = sizeof(X) == 2;
   static constexpr int kShares = kByProducts ? kWarps / 2 : kMainThreads / kM;
   using Squares = std::conditional_t<kByProducts, T[kRowTiles][2][4], T[2]>;

@@ -38,7 +38,8 @@ __device__ inline void each_pair(const T (&product)[2][4], F f) {
 }
 
 // Where a lane finds its row of the 16 x 16 blocks that lie along the inner dimension of a matrix of 16-bit elements.
-// The two parts (0 or 8) choose its quarter of a block. The way from block to block is the same for all rows of blocks.
+// The two parts (0 or 8) choose its quarter of a block. Only the start depends on `outer`; the steps along the inner
+// dimension do not.
 template <bool kTransposed, class X>
 class Blocks {
  public:
@@ -53,7 +54,8 @@ class Blocks {
       chunk_ = inner_part / 8 ^ swizzle;
   }
 
-  // inner, a multiple of 16, is base + step; base is a multiple of 64.
+  // The block at base + step of the inner dimension. step, a multiple of 16, is a constant where loops are unrolled;
+  // base is a multiple of 64, which no swizzle changes.
   __device__ void load(uint32_t (&out)[4], unsigned base, unsigned step) const {
     if constexpr (kTransposed)
       load_matrices_transposed(out, start_ + (base + step) * pitch_ * 2);
@@ -80,7 +82,7 @@ class Cells {
     }
   }
 
-  // The element t + 4 j + step + base; j: 0 or 1. step is a multiple of 8, base of 64.
+  // The element t + 4 j + step + base; j: 0 or 1. step is a multiple of 8; base as in Blocks.
   __device__ X load(unsigned base, unsigned step, int j) const {
     if constexpr (kTransposed)
       return start_[j][(base + step) * pitch_];
@@ -108,8 +110,8 @@ __device__ inline uint32_t half_to_bfloat16(uint32_t pair) {
 
 // products[m][n] += a(rows row + 16 m ..) b(columns column + n * step ..), summed over `inner`, a multiple of 16. Rows
 // and columns that begin at or past `rows` or `columns` are skipped. Where the types differ, b is float16 and is
-// rounded to bfloat16. Of 16-bit operands, kUnrolled blocks of the inner dimension are unrolled, a divisor of 4 and of
-// all.
+// rounded to bfloat16. kUnrolled (1, 2 or 4): how many blocks of 16 of the inner dimension are unrolled; it divides
+// their number. float64 ignores it.
 template <int kUnrolled = 1, int kRows, int kColumns, class T, class A, int kA, bool kTransposedA, class B, int kB,
           bool kTransposedB>
 __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Operand<A, kA, kTransposedA>& a_operand,
@@ -128,7 +130,7 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
     for (int k = 0; k < inner; k += 16 * kUnrolled)
 #pragma unroll
       for (int i = 0; i < kUnrolled; ++i) {
-        const unsigned base = kUnrolled == 4 ? k : k / 64 * 64, rest = kUnrolled == 4 ? 16 * i : k % 64 + 16 * i;
+        const unsigned base = kUnrolled == 4 ? k : 0, rest = (kUnrolled == 4 ? 0 : k) + 16 * i;
         uint32_t a[kRows][kA][4];
 #pragma unroll
         for (int m = 0; m < kRows; ++m)
@@ -167,7 +169,7 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
     for (int k = 0; k < inner; k += 16 * kUnrolled)
 #pragma unroll
       for (int i = 0; i < 2 * kUnrolled; ++i) {
-        const unsigned base = kUnrolled == 4 ? k : k / 64 * 64, rest = kUnrolled == 4 ? 8 * i : k % 64 + 8 * i;
+        const unsigned base = kUnrolled == 4 ? k : 0, rest = (kUnrolled == 4 ? 0 : k) + 8 * i;
         float a[kRows][4], a_rest[kRows][4];
 #pragma unroll
         for (int m = 0; m < kRows; ++m)
@@ -219,9 +221,9 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
   }
 }
 
-// squares[m][h] += the products of a tile's pixels 16 m + 8 h .. + 7 with themselves, over the channels first .. first
-// + inner - 1, multiples of 16. Only the diagonals are wanted: a lane has (h ? its rows g + 8 : g) at the columns 2t
-// and 2t + 1. See multiply_add().
+// squares[m][h] += the products of a tile's pixels 16 m .. + 15 with its pixels 16 m + 8 h .. + 7, over the channels
+// first .. first + inner - 1, multiples of 16. Only the squares count: row 8 h + i at column i. With g = lane / 4 and
+// t = lane % 4, the lane with t == g / 2 has that of i = g, as element 2 h + g % 2.
 template <bool kTransposed, int kRows, class X>
 __device__ inline void multiply_by_itself(float (&squares)[kRows][2][4], const Matrix<X>& pixels, int first,
                                           int inner) {
@@ -231,7 +233,7 @@ __device__ inline void multiply_by_itself(float (&squares)[kRows][2][4], const M
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
       uint32_t a[4];
-      Blocks<kTransposed, X>(pixels, 16 * m, lane / 8 % 2 * 8, lane / 16 * 8, lane).load(a, k / 64 * 64, k % 64);
+      Blocks<kTransposed, X>(pixels, 16 * m, lane / 8 % 2 * 8, lane / 16 * 8, lane).load(a, 0, k);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint32_t same[2] = {a[h], a[h + 2]};

@@ -1,11 +1,13 @@
 // Pooling: masked sums of all maps, and in the same pass over memory the online softmax of the box maps.
 //
-// pool(): a block takes one slice of the tiles, for kPoolChannels channels. What a tile adds to the sums of its masks
-// is added in global memory, once for each mask and channel, so the order of additions is always the same. No thread
-// reads the sums, so none waits for them. Of 16-bit maps the sums of a tile are matrix products: those of its pixels
-// with ones and zeros, which say in which masks a pixel is. Of other maps, each channel has a thread for each side,
-// which sums runs of pixels with the same masks. For the softmax, each channel has two threads, with half of the pixels
-// each. pool_finish() adds up the slices: the means one mask at a time, the softmax 256 channels at a time.
+// pool(): a block takes one slice of the tiles, for kPoolChannels channels. It adds what a tile has of each mask in
+// global memory. Only one warp adds to a sum, and a barrier stands between tiles, so the order of additions is always
+// the same. No thread reads the sums, so none waits for them. Of 16-bit maps, what a tile has is a matrix product of
+// its pixels with ones and zeros, which say in which masks a pixel is. Of other maps, each channel has a thread for
+// each side, which sums runs of pixels with the same masks. For the softmax, each channel has two threads, with half of
+// the pixels each.
+//
+// pool_finish() adds up the slices: the means one mask at a time, the softmax 256 channels at a time.
 #pragma once
 #include "anchors.cuh"
 #include "mma.cuh"
@@ -39,7 +41,7 @@ __device__ inline T sum_set(uint32_t bits, const T (&x)[kCount]) {
   return sum;
 }
 
-// Adds to the sums of each mask what a tile of 16-bit maps has of it. A warp does it for 16 channels.
+// Adds a tile of 16-bit maps to the sums of its masks. A warp has 16 channels.
 template <class X>
 class MaskSums {
  public:
@@ -48,6 +50,7 @@ class MaskSums {
   __device__ MaskSums(const Tile<X> (&tiles)[2], int sides, const TileMasks& masks, const WorkTile& at, int first,
                       int channels, Sum sum) {
     static_assert(kPoolPixels<X> == 64);
+    if ((masks.valid[0] | masks.valid[1]) == 0) return;
     int w = -1;
     uint32_t words[2], rest = 0;  // the masks 32 w .. + 31 of the pixels `lane` and 32 + lane; those not yet taken
     for (bool more = true; more;) {
@@ -79,7 +82,7 @@ class MaskSums {
 
  private:
   const int lane_ = thread_index() % 32;
-  uint32_t pixels_[2];  // of mask lane / 4 of up to 8: this lane's column of the product
+  uint32_t pixels_[2];  // as bits, those of mask lane / 4 of up to 8: this lane's column of the right operand
   int masks_[2];        // of the columns of its results; -1: none
 
   // Two ones or zeros.
@@ -256,8 +259,8 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
       }
     }
     if constexpr (sizeof(X) == 2) {
-      if (pools)
-        MaskSums<X>({student, teacher}, params.sides, masks, at, thread_index() / 32 * 16, channels_of(entry), sum_of);
+      const int first = thread_index() / 32 * 16, channels = channels_of(entry);
+      if (pools && first < channels) MaskSums<X>({student, teacher}, params.sides, masks, at, first, channels, sum_of);
     } else if (pools && mine && half < params.sides) {
       const Tile<X> own = make_tile(memory.tile(stage, half), entry.maps[half], kPixels, kPoolChannels);
       RunCursor runs(masks);
@@ -268,7 +271,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
         runs.advance<kStep>(
             u, [&](uint32_t pixels) { sum += sum_set(pixels, x); },
             [&](int run) {
-              masks.each(run, [&](int mask, int) { atomicAdd(sum_of(half, mask) + channel, sum); });
+              masks.each(run, [&](int mask) { atomicAdd(sum_of(half, mask) + channel, sum); });
               sum = 0;
             });
       }

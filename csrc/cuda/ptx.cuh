@@ -57,9 +57,8 @@ __device__ inline void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements: lane i gives the shared address of row i % 8 (16 bytes, aligned) of matrix i
-// /
-// 8. From each matrix it gets columns 2 (lane % 4) and the next, of row lane / 4.
+// Four 8 x 8 matrices of 16-bit elements: lane i gives the shared address of a row (16 bytes, aligned): row i % 8 of
+// matrix i / 8. From each matrix it gets columns 2 (lane % 4) and the next, of row lane / 4.
 __device__ inline void load_matrices(uint32_t (&out)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])

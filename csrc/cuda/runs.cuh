@@ -78,16 +78,16 @@ struct TileMasks {
     return inner[u / 32] >> u % 32 & ((1u << kStep) - 1);
   }
 
-  // Calls f(mask, its index in `masks`) for the masks of a run. The index is -1 where there was no room for the run.
+  // Calls f(mask) for the masks of a run.
   template <class F>
   __device__ void each(int run, F f) const {
     const int end = first[run + 1];
     if (end <= room) {
-      for (int i = first[run]; i < end; ++i) f(masks[i], i);
+      for (int i = first[run]; i < end; ++i) f(masks[i]);
       return;
     }
     for (int w = 0; w < count; ++w)
-      for (uint32_t word = words[w * stride + begin[run]]; word != 0; word &= word - 1) f(32 * w + __ffs(word) - 1, -1);
+      for (uint32_t word = words[w * stride + begin[run]]; word != 0; word &= word - 1) f(32 * w + __ffs(word) - 1);
   }
 
  private:

@@ -89,7 +89,7 @@ def show_tiles(kernels, shapes, ghz):
 
 
 def show_hot_lines(kernels, most):
-    """Where machine code was counted."""
+    """Of kernels whose machine code is known."""
     for name, k in kernels.items():
         if k["by line"]:
             print(f"\n{name}: the lines that execute the most, in millions of warp instructions, and % of the kernel")

@@ -77,6 +77,25 @@ def test_nan_shows_where_it_counts_and_nowhere_else(who, kind, layout, backend, 
                 assert any(g is not None and g.isnan().any() for g in gradients), name
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("kind", ["counted", "crowd", "beyond"])
+def test_nan_shows_in_the_anchors_of_its_own_masks_alone(kind, dtype, backend, device):
+    """The sum of other masks of the same pixels or channels may be made in another way, and be rounded otherwise."""
+    regions = make_regions(device, 3, levels=2, num_classes=20)
+    for layout in ("contiguous", "channels_last"):
+        clean = make_inputs(regions, 40, dtype=dtype, device=device).layout(layout).cls[0]
+        for level in range(2):
+            b, y, x = pixels(regions, level)[kind]
+            dirty = [m.clone() for m in clean]
+            dirty[level][b, 1, y, x] = nan
+            got, wanted = sk.anchor_pool(dirty, regions), sk.anchor_pool(clean, regions)
+            shown = torch.zeros_like(got, dtype=torch.bool)
+            shown[level, regions.masks(level)[:, b, y, x], 1] = True
+            assert shown.any() == (kind == "counted")
+            assert torch.equal(got.isnan(), shown)
+            torch.testing.assert_close(got[~shown], wanted[~shown], rtol=1e-6, atol=1e-6)
+
+
 def test_nan_at_a_pixel_shows_in_its_cosines_alone(backend, device):
     """Cosines are given for every pixel, valid or not."""
     regions = make_regions(device)
