@@ -6,7 +6,7 @@ from pathlib import Path
 import balance
 import report
 import small_detectors
-from distill_runs import ALONE, EVERY_ROW, SEA, TEACHER, read
+from distill_runs import ALONE, EVERY_ROW, ROWS, SEA, TEACHER, read
 from plot import plt
 
 # Quantiles 0.975 of Student's t; beyond, the last one is a little too wide.
@@ -100,6 +100,17 @@ def markdown(result: dict) -> str:
             "\n\nNorm of a loss's gradient, weighted, over that of the detection loss, at the student's maps that the "
             "loss compares, in one batch after so much of the training\n\n" + report.table(header, lines)
         )
+    header = ["", *result["categories"]]
+    lines = [
+        [
+            _label(row),
+            *(f"{statistics.fmean(run['metrics']['categories'][c] for run in row['runs']):.1f}" for c in header[1:]),
+        ]
+        for row in result["rows"]
+        if row["name"] in (*ROWS, TEACHER)
+    ]
+    text += "\n\nAP of each category, the most frequent one first, means over the seeds\n\n"
+    text += report.table(header, lines)
     if result["tuning"]:
         shares = sorted({run["share"] for run in result["tuning"]})
         found = {(run["row"], run["rule"], run["share"]): run["metrics"]["AP"] for run in result["tuning"]}
