@@ -20,7 +20,7 @@ from torch import Tensor
 import sea_kernels as sk
 
 UNTRAINED = "student before training"
-BATCH = 8  # as in training: the anchors are those of so many images
+BATCH = 8  # as the CPU's presets train, since anchors are means over a batch
 
 
 def students(out: Path, preset) -> dict[str, torch.nn.Module]:
@@ -32,10 +32,13 @@ def students(out: Path, preset) -> dict[str, torch.nn.Module]:
         if run.weights(out).exists() and run.row != distill_runs.TEACHER:
             model = distill_runs.make(preset, preset.student, 0, "cpu")
             model.load_state_dict(torch.load(run.weights(out), weights_only=True))
-            found[run.row] = model
+            found[run] = model
     order = list(distill_runs.EVERY_ROW)
+    several = len({run.row for run in found}) < len(found)  # one row with several shares
     untrained = {UNTRAINED: distill_runs.make(preset, preset.student, 0, "cpu")}
-    return untrained | {row: found[row] for row in sorted(found, key=order.index)}
+    return untrained | {
+        run.name if several else run.row: found[run] for run in sorted(found, key=lambda run: order.index(run.row))
+    }
 
 
 def captures(student, teacher, data: shapes.Scenes):
@@ -49,8 +52,8 @@ def captures(student, teacher, data: shapes.Scenes):
 
 @torch.no_grad()
 def likeness(capture) -> dict[str, Tensor]:
-    """Cosines of student and teacher, means over the maps of both branches: of their anchors of each kind, and of their
-    pixels. And the two losses that do not compare anchors."""
+    """Mean cosines between student and teacher over the maps of both branches: of anchors of each kind, and of pixels.
+    And the losses of distance and localization."""
     rows = {"background": slice(0, 1), "center": slice(1, None, 2), "edge": slice(2, None, 2)}
     cosines: dict[str, list[Tensor]] = {kind: [] for kind in (*rows, "pixel")}
     students, teachers = capture.student_cls + capture.student_box, capture.teacher_cls + capture.teacher_box
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path(__file__).parent / "out" / "distill_ap")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--drawn", nargs="+", metavar="ROW", default=[ALONE, "pixel matching", "all three"])
-    parser.add_argument("--image", type=int, default=0, help="of the validation images, which is drawn")
+    parser.add_argument("--image", type=int, default=0, help="index of the validation image to draw")
     args = parser.parse_args(argv)
     preset = PRESETS[args.preset]
     data = distill_runs.scenes(preset, "val", "cpu")

@@ -171,7 +171,7 @@ def trained_teacher(preset: Preset, out: Path, device: str):
 
 
 class Stored(nn.Module):
-    """Stands in for a tapped module of the teacher: its maps of all train images, L of `[N, C, H_l, W_l]`."""
+    """Replaces a tapped module of the teacher. Holds its maps of all train images, L of `[N, C, H_l, W_l]`."""
 
     def __init__(self, levels: list[Tensor]):
         super().__init__()
@@ -182,7 +182,7 @@ class Stored(nn.Module):
 
 
 class Remembered(nn.ModuleDict):
-    """Stands in for the teacher, which always sees the same images. Its input is their numbers `[B]`."""
+    """Replaces the teacher by its stored maps, since images are not augmented. Input: indices `[B]` of train images."""
 
     def __init__(self, maps: dict[str, list[Tensor]]):
         super().__init__({self.key(name): Stored(levels) for name, levels in maps.items()})
@@ -192,7 +192,7 @@ class Remembered(nn.ModuleDict):
         return name.replace(".", "_")
 
     def taps(self, taps: sk.taps.Taps) -> sk.taps.Taps:
-        """Those of the teacher, by the names here."""
+        """The given taps by the names of the modules here."""
         cls, box = (tuple(map(self.key, entries)) for entries in (taps.cls, taps.box))
         return dataclasses.replace(taps, cls=cls, box=box, run=None)
 
@@ -203,7 +203,7 @@ class Remembered(nn.ModuleDict):
 
 @torch.no_grad()
 def teachers_maps(teacher, data: shapes.Scenes, batch: int = 64) -> dict[str, list[Tensor]]:
-    """What the modules that any row taps give for each image, in evaluation mode."""
+    """Runs the teacher on every image in evaluation mode: the maps of all modules that some row taps, by name."""
     taps, two_stage, maps, handles = sk.taps.find(teacher), hasattr(teacher, "rpn"), {}, []
     head = teacher.rpn.head if two_stage else teacher.head
     tapped = *taps.cls, *taps.box, *(() if two_stage else _score_taps(teacher).cls)

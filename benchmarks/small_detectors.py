@@ -1,8 +1,8 @@
-"""torchvision's FCOS and Faster R-CNN on a small backbone, and COCO's averages of what they find.
+"""torchvision's FCOS and Faster R-CNN on a small backbone, and the COCO average precision of their detections.
 
 The transform, the heads, the losses and the post-processing are torchvision's. Made here: the backbone, group
-normalization of 8 groups in FCOS's towers (torchvision's 32 would leave one channel a group), and scales for small
-images.
+normalization of 8 groups in FCOS's towers (with torchvision's 32, a group would have one or two channels), and scales
+for small images.
 """
 
 import contextlib
@@ -88,7 +88,7 @@ def fcos(net: Net, channels: int, convolutions: int, classes: int, size: int, de
     model = detection.FCOS(
         Backbone(net, channels),
         classes,
-        # A level answers for boxes whose farthest side is 4 to 8 anchors away: here up to 32, 64, and more pixels.
+        # FCOS gives a level the boxes whose farthest side is 4 to 8 anchors away: here up to 32, 64, and more pixels.
         anchor_generator=AnchorGenerator(tuple((s // 2,) for s in STRIDES), ((1.0,),) * len(STRIDES)),
         center_sampling_radius=3.0,  # in anchors: 1.5 strides
         head=head,

@@ -29,8 +29,7 @@ inline void load_matrices(uint32_t (&out)[4], uint32_t row, emulator::Site site 
   emulator::load_matrices(false, out, shared_memory() + row, site);
 }
 
-inline void load_matrices_transposed(uint32_t (&out)[4], uint32_t row,
-                                     emulator::Site site = emulator::Site::here()) {
+inline void load_matrices_transposed(uint32_t (&out)[4], uint32_t row, emulator::Site site = emulator::Site::here()) {
   emulator::load_matrices(true, out, shared_memory() + row, site);
 }
 
