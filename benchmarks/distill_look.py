@@ -1,6 +1,6 @@
 """Looks at what the students of the accuracy study learned: how near their maps and anchors are to the teacher's.
 
-    python benchmarks/distill_look.py [--out DIR] [--rows ROW ...]
+    python benchmarks/distill_look.py [--out DIR] [--drawn ROW ...]
 
 Takes the runs of seed 0 that distill_ap.py has finished in --out. Prints a table over the validation images, beside a
 student without training, and draws the cosines with the anchors of one image (look.png in --out).

@@ -125,9 +125,7 @@ class Run:
 
     def weights(self, out: Path) -> Path:
         """The trained student."""
-        folder = out / "students" / ("tuning" if self.tuning else "runs")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / self.file(out).with_suffix(".pt").name
+        return out / "students" / self.file(out).relative_to(out).with_suffix(".pt")
 
     def images(self, preset: Preset) -> int:
         student = preset.tuning_images if self.tuning else preset.student_images
@@ -428,6 +426,7 @@ def save(path: Path, value) -> None:
 
 
 def _replace(path, store):
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")  # an interrupted write leaves no file that looks finished
     store(part)
     part.replace(path)
