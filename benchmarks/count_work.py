@@ -200,7 +200,7 @@ def main():
     parser.add_argument(
         "--against",
         action="store_true",
-        help=f"fails where a kernel executes over {MOST_GROWTH:.0%} more than the newest table of benchmarks/results",
+        help=f"fails where a kernel executes over {MOST_GROWTH:.0%}% more than the newest table of benchmarks/results",
     )
     options = parser.parse_args()
     start = time.monotonic()

@@ -445,6 +445,7 @@ class MainLoop {
   __device__ int product_row() const { return warp() % (kWarps / 2) * 16; }
 
   __device__ void multiply_units(T (&products)[kRowTiles][1][2][4], int rows) {
+    constexpr int kUnrolled = sizeof(X) == 2 ? 4 : 2;  // 4 of float32 would spill registers
     const int side = product_side(), column = product_row();
     if (side >= sides || column >= rows) return;
     Operand<X, kParts<X>, false> right;
@@ -452,9 +453,9 @@ class MainLoop {
     for (int part = 0; part < kParts<X>; ++part) right.parts[part] = units(side, part);
     X* const data = tile_data(stage_, side);
     if (side ? tile[1].pixel_rows : tile[0].pixel_rows)
-      multiply<4>(products, Operand<X, 1, false>{{{data, block.k}}}, 0, kM, right, column, 16, rows, block.k);
+      multiply<kUnrolled>(products, Operand<X, 1, false>{{{data, block.k}}}, 0, kM, right, column, 16, rows, block.k);
     else
-      multiply<4>(products, Operand<X, 1, true>{{{data, kM}}}, 0, kM, right, column, 16, rows, block.k);
+      multiply<kUnrolled>(products, Operand<X, 1, true>{{{data, kM}}}, 0, kM, right, column, 16, rows, block.k);
   }
 
   __device__ void write_cosines(T (&products)[kRowTiles][1][2][4], int rows, T scale) {

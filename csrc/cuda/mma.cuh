@@ -9,6 +9,8 @@
 
 namespace sea {
 
+constexpr int kSwizzlePeriod = 128;  // bytes of a row after which the swizzle of its chunks repeats
+
 // An operand, as the sum of kCount matrices. kTransposed: the rows in memory are those of the inner dimension.
 template <class X, int kCount, bool kTransposed>
 struct Operand {
@@ -55,7 +57,7 @@ class Blocks {
   }
 
   // The block at base + step of the inner dimension. step, a multiple of 16, is a constant where loops are unrolled;
-  // base is a multiple of 64, which no swizzle changes.
+  // base is whole periods of the swizzle.
   __device__ void load(uint32_t (&out)[4], unsigned base, unsigned step) const {
     if constexpr (kTransposed)
       load_matrices_transposed(out, start_ + (base + step) * pitch_ * 2);
@@ -72,13 +74,14 @@ class Blocks {
 template <bool kTransposed, class X>
 class Cells {
  public:
-  __device__ Cells(const Matrix<X>& matrix, unsigned outer, int t) : pitch_(matrix.pitch) {
+  __device__ Cells(const Matrix<X>& matrix, unsigned first, unsigned g, int t) : pitch_(matrix.pitch) {
+    const unsigned outer = first + g;
     if constexpr (kTransposed) {
       start_[0] = matrix.at(t, outer);
       start_[1] = matrix.at(t + 4, outer);  // swizzles repeat every 8 rows
     } else {
       start_[0] = matrix.data + outer * pitch_ + t;
-      swizzle_ = matrix.swizzle(outer);
+      swizzle_ = matrix.swizzle(g);  // all outer indices of this lane are 8 apart
     }
   }
 
@@ -117,6 +120,7 @@ template <int kUnrolled = 1, int kRows, int kColumns, class T, class A, int kA, 
 __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Operand<A, kA, kTransposedA>& a_operand,
                                 int row, int rows, const Operand<B, kB, kTransposedB>& b_operand, int column, int step,
                                 int columns, int inner) {
+  constexpr bool kPeriods = 16 * kUnrolled * sizeof(A) % kSwizzlePeriod == 0;  // what is unrolled is whole periods
   const int lane = thread_index() % 32;
   if constexpr (sizeof(A) == 2) {
     const unsigned low = lane / 8 % 2 * 8, high = lane / 16 * 8;
@@ -130,7 +134,7 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
     for (int k = 0; k < inner; k += 16 * kUnrolled)
 #pragma unroll
       for (int i = 0; i < kUnrolled; ++i) {
-        const unsigned base = kUnrolled == 4 ? k : 0, rest = (kUnrolled == 4 ? 0 : k) + 16 * i;
+        const unsigned base = kPeriods ? k : 0, rest = (kPeriods ? 0 : k) + 16 * i;
         uint32_t a[kRows][kA][4];
 #pragma unroll
         for (int m = 0; m < kRows; ++m)
@@ -169,14 +173,14 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
     for (int k = 0; k < inner; k += 16 * kUnrolled)
 #pragma unroll
       for (int i = 0; i < 2 * kUnrolled; ++i) {
-        const unsigned base = kUnrolled == 4 ? k : 0, rest = (kUnrolled == 4 ? 0 : k) + 8 * i;
+        const unsigned base = kPeriods ? k : 0, rest = (kPeriods ? 0 : k) + 8 * i;
         float a[kRows][4], a_rest[kRows][4];
 #pragma unroll
         for (int m = 0; m < kRows; ++m)
           if (row + 16 * m < rows)
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-              const Cells<kTransposedA, A> cells(a_operand.parts[0], row + 16 * m + g + j % 2 * 8, t);
+              const Cells<kTransposedA, A> cells(a_operand.parts[0], row + 16 * m + j % 2 * 8, g, t);
               split_to_tf32(cells.load(base, rest, j / 2), a[m][j], a_rest[m][j]);
             }
 #pragma unroll
@@ -184,7 +188,7 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
           if (column + n * step < columns)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              const Cells<kTransposedB, B> cells(b_operand.parts[0], column + n * step + 8 * h + g, t);
+              const Cells<kTransposedB, B> cells(b_operand.parts[0], column + n * step + 8 * h, g, t);
               float b[2], b_rest[2];
 #pragma unroll
               for (int j = 0; j < 2; ++j) split_to_tf32(cells.load(base, rest, j), b[j], b_rest[j]);
