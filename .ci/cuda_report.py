@@ -23,7 +23,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120", "compute_80"]  # compute: PTX
-MATRIX_KERNELS = ["distance", "moments", "distance_backward"]
+MATRIX_KERNELS = ["distance", "distance_backward"]
 MULTIPLY = {  # by a kernel's first template argument: the products that it must have, then others that it may have
     "__nv_bfloat16": ["F32.BF16"],
     "__half": ["F32", "F32.BF16"],  # operands that are computed are bfloat16

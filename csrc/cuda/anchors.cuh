@@ -37,17 +37,42 @@ __device__ inline int nonempty_masks(const Masks& masks, int level) {
 
 // ---------------------------------------------------------------------------------------------------- means from sums
 
+// An entry whose maps are summed up over masks, by each slice into tables of its own.
+struct SumsEntry : Entry {
+  int64_t first_sum;  // table first_sum + slice * sides is a slice's first one
+  int32_t sides;      // its tables: student and teacher; or the student's alone, or the difference; or none
+
+  explicit SumsEntry(const Pair& pair) : Entry(pair) {}
+  SumsEntry() = default;
+  __device__ int64_t table(int64_t slice) const { return first_sum + slice * sides; }
+};
+
+// Gives each entry its tables: of 16-bit maps without distances the difference alone. Returns how many there are.
+template <class X, class E>
+int64_t place_sums(Pyramid<E>& pyramid, bool teachers) {
+  int64_t tables = 0;
+  for (int32_t i = 0; i < pyramid.count; ++i) {
+    E& entry = pyramid.entries[i];
+    const bool apart = teachers && (entry.losses & kDistance || sizeof(X) > 2);
+    entry.sides = !(entry.losses & (kAnchor | kDistance)) ? 0 : apart ? 2 : 1;
+    const SliceRange range = slices_of(pyramid, i);
+    entry.first_sum = tables - range.first * entry.sides;
+    tables += std::max<int64_t>(1, range.last - range.first + 1) * entry.sides;  // one for the means of an empty map
+  }
+  return tables;
+}
+
 // Writes the means of entry `i` over one mask to entry.anchors. Entries without anchors[1] get the student's minus the
 // teacher's. The output may be the memory of the first of the sums. All threads call it.
 template <class T, class E>
 __device__ inline void write_means(const Pyramid<E>& pyramid, int64_t i, const Masks& masks,
-                                   const T* sums,  // [slices + entries, sides, masks, max_channels]
-                                   int sides, int64_t mask) {
+                                   const T* sums,  // [tables, masks, max_channels]
+                                   int64_t mask) {
   const E& entry = pyramid.entries[i];
   const float area = masks.area[entry.level * masks.masks + mask];
   const SliceRange range = area > 0 ? slices_of(pyramid, i) : SliceRange{0, -1};
-  const int64_t side_step = masks.masks * pyramid.max_channels, step = sides * side_step;
-  const T* first = sums + (range.first + i) * step + mask * pyramid.max_channels;  // [slices, channels]
+  const int64_t side_step = masks.masks * pyramid.max_channels, step = entry.sides * side_step;
+  const T* first = sums + entry.table(range.first) * side_step + mask * pyramid.max_channels;  // [slices, channels]
   const auto mean = [&](int side, int64_t channel) {
     T sum = 0;
 #pragma unroll 8  // for so many loads under way at once
@@ -56,7 +81,7 @@ __device__ inline void write_means(const Pyramid<E>& pyramid, int64_t i, const M
   };
   T* out[2] = {static_cast<T*>(entry.anchors[0]), static_cast<T*>(entry.anchors[1])};  // [masks, anchor_pitch]
   for (int64_t c = threadIdx.x; c < entry.channels; c += blockDim.x) {
-    const T student = mean(0, c), teacher = sides == 2 ? mean(1, c) : T(0);
+    const T student = mean(0, c), teacher = entry.sides == 2 ? mean(1, c) : T(0);
     out[0][mask * entry.anchor_pitch + c] = out[1] ? student : student - teacher;
     if (out[1]) out[1][mask * entry.anchor_pitch + c] = teacher;
   }
@@ -92,7 +117,7 @@ struct CompareEntry : Entry {
   double* anchor_terms;  // [masks]
   void* units;           // X [2 sides, parts, masks, pitch]
   void* inverse_norm;    // T [masks]
-  void* difference;      // T [masks, pitch]
+  void* difference;      // T [masks, pitch], as in Pair
 
   CompareEntry() = default;
   explicit CompareEntry(const Pair& pair)
@@ -116,7 +141,8 @@ __global__ void __launch_bounds__(kAnchorThreads) compare(const __grid_constant_
   using T = Compute<X>;
   const CompareEntry& entry = params.pyramid.entries[blockIdx.y];
   const int64_t masks = params.masks.masks, mask = blockIdx.x, pitch = entry.pitch();
-  const bool empty = !(params.masks.area[entry.level * masks + mask] > 0);
+  const float area = params.masks.area[entry.level * masks + mask];
+  const bool empty = !(area > 0);
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const T* anchors[2];  // [channels]; null: zero
   for (int side = 0; side < 2; ++side)
@@ -124,16 +150,16 @@ __global__ void __launch_bounds__(kAnchorThreads) compare(const __grid_constant_
                         ? static_cast<const T*>(entry.anchors[side]) + mask * entry.anchor_pitch
                         : nullptr;
   if (entry.losses & kAnchor) {
+    const double count = static_cast<double>(nonempty_masks(params.masks, entry.level)) * entry.channels;
+    const T factor = empty ? T(0) : static_cast<T>(2 / (count * area));
     double error = 0;
     T* out = static_cast<T*>(entry.difference) + mask * pitch;
     for (int64_t c = threadIdx.x; c < entry.channels; c += kAnchorThreads) {
       const T difference = (anchors[0] ? anchors[0][c] : T(0)) - (anchors[1] ? anchors[1][c] : T(0));
-      out[c] = difference;
+      out[c] = difference * factor;
       error += static_cast<double>(difference) * difference;
     }
-    const int present = nonempty_masks(params.masks, entry.level);
     error = sum_over_block(error, scratch);
-    const double count = static_cast<double>(present) * static_cast<double>(entry.channels);
     if (threadIdx.x == 0) entry.anchor_terms[mask] = !empty && count > 0 ? error / count : 0;
   }
   if (entry.losses & kDistance)

@@ -20,8 +20,8 @@ struct Upstream {
 
 // What the kernels of this file read for one map, besides the map itself.
 struct SavedEntry {
-  const void* difference;       // T [masks, pitch] student's anchors - teacher's
-  const void* anchor_gradient;  // T [masks, pitch] of the student's anchors; null: none
+  const void* difference;       // as in Pair
+  const void* anchor_gradient;  // as in Pair; null: none
   const void* softmax;          // T [4, batch, channels]
   int64_t pitch;
 
@@ -37,16 +37,16 @@ struct SavedEntry {
 template <class T>
 struct Sources {
   const Entry* of = nullptr;
-  const float* area = nullptr;                                // [masks]
   const T *difference = nullptr, *anchor_gradient = nullptr;  // [masks, pitch]; null: nothing
-  const T* softmax = nullptr;                                 // [4, batch, channels]; null: nothing
-  int64_t pitch = 0;
+  const float* area = nullptr;  // [masks] what anchor_gradient is still to be divided by; null: nothing
+  const T* softmax = nullptr;   // [4, batch, channels]; null: nothing
+  int pitch = 0;
   T difference_scale = 0, anchor_gradient_scale = 0, localization_scale = 0, localization_exponent = 0;
 
   Sources() = default;
   // All threads of the block call it.
   __device__ Sources(const Upstream<T>& upstream, const Masks& masks, const Entry& entry, const SavedEntry& saved)
-      : of(&entry), area(masks.masks ? masks.area + entry.level * masks.masks : nullptr), pitch(saved.pitch) {
+      : of(&entry), pitch(static_cast<int>(saved.pitch)) {
     if (upstream.localization && entry.losses & kLocalization) {
       softmax = static_cast<const T*>(saved.softmax);
       localization_scale =
@@ -55,11 +55,15 @@ struct Sources {
     }
     if (upstream.anchor && entry.losses & kAnchor) {
       difference = static_cast<const T*>(saved.difference);
-      const int present = nonempty_masks(masks, entry.level);
-      difference_scale = 2 * *upstream.anchor / (present * static_cast<T>(entry.channels));
+      difference_scale = *upstream.anchor;
     }
     anchor_gradient = static_cast<const T*>(saved.anchor_gradient);
-    if (anchor_gradient) anchor_gradient_scale = upstream.distance ? *upstream.distance : T(1);
+    if (anchor_gradient && upstream.distance) {
+      anchor_gradient_scale = *upstream.distance;
+    } else if (anchor_gradient) {  // given by the caller of anchor_pool
+      anchor_gradient_scale = 1;
+      area = masks.area + entry.level * masks.masks;
+    }
   }
 
   // Puts the gradient of the pixels from .. to - 1 of one channel of a tile in the place of the student's pixels.
@@ -101,15 +105,13 @@ struct Sources {
  private:
   // The gradient that each pixel of a run receives from the anchors.
   __device__ T spread_of(const TileMasks& masks, int run, int64_t channel) const {
-    T spread = 0;
+    T from_loss = 0, from_distances = 0;
     masks.each(run, [&](int mask) {
-      const int64_t i = mask * pitch + channel;
-      T value = 0;
-      if (difference) value += difference_scale * difference[i];
-      if (anchor_gradient) value += anchor_gradient_scale * anchor_gradient[i];
-      spread += value / area[mask];
+      const int64_t i = static_cast<int64_t>(mask) * pitch + channel;
+      if (difference) from_loss += difference[i];
+      if (anchor_gradient) from_distances += area ? anchor_gradient[i] / area[mask] : anchor_gradient[i];
     });
-    return spread;
+    return difference_scale * from_loss + anchor_gradient_scale * from_distances;
   }
 };
 

@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kMainThreads, 1) cosine_backward(const __grid_
 template <class T>
 __global__ void __launch_bounds__(kMainThreads, 1) cosine_moments(const __grid_constant__ CosineParams<T> params) {
   MainLoop<T, CosineEntry> loop(params.pyramid, params.masks, params.block, 1, true, false);
-  if (static_cast<int>(blockIdx.z) < loop.chunks) sum_moments(loop, T(1), params.moments, cosine_gradient(loop));
+  const int chunk = blockIdx.z;
+  if (chunk < loop.chunks) sum_moments(loop, chunk, T(1), params.moments, cosine_gradient(loop));
 }
 
 template <class T>

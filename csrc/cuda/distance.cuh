@@ -7,7 +7,8 @@
 //   da_p = w / temperature (D_p - (D_p . h_p) h_p) / |a_p|.
 //
 // distance() reads the maps once for both: divergence and moments need the same cosines. If the anchors do not fit into
-// one chunk, a pixel's softmax is complete only after the last chunk, and moments() is a second pass.
+// one chunk, a pixel's softmax is complete only after the last chunk. Then each block saves the softmax of its pixels,
+// and reads its tiles again for the moments, a chunk at a time.
 #pragma once
 #include "mainloop.cuh"
 #include "softmax.cuh"
@@ -78,6 +79,39 @@ __device__ inline Compute<X>* saved_softmax(const MainLoop<X, E>& loop, int pixe
   return static_cast<Compute<X>*>(loop.entry().pixel_softmax) + of_level * PixelSoftmax<X>::kSize;
 }
 
+// Sums up the moments of a chunk. at_pixel(valid) returns, for this thread's pixel, a function of a row of the chunk
+// and its mask that gives the coefficient e_p: 0 if the mask is empty.
+template <class X, class E, class AtPixel>
+__device__ inline void sum_moments(MainLoop<X, E>& loop, int chunk, Compute<X> scale,
+                                   Compute<X>* out,  // [slices + entries, masks, max_channels]
+                                   AtPixel at_pixel) {
+  using T = Compute<X>;
+  typename MainLoop<X, E>::Moments moments{};
+  const auto leave = [&] {
+    loop.write_moments(moments, out + loop.partial() * loop.masks.masks * loop.pyramid.max_channels,
+                       static_cast<int64_t>(chunk) * loop.block.n);
+  };
+  const auto work = [&](int64_t t) {
+    loop.each_chunk(
+        t, chunk, chunk + 1, scale, [&] { loop.clear_invalid_pixels(); },
+        [&](int p0, int rows) {
+          const int pixel = loop.pixel();
+          const bool valid = loop.valid(pixel);
+          const T inverse = loop.memory.inverse_norm[pixel];
+          const auto coefficient = at_pixel(valid);
+          loop.template write_coefficients<Wide<X>>(rows, [&](int row, int) {
+            Packed<T, 2> out;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) out.x[i] = valid ? coefficient(row + i, p0 + row + i) * inverse : T(0);
+            return out;
+          });
+          __syncthreads();
+          loop.add_moments(moments, rows);
+        });
+  };
+  loop.each_tile(work, leave);
+}
+
 template <class X>
 struct DistanceParams {
   using T = Compute<X>;
@@ -90,12 +124,12 @@ struct DistanceParams {
   bool save;      // the pixels' softmax
 };
 
-// The divergence and, where all anchors are in one chunk, the moments. Grid: slices, groups.
+// The divergence and the moments. Grid: slices, groups.
 template <class X>
 __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constant__ DistanceParams<X> params) {
   using T = Compute<X>;
   MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false, false);
-  if (loop.own > 0 && loop.chunks > 1) return;  // the other groups have only moments to do, which moments() does
+  if (loop.own > 0 && loop.chunks > 1) return;  // the block of the first group has saved the softmax: it does them all
   const bool with_moments = params.moments && loop.chunks == 1;
   typename MainLoop<X, DistanceEntry>::Moments moments{};
   double total = 0;
@@ -166,64 +200,16 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
     if (params.save) PixelSoftmax<X>(softmax).write(saved_softmax(loop, u));
   };
   loop.each_tile(work, leave);
-}
 
-// Sums up the moments of the chunk blockIdx.z. at_pixel(valid) returns, for this thread's pixel, a function of a row of
-// the chunk and its mask that gives the coefficient e_p: 0 if the mask is empty.
-template <class X, class E, class AtPixel>
-__device__ inline void sum_moments(MainLoop<X, E>& loop, Compute<X> scale,
-                                   Compute<X>* out,  // [slices + entries, masks, max_channels]
-                                   AtPixel at_pixel) {
-  using T = Compute<X>;
-  const int chunk = blockIdx.z;
-  typename MainLoop<X, E>::Moments moments{};
-  const auto leave = [&] {
-    loop.write_moments(moments, out + loop.partial() * loop.masks.masks * loop.pyramid.max_channels,
-                       static_cast<int64_t>(chunk) * loop.block.n);
-  };
-  const auto work = [&](int64_t t) {
-    loop.each_chunk(
-        t, chunk, chunk + 1, scale, [&] { loop.clear_invalid_pixels(); },
-        [&](int p0, int rows) {
-          const int pixel = loop.pixel();
-          const bool valid = loop.valid(pixel);
-          const T inverse = loop.memory.inverse_norm[pixel];
-          const auto coefficient = at_pixel(valid);
-          loop.template write_coefficients<Wide<X>>(rows, [&](int row, int) {
-            Packed<T, 2> out;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) out.x[i] = valid ? coefficient(row + i, p0 + row + i) * inverse : T(0);
-            return out;
-          });
-          __syncthreads();
-          loop.add_moments(moments, rows);
-        });
-  };
-  loop.each_tile(work, leave);
-}
-
-template <class X>
-struct MomentsParams {
-  using T = Compute<X>;
-  Pyramid<DistanceEntry> pyramid;
-  Masks masks;
-  BlockShape block;
-  T scale;     // as in DistanceParams
-  T* moments;  // as in DistanceParams
-};
-
-// The moments where there is more than one chunk, from the softmax that distance() has saved. Grid: slices, groups,
-// chunks.
-template <class X>
-__global__ void __launch_bounds__(kMainThreads, 1) moments(const __grid_constant__ MomentsParams<X> params) {
-  MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false, false);
-  if (static_cast<int>(blockIdx.z) >= loop.chunks || loop.chunks == 1) return;
-  sum_moments(loop, params.scale, params.moments, [&](bool valid) {
+  if (!params.moments || loop.chunks == 1) return;
+  const auto at_pixel = [&](bool valid) {
     const PixelSoftmax<X> q = valid ? PixelSoftmax<X>(saved_softmax(loop, loop.pixel())) : PixelSoftmax<X>();
     return [q, &loop, pixel = loop.pixel()](int row, int) {
       return q(*loop.cosine(0, pixel, row), *loop.cosine(1, pixel, row));
     };
-  });
+  };
+  for (loop.own = 0; loop.own < loop.groups; ++loop.own)
+    for (int chunk = 0; chunk < loop.chunks; ++chunk) sum_moments(loop, chunk, params.scale, params.moments, at_pixel);
 }
 
 }  // namespace sea

@@ -1,7 +1,7 @@
 // The losses, step by step: which kernels run, in which order, and where their intermediate results lie.
 //
 //   pool:      pool, pool_finish                         maps -> anchors, softmax of the channels
-//   compare:   compare, distance, (moments,) finish      maps, anchors -> losses, gradient of the student's anchors
+//   compare:   compare, distance, finish                 maps, anchors -> losses, gradient of the student's anchors
 //   backward:  backward, distance_backward               gradients of the losses -> gradients of the maps
 //
 // The forward operators are pool, compare, or both. All maps go through each launch together, kMaxEntries at most.
@@ -140,8 +140,10 @@ __global__ void __launch_bounds__(kAnchorThreads) finish(const __grid_constant__
     sum_losses(params);
   } else {
     const int64_t masks = params.masks.masks, i = (blockIdx.x - 1) / masks, mask = (blockIdx.x - 1) % masks;
-    project<X>(params.pyramid, i, params.masks, mask, params.moments, params.inverse_temperature,
-               params.masks.valid_pixels[params.pyramid.entries[i].level], reinterpret_cast<T*>(shared_memory()));
+    const int64_t level = params.pyramid.entries[i].level;
+    const T divisor = static_cast<T>(params.masks.valid_pixels[level]) * params.masks.area[level * masks + mask];
+    project<X>(params.pyramid, i, params.masks, mask, params.moments, params.inverse_temperature, divisor,
+               reinterpret_cast<T*>(shared_memory()));
   }
 }
 
@@ -199,14 +201,10 @@ void forward_launch(std::vector<Pair> pairs, const Masks& masks, const LossOptio
   if (distances.count > 0) {
     const BlockShape block = choose_block<X>(masks.masks, distances.max_channels);
     const T scale = Exponential<X>::scale(options.distance_temperature);
-    const dim3 grid(distances.slices, static_cast<unsigned>(divide_up(distances.max_channels, block.k)),
-                    static_cast<unsigned>(divide_up(masks.masks, block.n)));
-    const int64_t bytes = bytes_of<MainMemory<X>>(block);
-    launch(distance<X>, "distance", dim3(grid.x, gradient ? grid.y : 1), kMainThreads, bytes, stream,
+    const int64_t groups = gradient ? divide_up(distances.max_channels, block.k) : 1;
+    launch(distance<X>, "distance", dim3(distances.slices, static_cast<unsigned>(groups)), kMainThreads,
+           bytes_of<MainMemory<X>>(block), stream,
            DistanceParams<X>{distances, masks, block, scale, gradient ? sums : nullptr, distance_terms, options.save});
-    if (gradient && grid.z > 1)
-      launch(moments<X>, "moments", grid, kMainThreads, bytes, stream,
-             MomentsParams<X>{distances, masks, block, scale, sums});
     last.pyramid = make_pyramid<ProjectEntry>(pairs, kBlockM<X>, options.slices, has_distances, distance_work);
     last.distance = distance_terms;
     last.moments = sums;

@@ -161,6 +161,7 @@ class MainLoop {
   template <class Work, class Leave>
   __device__ void each_tile(Work work, Leave leave) {
     step_ = 0;
+    at = next_ = {};
     if (begin < end) load(0, begin, group_at(0));
     for (int64_t t = begin; t < end; ++t) {
       WorkTile next = at;

@@ -41,14 +41,15 @@ __device__ inline T sum_set(uint32_t bits, const T (&x)[kCount]) {
   return sum;
 }
 
-// Adds a tile of 16-bit maps to the sums of its masks. A warp has 16 channels.
+// Adds the tiles of a 16-bit map, the student's and the teacher's, to the sums of their masks. A warp has 16 channels.
 template <class X>
 class MaskSums {
  public:
-  // sum(side, mask): [channels] the sums of a mask. All lanes call it.
+  // sum(side, mask): [channels] the sums of a mask; of one table alone, the student's less the teacher's. All lanes
+  // call it.
   template <class Sum>
-  __device__ MaskSums(const Tile<X> (&tiles)[2], int sides, const TileMasks& masks, const WorkTile& at, int first,
-                      int channels, Sum sum) {
+  __device__ MaskSums(const Tile<X> (&tiles)[2], int sides, int tables, const TileMasks& masks, const WorkTile& at,
+                      int first, int channels, Sum sum) {
     static_assert(kPoolPixels<X> == 64);
     if ((masks.valid[0] | masks.valid[1]) == 0) return;
     int w = -1;
@@ -74,9 +75,35 @@ class MaskSums {
         if (lane_ / 4 == k) pixels_[0] = found[0], pixels_[1] = found[1];
         if (lane_ % 4 == k / 2) (k % 2 ? masks_[1] : masks_[0]) = 32 * w + bit;
       }
+#pragma unroll 1
+      for (int table = 0; table < tables; ++table) {
+        const auto each_tile = [&](auto f) {  // of this table; minus: subtracted
+          const int end = tables == 1 ? sides : table + 1;
+#pragma unroll 1
+          for (int side = table; side < end; ++side) f(tile_of(tiles, side), side > table);
+        };
+        const auto put = [&](int mask, int row, float value) {
+          const int channel = first + row;
+          if (mask >= 0 && channel < channels) atomicAdd(sum(table, mask) + channel, value);
+        };
+        float sums[4] = {};
+        each_tile([&](const Tile<X>& tile, bool minus) { multiply(sums, tile, minus, first); });
+        if (__all_sync(kAllLanes, fabsf(sums[0] + sums[1] + sums[2] + sums[3]) < INFINITY)) {
 #pragma unroll
-      for (int side = 0; side < 2; ++side)
-        if (side < sides) add(tiles[side], first, channels, [&](int mask) { return sum(side, mask); });
+          for (int i = 0; i < 4; ++i) put(masks_[i % 2], lane_ / 4 + i / 2 * 8, sums[i]);
+        } else {  // without products, in which a value that is not finite shows in all masks
+#pragma unroll 1
+          for (int i = 0; i < 4; ++i) {
+            const int row = lane_ / 4 + i / 2 * 8, column = lane_ % 4 * 2 + i % 2;
+            float one = 0;
+            each_tile([&](const Tile<X>& tile, bool minus) {
+              const float x = add_each(tile, first + row, column);
+              one += minus ? -x : x;
+            });
+            put(i % 2 ? masks_[1] : masks_[0], row, one);
+          }
+        }
+      }
     }
   }
 
@@ -85,20 +112,23 @@ class MaskSums {
   uint32_t pixels_[2];  // as bits, those of mask lane / 4 of up to 8: this lane's column of the right operand
   int masks_[2];        // of the columns of its results; -1: none
 
-  // Two ones or zeros.
-  static __device__ uint32_t pair(uint32_t bits) {
-    const uint32_t one = std::is_same_v<X, __half> ? 0x3C00 : 0x3F80;
-    return (bits & 1) * one | (bits >> 1 & 1) * (one << 16);
+  // Chosen piece by piece: a choice between the tiles themselves would put them into local memory.
+  static __device__ Tile<X> tile_of(const Tile<X> (&tiles)[2], int side) {
+    return {{side ? tiles[1].matrix.data : tiles[0].matrix.data, side ? tiles[1].matrix.pitch : tiles[0].matrix.pitch},
+            side ? tiles[1].pixel_rows : tiles[0].pixel_rows};
   }
 
-  // sum(mask): [channels]
-  template <class Sum>
-  __device__ void add(const Tile<X>& tile, int first, int channels, Sum sum) const {
-    float sums[4] = {};
-#pragma unroll
-    for (int k = 0; k < kPoolPixels<X>; k += 16) {
-      const uint32_t bits = pixels_[k / 32] >> lane_ % 4 * 2;
-      const uint32_t chosen[2] = {pair(bits >> k % 32), pair(bits >> (k % 32 + 8))};
+  // Ones or zeros; or minus ones.
+  static __device__ uint32_t pair(uint32_t bits, bool minus) {
+    const uint32_t one = (std::is_same_v<X, __half> ? 0x3C00 : 0x3F80) | (minus ? 0x8000 : 0);
+    return ((bits & 1) | (bits & 2) << 15) * one;
+  }
+
+  __device__ void multiply(float (&sums)[4], const Tile<X>& tile, bool minus, int first) const {
+#pragma unroll 2
+    for (int k = 0; k < kPoolPixels<X>; k += 16) {  // all at once would spill registers
+      const uint32_t bits = (k < 32 ? pixels_[0] : pixels_[1]) >> lane_ % 4 * 2;
+      const uint32_t chosen[2] = {pair(bits >> k % 32, minus), pair(bits >> (k % 32 + 8), minus)};
       uint32_t x[4];
       const int low = lane_ / 8 % 2 * 8, high = lane_ / 16 * 8;
       if (tile.pixel_rows)
@@ -107,29 +137,18 @@ class MaskSums {
         Blocks<false, X>(tile.matrix, first, low, high, lane_).load(x, 0, k);
       multiply_add(sums, x, chosen, X());
     }
-    const float all = sums[0] + sums[1] + sums[2] + sums[3];
-    if (__any_sync(kAllLanes, !(fabsf(all) < INFINITY))) add_each(sums, tile, first);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int channel = first + lane_ / 4 + i / 2 * 8;
-      if (masks_[i % 2] >= 0 && channel < channels) atomicAdd(sum(masks_[i % 2]) + channel, sums[i]);
-    }
   }
 
-  // The same without products, in which a value that is not finite shows in all masks.
-  __device__ void add_each(float (&sums)[4], const Tile<X>& tile, int first) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = lane_ % 4 * 2 + i % 2;
-      sums[i] = 0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t bits = __shfl_sync(kAllLanes, pixels_[half], 4 * column);
+  // The sum of a channel's pixels that are in the mask of that column. All lanes call it.
+  __device__ float add_each(const Tile<X>& tile, int channel, int column) const {
+    float sum = 0;
 #pragma unroll 1
-        for (int u = 0; u < 32; ++u)
-          if (bits >> u & 1) sums[i] += widen(*tile.at(first + lane_ / 4 + i / 2 * 8, 32 * half + u));
-      }
+    for (int half = 0; half < 2; ++half) {
+      uint32_t bits = __shfl_sync(kAllLanes, half ? pixels_[1] : pixels_[0], 4 * column);
+      for (; bits != 0; bits &= bits - 1)
+        sum += widen(*tile.at(channel, 32 * half + __ffs(static_cast<int>(bits)) - 1));
     }
+    return sum;
   }
 };
 
@@ -154,11 +173,11 @@ inline TileWork pool_work(const Pair& pair) {
   return {static_cast<int32_t>(tile * static_cast<double>(pair.channels)), static_cast<int32_t>(24 * pair.channels)};
 }
 
-struct PoolEntry : Entry {
+struct PoolEntry : SumsEntry {
   TileMap maps[2];  // student, teacher
 
   PoolEntry() = default;
-  explicit PoolEntry(const Pair& pair) : Entry(pair), maps{TileMap(pair.student), TileMap(pair.teacher)} {}
+  explicit PoolEntry(const Pair& pair) : SumsEntry(pair), maps{TileMap(pair.student), TileMap(pair.teacher)} {}
 };
 
 template <class T>
@@ -167,7 +186,7 @@ struct PoolParams {
   Masks masks;
   int sides;   // 1: the students alone
   T scale;     // of the localization's Exponential
-  T* sums;     // [slices + entries, sides, masks, max_channels]
+  T* sums;     // [tables, masks, max_channels]
   T* softmax;  // [slices + entries * batch, 5, max_channels] OnlineSoftmax
 };
 
@@ -203,7 +222,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   OnlineSoftmax<X> softmax;
   int entry_index = -1;
   int image = -1;
-  T* sums = nullptr;  // [sides, masks, max_channels] of this slice and the current entry, from channel c0 on
+  T* sums = nullptr;  // [entry.sides, masks, max_channels] of this slice and the current entry, from channel c0 on
   const auto sum_of = [&](int side, int mask) { return sums + (side * params.masks.masks + mask) * max_channels; };
   const auto leave_image = [&] {
     const Entry& entry = pyramid.entries[entry_index];
@@ -223,8 +242,8 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   };
 
   if (begin < end) load(begin, 0);
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int stage = static_cast<int>(tile - begin) % 2;
+  int stage = 0;
+  for (int64_t tile = begin; tile < end; ++tile, stage = 1 - stage) {
     if (tile + 1 < end) load(tile + 1, 1 - stage);
     at.seek(pyramid, tile, kPixels);
     if (image >= 0 && (entry_index != at.entry || image != at.image)) leave_image();
@@ -235,8 +254,8 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     entry_index = at.entry;
     image = at.image;
     if (entered && pools) {
-      sums = params.sums + (slice + entry_index) * params.sides * params.masks.masks * max_channels + c0;
-      if (mine && half < params.sides)
+      sums = params.sums + entry.table(slice) * params.masks.masks * max_channels + c0;
+      if (mine && half < entry.sides)
         for (int mask = 0; mask < count; ++mask) sum_of(half, mask)[channel] = 0;
     }
     masks.load(params.masks, entry, at, sizeof(X) > 2);
@@ -260,8 +279,9 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     }
     if constexpr (sizeof(X) == 2) {
       const int first = thread_index() / 32 * 16, channels = channels_of(entry);
-      if (pools && first < channels) MaskSums<X>({student, teacher}, params.sides, masks, at, first, channels, sum_of);
-    } else if (pools && mine && half < params.sides) {
+      if (pools && first < channels)
+        MaskSums<X>({student, teacher}, params.sides, entry.sides, masks, at, first, channels, sum_of);
+    } else if (pools && mine && half < entry.sides) {
       const Tile<X> own = make_tile(memory.tile(stage, half), entry.maps[half], kPixels, kPoolChannels);
       RunCursor runs(masks);
       T sum = 0;
@@ -281,7 +301,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   if (entry_index >= 0) leave_image();
 }
 
-struct PoolFinishEntry : Entry {
+struct PoolFinishEntry : SumsEntry {
   void* anchors[2];            // T [masks, anchor_pitch]; or the difference, and null
   void* softmax;               // T [4, batch, channels]
   double* localization_terms;  // [batch, blocks of channels]
@@ -289,7 +309,7 @@ struct PoolFinishEntry : Entry {
 
   PoolFinishEntry() = default;
   explicit PoolFinishEntry(const Pair& pair)
-      : Entry(pair),
+      : SumsEntry(pair),
         anchors{pair.anchors[0], pair.anchors[1]},
         softmax(pair.softmax),
         localization_terms(pair.localization_terms),
@@ -300,7 +320,6 @@ template <class T>
 struct PoolFinishParams {
   Pyramid<PoolFinishEntry> pyramid;
   Masks masks;
-  int sides;         // as in PoolParams
   T scale;           // as in PoolParams
   const T* sums;     // as in PoolParams
   const T* softmax;  // as in PoolParams
@@ -315,7 +334,7 @@ __global__ void __launch_bounds__(kAnchorThreads)
   const int64_t block = static_cast<int64_t>(blockIdx.x) - params.masks.masks;
   if (block < 0) {
     if (entry.losses & (kAnchor | kDistance))
-      write_means(params.pyramid, blockIdx.y, params.masks, params.sums, params.sides, blockIdx.x);
+      write_means(params.pyramid, blockIdx.y, params.masks, params.sums, blockIdx.x);
   } else if (entry.losses & kLocalization) {
     const int64_t blocks = divide_up(params.pyramid.max_channels, kAnchorThreads);
     merge_softmax<X>(params.pyramid, blockIdx.y, params.softmax, params.scale, kPoolPixels<X>, block / blocks,
@@ -345,27 +364,25 @@ void run_pool(std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X
   for (const Pair& pair : pairs) channels = std::max(channels, pair.channels);
   slices = pool_slices<X>(slices, channels);
   PoolParams<T> params{make_pyramid<PoolEntry>(pairs, kPoolPixels<X>, slices, all, pool_work), masks, sides, scale};
-  const auto& pyramid = params.pyramid;
-  const int64_t table = masks.masks * pyramid.max_channels;
+  auto& pyramid = params.pyramid;
+  const int64_t table = masks.masks * pyramid.max_channels, tables = place_sums<X>(pyramid, sides == 2);
   const bool softmax = std::any_of(pairs.begin(), pairs.end(), [](const Pair& p) { return p.losses & kLocalization; });
-  params.sums = scratch.take<T>((pyramid.slices + pyramid.count) * sides * table);
+  params.sums = scratch.take<T>(tables * table);
   params.softmax = scratch.take<T>(
       softmax ? (pyramid.slices + pyramid.count * pyramid.batch) * OnlineSoftmax<X>::kSize * pyramid.max_channels : 0);
   if (scratch.counts()) return;
   for (size_t i = 0; i < pairs.size(); ++i)
     if (pairs[i].losses & (kAnchor | kDistance) && !pairs[i].anchors[0]) {
-      const int64_t slice = slice_of(pyramid, static_cast<int64_t>(i), pyramid.entries[i].first_tile);
-      for (int side = 0; side < (pairs[i].losses & kDistance ? 2 : 1); ++side)
-        pairs[i].anchors[side] = params.sums + ((slice + static_cast<int64_t>(i)) * sides + side) * table;
+      const PoolEntry& entry = pyramid.entries[i];
+      const int64_t first =
+          entry.first_sum + slice_of(pyramid, static_cast<int64_t>(i), entry.first_tile) * entry.sides;
+      for (int side = 0; side < (entry.losses & kDistance ? 2 : 1); ++side)
+        pairs[i].anchors[side] = params.sums + (first + side) * table;
       pairs[i].anchor_pitch = pyramid.max_channels;
     }
-  const PoolFinishParams<T> finish{make_pyramid<PoolFinishEntry>(pairs, kPoolPixels<X>, slices, all, pool_work),
-                                   masks,
-                                   sides,
-                                   scale,
-                                   params.sums,
-                                   params.softmax};
-
+  PoolFinishParams<T> finish{make_pyramid<PoolFinishEntry>(pairs, kPoolPixels<X>, slices, all, pool_work), masks, scale,
+                             params.sums, params.softmax};
+  place_sums<X>(finish.pyramid, sides == 2);
   const dim3 grid(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.max_channels, kPoolChannels)));
   launch(pool<X>, "pool", grid, kPoolThreads, bytes_of<PoolMemory<X>>(), stream, params);
   const int64_t blocks = softmax ? pyramid.batch * divide_up(pyramid.max_channels, kAnchorThreads) : 0;

@@ -56,11 +56,12 @@ struct Pair : Entry {
   double* localization_terms;  // [batch, blocks of channels] of the localization loss
   void* units;         // X [sides, masks, pitch] unit anchors; of 16-bit types [sides, 2 (rounded, rest), masks, pitch]
   void* inverse_norm;  // T [masks] of the student's anchors
-  void* difference;    // T [masks, pitch] student's anchors - teacher's
-  void* anchor_gradient;  // T [masks, table_pitch] of the student's anchors
-  int64_t table_pitch;    // of anchor_gradient; of difference as well where there are both
-  void* pixel_softmax;    // T [pixels, 2 or 4] the pixels' softmax over anchors, saved for backward
-  void* softmax;          // T [4, batch, channels] the channels' softmax over positions, saved for backward
+  // The gradients that each pixel of a mask receives, before those of the losses: T [masks, table_pitch].
+  void* difference;       // from the anchor loss: a multiple of the student's anchors - teacher's
+  void* anchor_gradient;  // from the distances; or in anchor_pool's backward the gradient of the anchors themselves
+  int64_t table_pitch;
+  void* pixel_softmax;  // T [pixels, 2 or 4] the pixels' softmax over anchors, saved for backward
+  void* softmax;        // T [4, batch, channels] the channels' softmax over positions, saved for backward
 };
 
 // What a block does for one tile of a map, and before the first one, in any unit. A function of shapes and loss flags

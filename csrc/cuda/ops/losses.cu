@@ -43,7 +43,7 @@ Outputs forward(const Call& call, Steps steps, double distance_temperature, doub
   std::vector<Pair> pairs = call.pairs();
   const LossSizes needed = lay_out<X>(pairs, call.levels(), call.masks.masks, save);
   if (anchors) check_elements("anchors.numel()", anchors->numel(), needed.anchors, false);
-  // moments() reads the pixels' softmax from what is saved.
+  // Where there are several chunks of anchors, the gradient needs the pixels' softmax from what is saved.
   if (!save) check_elements("gradient_elements without saved_elements", elements.gradients, 0, false);
   const auto empty = [&] { return make({0}, type, like); };
   const Outputs out{
