@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   }
 }
 
-// Slices for each block that runs at once. Blocks take different times, and those that end early leave room for others.
-// Nothing is summed up over tiles, so the number of slices changes no result.
+// Of slices: blocks take different times, which depend on the boxes. Nothing is summed up over tiles, so slices change
+// no result.
 constexpr int kBackwardWaves = 4;
 
 // The gradients of the maps of one launch, of those pairs that takes(pair) accepts. slices: one for each
@@ -198,9 +198,10 @@ void run_backward(const std::vector<Pair>& pairs, const Masks& masks, const Upst
                   Takes takes, cudaStream_t stream) {
   int64_t channels = 1;
   for (const Pair& pair : pairs) channels = std::max(channels, takes(pair) ? pair.channels : 0);
-  slices = kBackwardWaves * pool_slices<X>(slices, channels);
-  const BackwardParams<Compute<X>> params{make_pyramid<BackwardEntry>(pairs, kPoolPixels<X>, slices, takes, pool_work),
-                                          masks, upstream};
+  const BackwardParams<Compute<X>> params{
+      make_pyramid<BackwardEntry>(pairs, kPoolPixels<X>, pool_slices<X>(slices, channels), takes, pool_work,
+                                  kBackwardWaves),
+      masks, upstream};
   const dim3 grid(params.pyramid.slices, static_cast<unsigned>(divide_up(channels, kPoolChannels)));
   launch(backward<X>, "backward", grid, kPoolThreads, bytes_of<PoolMemory<X>>(), stream, params);
 }

@@ -7,8 +7,8 @@
 //   da_p = w / temperature (D_p - (D_p . h_p) h_p) / |a_p|.
 //
 // distance() reads the maps once for both: divergence and moments need the same cosines. If the anchors do not fit into
-// one chunk, a pixel's softmax is complete only after the last chunk. Then each block saves the softmax of its pixels,
-// and reads its tiles again for the moments, a chunk at a time.
+// one chunk, each is loaded for some tiles at a time, whose pixels stay in the L2 cache until the last chunk completes
+// their softmax. Then each block reads its tiles again for the moments, a chunk at a time.
 #pragma once
 #include "mainloop.cuh"
 #include "softmax.cuh"
@@ -133,24 +133,31 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
   const bool with_moments = params.moments && loop.chunks == 1;
   typename MainLoop<X, DistanceEntry>::Moments moments{};
   double total = 0;
+  int left = -1;  // the last entry that has its term, or a part of it
   const auto leave = [&] {
     const double sum = sum_over_block(total, loop.memory.scratch);
-    if (threadIdx.x == 0 && loop.own == 0) params.terms[loop.partial()] = sum;
+    double* const term = params.terms + loop.partial();
+    if (threadIdx.x == 0 && loop.own == 0) *term = left == loop.at.entry ? *term + sum : sum;
+    left = loop.at.entry;
     if (with_moments)
       loop.write_moments(moments, params.moments + loop.partial() * params.masks.masks * params.pyramid.max_channels,
                          0);
     total = 0;
   };
+  int chunk = 0;
   const auto work = [&](int64_t t) {
     OnlineSoftmax<X> softmax;
+    T* const state = loop.memory.softmax + t % kBatch * OnlineSoftmax<X>::kSize * loop.kM;
     loop.each_chunk(
-        t, 0, loop.chunks, params.scale,
+        t, chunk, chunk + 1, params.scale,
         [&] {
           if (with_moments) loop.clear_invalid_pixels();
         },
-        [&](int p0, int rows) {
+        [&](int, int rows) {
           using Loop = MainLoop<X, DistanceEntry>;
           const int pixel = loop.pixel();
+          if (chunk > 0) softmax.read(state + pixel, loop.kM);
+          if (loop.lane() > 0) softmax.student_sum = softmax.teacher_sum = softmax.difference = 0;
           Packed<T, 2> student[Loop::kOwnPairs], teacher[Loop::kOwnPairs];
           T student_max = -INFINITY, teacher_max = -INFINITY;
           loop.each_row_pair(rows, [&](int row, int k) {
@@ -171,11 +178,10 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
               teacher[k].x[i] = terms.teacher;
             }
           });
-          if (p0 + loop.block.n < loop.count) return;
           softmax.student_sum = sum_over_lanes<loop.kLanes>(softmax.student_sum);
           softmax.teacher_sum = sum_over_lanes<loop.kLanes>(softmax.teacher_sum);
           softmax.difference = sum_over_lanes<loop.kLanes>(softmax.difference);
-          if (loop.lane() == 0) softmax.write(loop.memory.softmax + pixel, loop.kM);
+          if (loop.lane() == 0) softmax.write(state + pixel, loop.kM);
           if (with_moments) {
             const T inverse = loop.valid(pixel) ? loop.memory.inverse_norm[pixel] : T(0);
             const T student_factor = inverse / softmax.student_sum, teacher_factor = inverse / softmax.teacher_sum;
@@ -192,14 +198,18 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
           if (with_moments) loop.add_moments(moments, rows);
         });
     // The warps take turns with what is left to do for the pixels.
-    if (loop.own > 0 || loop.warp() != t % loop.kWarps) return;
+    if (chunk + 1 < loop.chunks || loop.own > 0 || loop.warp() != t % loop.kWarps) return;
     const int u = thread_index() % 32;
     if (u >= loop.kM || !loop.valid(u)) return;
-    softmax.read(loop.memory.softmax + u, loop.kM);
+    softmax.read(state + u, loop.kM);
     total += softmax.divergence(T(1));
     if (params.save) PixelSoftmax<X>(softmax).write(saved_softmax(loop, u));
   };
-  loop.each_tile(work, leave);
+  while (loop.begin < loop.slice_end()) {
+    if (loop.chunks > 1) loop.end = min(loop.begin + kBatch, loop.slice_end());
+    for (chunk = 0; chunk < loop.chunks; ++chunk) loop.each_tile(work, leave);
+    loop.begin = loop.end;
+  }
 
   if (!params.moments || loop.chunks == 1) return;
   const auto at_pixel = [&](bool valid) {
@@ -208,8 +218,9 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
       return q(*loop.cosine(0, pixel, row), *loop.cosine(1, pixel, row));
     };
   };
+  loop.begin = loop.slice_begin();
   for (loop.own = 0; loop.own < loop.groups; ++loop.own)
-    for (int chunk = 0; chunk < loop.chunks; ++chunk) sum_moments(loop, chunk, params.scale, params.moments, at_pixel);
+    for (chunk = 0; chunk < loop.chunks; ++chunk) sum_moments(loop, chunk, params.scale, params.moments, at_pixel);
 }
 
 }  // namespace sea

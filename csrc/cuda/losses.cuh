@@ -250,12 +250,13 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
   each_launch(pairs, [&](const std::vector<Pair>& part) {
     run_backward<X>(
         part, masks, given, options.slices, [](const Pair& pair) { return !(pair.losses & kDistance); }, stream);
-    DistanceBackwardParams<T> params{make_pyramid<DistanceBackwardEntry>(
-                                         part, kBlockM<X>, kBackwardWaves * options.slices,
-                                         [](const Pair& pair) { return pair.losses & kDistance; }, distance_work),
-                                     masks,
-                                     {},
-                                     given};
+    DistanceBackwardParams<T> params{
+        make_pyramid<DistanceBackwardEntry>(
+            part, kBlockM<X>, options.slices, [](const Pair& pair) { return pair.losses & kDistance; }, distance_work,
+            kBackwardWaves),
+        masks,
+        {},
+        given};
     const auto& pyramid = params.pyramid;
     if (pyramid.count == 0) return;
     params.block = choose_block<X>(masks.masks, pyramid.max_channels);

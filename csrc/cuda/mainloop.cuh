@@ -18,6 +18,7 @@
 namespace sea {
 
 constexpr int kMainThreads = 256, kMaxBlockN = 64, kMaxBlockK = 256;
+constexpr int kBatch = 8;  // tiles that distance() compares with a chunk of anchors before it loads the next chunk
 // Finite, and far below any cosine over a temperature: its exponential is 0. (Anchors of a chunk without others count
 // until a later chunk's maximum makes their sum 0.)
 constexpr float kAbsent = -8e37f;
@@ -37,7 +38,7 @@ struct MainMemory {
   X* tiles;         // [2 stages, 2 sides, k, kM]
   T* cosines;       // [2 sides, kM, n + 8]: without bank conflicts where 4 lanes store 2 neighbors each of 8 rows
   X* coefficients;  // [parts, kM, kMaxBlockN], after the cosines
-  T* softmax;       // [5, kM] an OnlineSoftmax for each pixel, after the coefficients
+  T* softmax;       // [kBatch, 5, kM] an OnlineSoftmax for each pixel, after the coefficients
   T* squares;       // [2 sides, shares of the channels, kM], in the place of the coefficients
   T* out;           // [kM, k + 8], in the place of all four
   double* scratch;  // [32]
@@ -58,7 +59,7 @@ struct MainMemory {
     cosines = carver.take<T>(2 * kM * (block.n + 8));
     const int64_t after = carver.used();
     coefficients = carver.take<X>(kParts<X> * kM * kMaxBlockN);
-    softmax = carver.take<T>(5 * kM);
+    softmax = carver.take<T>(kBatch * 5 * kM);
     carver.rewind(after);
     squares = carver.take<T>(2 * kMainThreads);
     carver.rewind(start);
@@ -119,7 +120,7 @@ class MainLoop {
   Carver carver;
   MainMemory<X> memory;
   int count, chunks, groups, own;  // anchors; own: the group whose gradients this block writes
-  int64_t begin, end;              // tiles
+  int64_t begin, end;              // the tiles that each_tile() visits: at first all of the slice
   WorkTile at{};
   Tile<X> tile[2];  // student, teacher
 
@@ -139,10 +140,12 @@ class MainLoop {
     chunks = (count + block.n - 1) / block.n;
     groups = static_cast<int>(divide_up(pyramid.max_channels, block.k));
     own = blockIdx.y;
-    begin = first_tile(pyramid, blockIdx.x);
-    end = first_tile(pyramid, blockIdx.x + 1);
+    begin = slice_begin();
+    end = slice_end();
   }
 
+  __device__ int64_t slice_begin() const { return first_tile(pyramid, blockIdx.x); }
+  __device__ int64_t slice_end() const { return first_tile(pyramid, blockIdx.x + 1); }
   __device__ const E& entry() const { return pyramid.entries[at.entry]; }
   __device__ int64_t own_channel() const { return static_cast<int64_t>(own) * block.k; }
   __device__ int own_channels() const { return channels_of(entry(), own); }

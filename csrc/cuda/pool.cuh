@@ -75,33 +75,32 @@ class MaskSums {
         if (lane_ / 4 == k) pixels_[0] = found[0], pixels_[1] = found[1];
         if (lane_ % 4 == k / 2) (k % 2 ? masks_[1] : masks_[0]) = 32 * w + bit;
       }
-#pragma unroll 1
-      for (int table = 0; table < tables; ++table) {
-        const auto each_tile = [&](auto f) {  // of this table; minus: subtracted
-          const int end = tables == 1 ? sides : table + 1;
-#pragma unroll 1
-          for (int side = table; side < end; ++side) f(tile_of(tiles, side), side > table);
-        };
-        const auto put = [&](int mask, int row, float value) {
-          const int channel = first + row;
-          if (mask >= 0 && channel < channels) atomicAdd(sum(table, mask) + channel, value);
-        };
-        float sums[4] = {};
-        each_tile([&](const Tile<X>& tile, bool minus) { multiply(sums, tile, minus, first); });
-        if (__all_sync(kAllLanes, fabsf(sums[0] + sums[1] + sums[2] + sums[3]) < INFINITY)) {
+      const auto put = [&](int table, int mask, int row, float value) {
+        const int channel = first + row;
+        if (mask >= 0 && channel < channels) atomicAdd(sum(table, mask) + channel, value);
+      };
+      float sums[2][4] = {};
+      multiply(sums, tiles, sides, first);
+      float all = 0;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) put(masks_[i % 2], lane_ / 4 + i / 2 * 8, sums[i]);
-        } else {  // without products, in which a value that is not finite shows in all masks
+      for (int i = 0; i < 4; ++i) {
+        all += sums[0][i] + sums[1][i];
+        if (tables == 1) sums[0][i] -= sums[1][i];
+      }
+      if (__all_sync(kAllLanes, fabsf(all) < INFINITY)) {
+#pragma unroll
+        for (int table = 0; table < 2; ++table) {
+          if (table == tables) break;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) put(table, masks_[i % 2], lane_ / 4 + i / 2 * 8, sums[table][i]);
+        }
+      } else {  // without products, in which a value that is not finite shows in all masks
 #pragma unroll 1
-          for (int i = 0; i < 4; ++i) {
-            const int row = lane_ / 4 + i / 2 * 8, column = lane_ % 4 * 2 + i % 2;
-            float one = 0;
-            each_tile([&](const Tile<X>& tile, bool minus) {
-              const float x = add_each(tile, first + row, column);
-              one += minus ? -x : x;
-            });
-            put(i % 2 ? masks_[1] : masks_[0], row, one);
-          }
+        for (int i = 0; i < 4 * sides; ++i) {
+          const int side = i / 4, row = lane_ / 4 + i / 2 % 2 * 8, column = lane_ % 4 * 2 + i % 2;
+          const float one = add_each(tiles, side, first + row, column);
+          const bool minus = side == tables;
+          put(minus ? 0 : side, i % 2 ? masks_[1] : masks_[0], row, minus ? -one : one);
         }
       }
     }
@@ -112,35 +111,37 @@ class MaskSums {
   uint32_t pixels_[2];  // as bits, those of mask lane / 4 of up to 8: this lane's column of the right operand
   int masks_[2];        // of the columns of its results; -1: none
 
-  // Chosen piece by piece: a choice between the tiles themselves would put them into local memory.
-  static __device__ Tile<X> tile_of(const Tile<X> (&tiles)[2], int side) {
-    return {{side ? tiles[1].matrix.data : tiles[0].matrix.data, side ? tiles[1].matrix.pitch : tiles[0].matrix.pitch},
-            side ? tiles[1].pixel_rows : tiles[0].pixel_rows};
+  // Ones or zeros.
+  static __device__ uint32_t pair(uint32_t bits) {
+    const uint32_t one = std::is_same_v<X, __half> ? 0x3C00 : 0x3F80;
+    return (bits & 1) * one | (bits >> 1 & 1) * (one << 16);
   }
 
-  // Ones or zeros; or minus ones.
-  static __device__ uint32_t pair(uint32_t bits, bool minus) {
-    const uint32_t one = (std::is_same_v<X, __half> ? 0x3C00 : 0x3F80) | (minus ? 0x8000 : 0);
-    return ((bits & 1) | (bits & 2) << 15) * one;
-  }
-
-  __device__ void multiply(float (&sums)[4], const Tile<X>& tile, bool minus, int first) const {
+  __device__ void multiply(float (&sums)[2][4], const Tile<X> (&tiles)[2], int sides, int first) const {
 #pragma unroll 2
     for (int k = 0; k < kPoolPixels<X>; k += 16) {  // all at once would spill registers
       const uint32_t bits = (k < 32 ? pixels_[0] : pixels_[1]) >> lane_ % 4 * 2;
-      const uint32_t chosen[2] = {pair(bits >> k % 32, minus), pair(bits >> (k % 32 + 8), minus)};
-      uint32_t x[4];
+      const uint32_t chosen[2] = {pair(bits >> k % 32), pair(bits >> (k % 32 + 8))};
       const int low = lane_ / 8 % 2 * 8, high = lane_ / 16 * 8;
-      if (tile.pixel_rows)
-        Blocks<true, X>(tile.matrix, first, low, high, lane_).load(x, 0, k);
-      else
-        Blocks<false, X>(tile.matrix, first, low, high, lane_).load(x, 0, k);
-      multiply_add(sums, x, chosen, X());
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        if (side == sides) break;
+        uint32_t x[4];
+        if (tiles[side].pixel_rows)
+          Blocks<true, X>(tiles[side].matrix, first, low, high, lane_).load(x, 0, k);
+        else
+          Blocks<false, X>(tiles[side].matrix, first, low, high, lane_).load(x, 0, k);
+        multiply_add(sums[side], x, chosen, X());
+      }
     }
   }
 
   // The sum of a channel's pixels that are in the mask of that column. All lanes call it.
-  __device__ float add_each(const Tile<X>& tile, int channel, int column) const {
+  __device__ float add_each(const Tile<X> (&tiles)[2], int side, int channel, int column) const {
+    // Chosen piece by piece: a choice between the tiles themselves would put them into local memory.
+    const Tile<X> tile{
+        {side ? tiles[1].matrix.data : tiles[0].matrix.data, side ? tiles[1].matrix.pitch : tiles[0].matrix.pitch},
+        side ? tiles[1].pixel_rows : tiles[0].pixel_rows};
     float sum = 0;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {

@@ -70,23 +70,34 @@ struct TileWork {
   int32_t tile = 1, first = 0;
 };
 
-// The maps that one launch covers. Their tiles, map by map and image by image, are divided into `slices` of equal work,
-// one for each block. A block stores its sums for an entry at index slice + entry, which is unique for every slice and
-// entry that meet.
+// The maps that one launch covers. Their tiles, map by map and image by image, are divided into `slices`, one for each
+// block. Those of a wave have equal work. A block stores its sums for an entry at index slice + entry, which is unique
+// for every slice and entry that meet.
 constexpr int kMaxEntries = 48;
 template <class E>
 struct Pyramid {
   E entries[kMaxEntries];
-  int32_t count, slices;
+  int32_t count, slices, waves;
   int64_t tiles, work, batch, max_channels;
 };
 
 // ------------------------------------------------------------------------------------------------------ tile scheduler
 
+// Where a slice's share of all work begins. If there are several waves, each has half of what the waves before it
+// leave, and the last one all: blocks that end early take the next, ever smaller slices.
+template <class E>
+__host__ __device__ inline int64_t work_before(const Pyramid<E>& pyramid, int64_t slice) {
+  const int64_t in_wave = pyramid.slices / pyramid.waves, wave = slice / in_wave;
+  if (wave == pyramid.waves) return pyramid.work;
+  const int64_t left = pyramid.work >> wave, share = wave + 1 == pyramid.waves ? left : left - (left >> 1);
+  return pyramid.work - left + slice % in_wave * share / in_wave;
+}
+
 // A slice has the tiles whose work begins within its share of all work.
 template <class E>
 __host__ __device__ inline int64_t first_tile(const Pyramid<E>& pyramid, int64_t slice) {
-  const int64_t at = slice * pyramid.work / pyramid.slices;
+  if (pyramid.tiles == 0) return 0;
+  const int64_t at = work_before(pyramid, slice);
   int32_t i = pyramid.count - 1;
   while (i > 0 && pyramid.entries[i].first_work > at) --i;
   const Entry& entry = pyramid.entries[i];
@@ -96,6 +107,7 @@ __host__ __device__ inline int64_t first_tile(const Pyramid<E>& pyramid, int64_t
   return tile < end ? tile : end;
 }
 
+// Of a single wave.
 template <class E>
 __host__ __device__ inline int64_t slice_of(const Pyramid<E>& pyramid, int64_t entry, int64_t tile) {
   const Entry& e = pyramid.entries[entry];
@@ -156,9 +168,11 @@ struct WorkTile {
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
-// The table of those pairs (kMaxEntries at most) that takes(pair) accepts. work(pair) returns their TileWork.
+// The table of those pairs (kMaxEntries at most) that takes(pair) accepts. slices: of each wave. work(pair) returns
+// their TileWork.
 template <class E, class Takes, class Work>
-Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int slices, Takes takes, Work work) {
+Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int slices, Takes takes, Work work,
+                        int waves = 1) {
   Pyramid<E> out{};
   int32_t most = 1;
   for (const Pair& pair : pairs) {
@@ -177,7 +191,8 @@ Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int sli
     most = std::max(most, of_pair.tile);
   }
   // No slice between the first and the last one of an entry may be empty: each has room for any tile.
-  out.slices = static_cast<int32_t>(out.tiles == 0 ? 0 : std::clamp<int64_t>(out.work / most, 1, slices));
+  out.waves = waves;
+  out.slices = static_cast<int32_t>(out.tiles == 0 ? 0 : waves * std::clamp<int64_t>(out.work / most, 1, slices));
   return out;
 }
 
