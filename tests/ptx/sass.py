@@ -183,6 +183,15 @@ def fit(code, ptx_blocks, executed, chains, warps, tell=False):
                 have[chain, kind][b] += 1
                 predicated[chain, kind] |= guarded
         guess[b] = np.median(means) if means else 0
+    for ours, theirs in ((1, 0), (0, 1), (1, 1), (2, 2)):  # innermost lines that either side drops
+        alone = defaultdict(list)
+        for key in [key for key in have if key not in wanted]:
+            alone[key[0][theirs:], key[1]].append(key)
+        for chain, kind in [key for key in wanted if key not in have]:
+            for key in alone[chain[ours:], kind]:
+                for block, count in have.pop(key, {}).items():
+                    have[chain, kind][block] += count
+                predicated[chain, kind] |= predicated[key]
     scale = max(warps, 1)
     guess = guess / scale
     columns = len(code.edges) + len(code.exits)
@@ -204,25 +213,26 @@ def fit(code, ptx_blocks, executed, chains, warps, tell=False):
                     equal[b, i] += 1
         for i in out[b]:
             equal[b, i] -= 1
-    # Absolute differences, weighted: those of anchors, and a little those of the guess.
+    # Absolute differences, weighted: those of anchors, and a little those of the guess. What is predicated may run more
+    # often than the branch that it was in the PTX.
     terms = []
     for key, places in have.items():
         if key in wanted:
             target = wanted[key] / scale
-            terms.append(
-                (places, target, (0.1 if predicated[key] else 1.0) / np.sqrt(target + 0.1 + 0.001 * guess.max()))
-            )
-    terms += [({b: 1.0}, guess[b], 0.01 / np.sqrt(guess[b] + 0.1 + 0.05 * guess.max())) for b in range(n)]
+            weight = 1 / np.sqrt(target + 0.1 + 0.001 * guess.max())
+            terms.append((places, target, weight, 0 if predicated[key] else weight))
+    weights = 0.01 / np.sqrt(guess + 0.1 + 0.05 * guess.max())
+    terms += [({b: 1.0}, guess[b], weights[b], weights[b]) for b in range(n)]
     m = len(terms)
     equal_terms = lil_matrix((m, columns))
-    for r, (places, _, _) in enumerate(terms):
+    for r, (places, *_) in enumerate(terms):
         for b, count in places.items():
             for i in out[b]:
                 equal_terms[r, i] += count
-    weights = [w for _, _, w in terms]
+    _, targets, below, above = zip(*terms)
     system = bmat([[equal.tocsr(), None, None], [equal_terms.tocsr(), identity(m), -identity(m)]], format="csr")
-    cost = np.concatenate([np.zeros(columns), weights, weights])
-    flows = np.concatenate([right, [t for _, t, _ in terms]])
+    cost = np.concatenate([np.zeros(columns), below, above])
+    flows = np.concatenate([right, targets])
     done = linprog(cost, A_eq=system, b_eq=flows, bounds=(0, None), method="highs")
     if done.x is None:
         raise SystemExit(f"no flow: {done.message}")
