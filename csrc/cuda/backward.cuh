@@ -174,15 +174,18 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     memory.masks.load(params.masks, entry, at);
     __syncthreads();
     // A map that is not read has a tile all the same: its gradient is put together there.
-    const Tile<X> tiles[2] = {
-        make_tile(memory.tile(stage, 0), reads(entry) ? entry.maps[0] : entry.gradient, kPixels, kPoolChannels),
-        make_tile(memory.tile(stage, 1), reads(entry) ? entry.maps[1] : entry.gradient, kPixels, kPoolChannels)};
-    constexpr int kHalf = kPixels / 2;
-    const int from = half * kHalf, channels = channels_of(entry);
-    if (column < channels)
-      sources.write(tiles, memory.masks, at, from, min(at.count, from + kHalf), column, c0 + column, nullptr);
-    __syncthreads();
-    if (channels > 0) store_tile(tiles[0], entry.gradient, at.image, at.first, at.count, c0, channels, kPoolThreads);
+    X* const data[2] = {memory.tile(stage, 0), memory.tile(stage, 1)};
+    const bool student_rows = (reads(entry) ? entry.maps[0] : entry.gradient).pixel_rows;
+    const bool teacher_rows = (reads(entry) ? entry.maps[1] : entry.gradient).pixel_rows;
+    const auto work = [&](const Tile<X>(&tiles)[2]) {
+      constexpr int kHalf = kPixels / 2;
+      const int from = half * kHalf, channels = channels_of(entry);
+      if (column < channels)
+        sources.write(tiles, memory.masks, at, from, min(at.count, from + kHalf), column, c0 + column, nullptr);
+      __syncthreads();
+      if (channels > 0) store_tile(tiles[0], entry.gradient, at.image, at.first, at.count, c0, channels, kPoolThreads);
+    };
+    with_tiles(data, student_rows, teacher_rows, kPixels, kPoolChannels, work);
     __syncthreads();
   }
 }
@@ -254,19 +257,23 @@ __device__ inline void backward_of_cosines(MainLoop<X, E>& loop, Compute<X> scal
     constexpr int kShare = loop.kM * kMaxBlockK / kMainThreads;  // pixels of a thread
     const int channels = loop.own_channels(), column = threadIdx.x % kMaxBlockK;
     const int from = threadIdx.x / kMaxBlockK * kShare;
-    if (column < channels)
-      sources.write(loop.tile, loop.memory.masks, loop.at, from, min(loop.at.count, from + kShare), column,
-                    loop.own_channel() + column,
-                    [&](int u, const T(&x)[Packed<X>::kSize], T(&gradient)[Packed<X>::kSize]) {
-                      each_set<Packed<X>::kSize>(loop.template valid_bits<Packed<X>::kSize>(u), [&](int k) {
-                        const T* factors = loop.memory.direct + u + k;
-                        gradient[k] += factors[0] * *loop.direction(column, u + k) - factors[loop.kM] * x[k];
-                      });
-                    });
-    __syncthreads();
-    if (channels > 0)
-      store_tile(loop.tile[0], loop.entry().gradient, loop.at.image, loop.at.first, loop.at.count, loop.own_channel(),
-                 channels, kMainThreads);
+    const auto direct = [&](int u, const T(&x)[Packed<X>::kSize], T(&gradient)[Packed<X>::kSize]) {
+      each_set<Packed<X>::kSize>(loop.template valid_bits<Packed<X>::kSize>(u), [&](int k) {
+        const T* factors = loop.memory.direct + u + k;
+        gradient[k] += factors[0] * *loop.direction(column, u + k) - factors[loop.kM] * x[k];
+      });
+    };
+    X* const data[2] = {loop.tile[0].matrix.data, loop.tile[1].matrix.data};
+    const auto write = [&](const Tile<X>(&tiles)[2]) {
+      if (column < channels)
+        sources.write(tiles, loop.memory.masks, loop.at, from, min(loop.at.count, from + kShare), column,
+                      loop.own_channel() + column, direct);
+      __syncthreads();
+      if (channels > 0)
+        store_tile(tiles[0], loop.entry().gradient, loop.at.image, loop.at.first, loop.at.count, loop.own_channel(),
+                   channels, kMainThreads);
+    };
+    with_tiles(data, loop.tile[0].pixel_rows, loop.tile[1].pixel_rows, loop.kM, loop.block.k, write);
   };
   loop.each_tile(work, [] {});
 }

@@ -122,7 +122,7 @@ class MainLoop {
   int count, chunks, groups, own;  // anchors; own: the group whose gradients this block writes
   int64_t begin, end;              // the tiles that each_tile() visits: at first all of the slice
   WorkTile at{};
-  Tile<X> tile[2];  // student, teacher
+  Tile<X> tile[2];  // student, teacher; of one side, twice the same
 
   __device__ MainLoop(const Pyramid<E>& pyramid_, const Masks& masks_, BlockShape block_, int sides_, bool everywhere_,
                       bool lists_)
@@ -362,7 +362,7 @@ class MainLoop {
       copy_async_wait<0>();
     }
     tile[0] = make_tile(tile_data(stage, 0), entry().maps[0], kM, block.k);
-    if (sides == 2) tile[1] = make_tile(tile_data(stage, 1), entry().maps[1], kM, block.k);
+    tile[1] = sides == 2 ? make_tile(tile_data(stage, 1), entry().maps[1], kM, block.k) : tile[0];
     __syncthreads();
   }
 

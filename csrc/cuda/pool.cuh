@@ -138,10 +138,7 @@ class MaskSums {
 
   // The sum of a channel's pixels that are in the mask of that column. All lanes call it.
   __device__ float add_each(const Tile<X> (&tiles)[2], int side, int channel, int column) const {
-    // Chosen piece by piece: a choice between the tiles themselves would put them into local memory.
-    const Tile<X> tile{
-        {side ? tiles[1].matrix.data : tiles[0].matrix.data, side ? tiles[1].matrix.pitch : tiles[0].matrix.pitch},
-        side ? tiles[1].pixel_rows : tiles[0].pixel_rows};
+    const Tile<X> tile = tile_of(tiles, side);
     float sum = 0;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
@@ -265,38 +262,40 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     else
       copy_async_wait<0>();
     __syncthreads();
-    const Tile<X> student = make_tile(memory.tile(stage, 0), entry.maps[0], kPixels, kPoolChannels),
-                  teacher = make_tile(memory.tile(stage, 1), entry.maps[1], kPixels, kPoolChannels);
-    if (entry.losses & kLocalization && mine) {
-      constexpr int kHalf = kPixels / 2;
-      const int from = half * kHalf, to = min(at.count, from + kHalf);
-      softmax.rescale(student, teacher, masks, from, to, channel, params.scale);
-      for (int u = from; u < to; u += kStep) {
-        T x[2][kStep];
-        read_pixels(student, channel, u, x[0]);
-        read_pixels(teacher, channel, u, x[1]);
-        each_set<kStep>(masks.inside<kStep>(u), [&](int k) { softmax.add(x[0][k], x[1][k], params.scale); });
+    X* const data[2] = {memory.tile(stage, 0), memory.tile(stage, 1)};
+    const auto work = [&](const Tile<X>(&tiles)[2]) {
+      if (entry.losses & kLocalization && mine) {
+        constexpr int kHalf = kPixels / 2;
+        const int from = half * kHalf, to = min(at.count, from + kHalf);
+        softmax.rescale(tiles[0], tiles[1], masks, from, to, channel, params.scale);
+        for (int u = from; u < to; u += kStep) {
+          T x[2][kStep];
+          read_pixels(tiles[0], channel, u, x[0]);
+          read_pixels(tiles[1], channel, u, x[1]);
+          each_set<kStep>(masks.inside<kStep>(u), [&](int k) { softmax.add(x[0][k], x[1][k], params.scale); });
+        }
       }
-    }
-    if constexpr (sizeof(X) == 2) {
-      const int first = thread_index() / 32 * 16, channels = channels_of(entry);
-      if (pools && first < channels)
-        MaskSums<X>({student, teacher}, params.sides, entry.sides, masks, at, first, channels, sum_of);
-    } else if (pools && mine && half < entry.sides) {
-      const Tile<X> own = make_tile(memory.tile(stage, half), entry.maps[half], kPixels, kPoolChannels);
-      RunCursor runs(masks);
-      T sum = 0;
-      for (int u = 0; u < at.count; u += kStep) {
-        T x[kStep];
-        read_pixels(own, channel, u, x);
-        runs.advance<kStep>(
-            u, [&](uint32_t pixels) { sum += sum_set(pixels, x); },
-            [&](int run) {
-              masks.each(run, [&](int mask) { atomicAdd(sum_of(half, mask) + channel, sum); });
-              sum = 0;
-            });
+      if constexpr (sizeof(X) == 2) {
+        const int first = thread_index() / 32 * 16, channels = channels_of(entry);
+        if (pools && first < channels)
+          MaskSums<X>(tiles, params.sides, entry.sides, masks, at, first, channels, sum_of);
+      } else if (pools && mine && half < entry.sides) {
+        const Tile<X> own = tile_of(tiles, half);
+        RunCursor runs(masks);
+        T sum = 0;
+        for (int u = 0; u < at.count; u += kStep) {
+          T x[kStep];
+          read_pixels(own, channel, u, x);
+          runs.advance<kStep>(
+              u, [&](uint32_t pixels) { sum += sum_set(pixels, x); },
+              [&](int run) {
+                masks.each(run, [&](int mask) { atomicAdd(sum_of(half, mask) + channel, sum); });
+                sum = 0;
+              });
+        }
       }
-    }
+    };
+    with_tiles(data, entry.maps[0].pixel_rows, entry.maps[1].pixel_rows, kPixels, kPoolChannels, work);
     __syncthreads();
   }
   if (entry_index >= 0) leave_image();

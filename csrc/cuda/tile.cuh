@@ -210,6 +210,31 @@ __device__ inline Tile<X> make_tile(X* data,  // as in load_tile()
   return {{data, map.pixel_rows ? width : pixels}, map.pixel_rows};
 }
 
+// Chosen piece by piece: a choice between the tiles themselves would put them into local memory.
+template <class X>
+__device__ inline Tile<X> tile_of(const Tile<X> (&tiles)[2], int side) {
+  return {{side ? tiles[1].matrix.data : tiles[0].matrix.data, side ? tiles[1].matrix.pitch : tiles[0].matrix.pitch},
+          side ? tiles[1].pixel_rows : tiles[0].pixel_rows};
+}
+
+// Calls f(tiles of student and teacher), whose rows are pixels or channels. Where both lie alike, f is compiled for
+// that.
+template <class X, class F>
+__device__ inline void with_tiles(X* const (&data)[2],  // as in load_tile()
+                                  bool student_rows, bool teacher_rows, int pixels, int width, F f) {
+  const auto call = [&](bool student, bool teacher) {
+    const Tile<X> tiles[2] = {{{data[0], student ? width : pixels}, student},
+                              {{data[1], teacher ? width : pixels}, teacher}};
+    f(tiles);
+  };
+  if (!student_rows && !teacher_rows)
+    call(false, false);
+  else if (student_rows && teacher_rows)
+    call(true, true);
+  else
+    call(student_rows, teacher_rows);
+}
+
 // Starts to load `count` pixels from `first` on and `channels` channels from c0 on. The rest of the tile, up to
 // `pixels` pixels and `width` channels, becomes zero. Readers wait for the copies and then for a barrier. `threads`, a
 // power of two, share the work; like the tile's sizes, it is best a constant.
