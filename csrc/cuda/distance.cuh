@@ -133,8 +133,10 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
   const bool with_moments = params.moments && loop.chunks == 1;
   typename MainLoop<X, DistanceEntry>::Moments moments{};
   double total = 0;
+  int chunk = 0;
   int left = -1;  // the last entry that has its term, or a part of it
   const auto leave = [&] {
+    if (chunk + 1 < loop.chunks) return;
     const double sum = sum_over_block(total, loop.memory.scratch);
     double* const term = params.terms + loop.partial();
     if (threadIdx.x == 0 && loop.own == 0) *term = left == loop.at.entry ? *term + sum : sum;
@@ -144,7 +146,6 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
                          0);
     total = 0;
   };
-  int chunk = 0;
   const auto work = [&](int64_t t) {
     OnlineSoftmax<X> softmax;
     T* const state = loop.memory.softmax + t % kBatch * OnlineSoftmax<X>::kSize * loop.kM;

@@ -158,9 +158,9 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator t
         "losses",
         EVERYTHING,
         "cuda/mainloop.cuh",
-        """maps[1], kM, block.k);
+        """maps[1], kM, block.k) : tile[0];
     __syncthreads();""",
-        "maps[1], kM, block.k);",
+        "maps[1], kM, block.k) : tile[0];",
     ),
     "index: a tile of the wrong image": (
         "losses",
