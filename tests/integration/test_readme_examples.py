@@ -108,6 +108,21 @@ def test_the_example_of_torchvision():
     assert moved(model, before) and not moved(teacher, fixed)
 
 
+def test_the_example_without_labels(monkeypatch):
+    student, teacher = torchvision_detector("FCOS").train(), torchvision_detector("FCOS", 50, seed=1)
+    found = [{k: v.clone() for k, v in x.items()} for x in torchvision_batch("FCOS")[1]]
+    images, forward, seen = torchvision_batch("FCOS")[0], teacher.forward, []
+    for x in found:  # the teacher is not trained: what it would detect
+        x["scores"] = torch.linspace(0, 1, len(x["labels"]))
+    monkeypatch.setattr(teacher, "forward", lambda x: (forward(x), found)[1])
+    student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    optimizer, before = torch.optim.SGD(student.parameters(), 1e-6), snapshot(student)
+    names = {"sk": sk, "torch": torch, "student": student, "teacher": teacher, "optimizer": optimizer}
+    exec(example("without labels"), names | {"data_loader": [images]})
+    assert [len(x["labels"]) for x in seen[0]] == [int((x["scores"] > 0.5).sum()) for x in found]
+    assert moved(student, before)
+
+
 def test_the_example_of_mmdetection(tmp_path, monkeypatch):
     require("mmdet")
     from mmengine.config import Config
