@@ -100,6 +100,29 @@ def test_nan_shows_in_the_anchors_of_its_own_masks_alone(kind, dtype, backend, d
             torch.testing.assert_close(got[~shown], wanted[~shown], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_nan_shows_in_gradients_of_its_own_masks_alone(who, dtype, backend, device):
+    regions = make_regions(device, 3, levels=2, num_classes=20)
+    b, y, x = pixels(regions, 0)["counted"]
+    own = regions.masks(0)[:, b, y, x].nonzero().flatten()
+    hit = regions.masks(0)[own].any(0)  # pixels that share a mask with it
+    if backend == "reference":  # it multiplies by zeros, which leaves NaN in the other masks of that channel
+        hit = torch.ones_like(hit)
+    gradients = []
+    for value in (1.0, nan):
+        student, teacher = (
+            [m.to(dtype) for m in make_maps(regions.level_shapes, seed=i, device=device)] for i in (0, 1)
+        )
+        {"student": student, "teacher": teacher}[who][0][b, 1, y, x] = value
+        student = [m.requires_grad_() for m in student]
+        gradients.append(torch.autograd.grad(sk.anchor_loss(student, teacher, regions), student))
+    (wanted, rest), (got, rest_again) = gradients
+    assert got[:, 1][hit & regions.masks(0)[own].any(0)].isnan().all()
+    got[:, 1][hit] = wanted[:, 1][hit]
+    torch.testing.assert_close((got, rest_again), (wanted, rest), rtol=1e-2, atol=1e-7)
+
+
 def test_nan_at_a_pixel_shows_in_its_cosines_alone(backend, device):
     """Cosines are given for every pixel, valid or not."""
     regions = make_regions(device)
