@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
 
 // Of slices: blocks take different times, which depend on the boxes. Nothing is summed up over tiles, so slices change
 // no result.
-constexpr int kBackwardWaves = 4;
+constexpr int kBackwardWaves = 6;
 
 // The gradients of the maps of one launch, of those pairs that takes(pair) accepts. slices: one for each
 // multiprocessor.
