@@ -37,7 +37,7 @@ __device__ inline int nonempty_masks(const Masks& masks, int level) {
 
 // ---------------------------------------------------------------------------------------------------- means from sums
 
-// An entry whose maps are summed up over masks, by each slice into tables of its own.
+// An entry of pool(): every slice adds up the pixels of each mask, in tables of its own.
 struct SumsEntry : Entry {
   int64_t first_sum;  // table first_sum + slice * sides is a slice's first one
   int32_t sides;      // its tables: student and teacher; or the student's alone, or the difference; or none
@@ -47,7 +47,9 @@ struct SumsEntry : Entry {
   __device__ int64_t table(int64_t slice) const { return first_sum + slice * sides; }
 };
 
-// Gives each entry its tables: of 16-bit maps without distances the difference alone. Returns how many there are.
+// Assigns tables to every entry. For each slice two (student, teacher); one if there are no teachers (student), or if
+// the maps are of 16 bits and have no distance loss (student less teacher); none if nothing is pooled. Returns their
+// number.
 template <class X, class E>
 int64_t place_sums(Pyramid<E>& pyramid, bool teachers) {
   int64_t tables = 0;

@@ -7,8 +7,9 @@
 //   da_p = w / temperature (D_p - (D_p . h_p) h_p) / |a_p|.
 //
 // distance() reads the maps once for both: divergence and moments need the same cosines. If the anchors do not fit into
-// one chunk, each is loaded for some tiles at a time, whose pixels stay in the L2 cache until the last chunk completes
-// their softmax. Then each block reads its tiles again for the moments, a chunk at a time.
+// one chunk, each chunk is loaded once for kBatch tiles. Those are read again for each chunk, we expect from the L2
+// cache. After the last chunk their softmax is complete. Then the block reads its tiles again for the moments of each
+// chunk.
 #pragma once
 #include "mainloop.cuh"
 #include "softmax.cuh"
@@ -129,7 +130,7 @@ template <class X>
 __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constant__ DistanceParams<X> params) {
   using T = Compute<X>;
   MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false, false);
-  if (loop.own > 0 && loop.chunks > 1) return;  // the block of the first group has saved the softmax: it does them all
+  if (loop.own > 0 && loop.chunks > 1) return;  // the first group's block does all, as it reads back its own softmax
   const bool with_moments = params.moments && loop.chunks == 1;
   typename MainLoop<X, DistanceEntry>::Moments moments{};
   double total = 0;

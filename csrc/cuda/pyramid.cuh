@@ -56,9 +56,10 @@ struct Pair : Entry {
   double* localization_terms;  // [batch, blocks of channels] of the localization loss
   void* units;         // X [sides, masks, pitch] unit anchors; of 16-bit types [sides, 2 (rounded, rest), masks, pitch]
   void* inverse_norm;  // T [masks] of the student's anchors
-  // The gradients that each pixel of a mask receives, before those of the losses: T [masks, table_pitch].
-  void* difference;       // from the anchor loss: a multiple of the student's anchors - teacher's
-  void* anchor_gradient;  // from the distances; or in anchor_pool's backward the gradient of the anchors themselves
+  // T [masks, table_pitch] gradients of each pixel of a mask, not yet multiplied by the loss's own gradient. Exception:
+  // in anchor_pool's backward, anchor_gradient is that of the anchor, not yet divided by the mask's area.
+  void* difference;       // of the anchor loss: a multiple of the student's anchors - teacher's
+  void* anchor_gradient;  // of the distances
   int64_t table_pitch;
   void* pixel_softmax;  // T [pixels, 2 or 4] the pixels' softmax over anchors, saved for backward
   void* softmax;        // T [4, batch, channels] the channels' softmax over positions, saved for backward
@@ -83,8 +84,8 @@ struct Pyramid {
 
 // ------------------------------------------------------------------------------------------------------ tile scheduler
 
-// Where a slice's share of all work begins. If there are several waves, each has half of what the waves before it
-// leave, and the last one all: blocks that end early take the next, ever smaller slices.
+// Where a slice's share of all work begins. Of several waves, each has half of the remaining work, and the last
+// one all of it: where a block ends early, the next one begins, and later ones are smaller.
 template <class E>
 __host__ __device__ inline int64_t work_before(const Pyramid<E>& pyramid, int64_t slice) {
   const int64_t in_wave = pyramid.slices / pyramid.waves, wave = slice / in_wave;

@@ -213,8 +213,8 @@ def fit(code, ptx_blocks, executed, chains, warps, tell=False):
                     equal[b, i] += 1
         for i in out[b]:
             equal[b, i] -= 1
-    # Absolute differences, weighted: those of anchors, and a little those of the guess. What is predicated may run more
-    # often than the branch that it was in the PTX.
+    # Absolute differences, weighted: those of anchors, and a little those of the guess. If ptxas turned a branch into
+    # predication, the instruction runs even where the PTX skipped it: a count above the PTX's is not penalized.
     terms = []
     for key, places in have.items():
         if key in wanted:
