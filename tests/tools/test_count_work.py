@@ -28,7 +28,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path, monkeypatch):
 
 
 def test_a_kernel_that_grows_is_named():
-    before = {"pool": {"sass": 1e6}, "distance": {"sass": 2e6}}
+    before = {"pool": {"sass": 1e6}, "distance": {"sass": 2e6}, "moments": {"sass": 1.0}}
     assert not list(count_work.growth({"pool": {"sass": 1.04e6}, "distance": {"sass": 1e6}}, before))
     assert list(count_work.growth({"pool": {"sass": 1.06e6}, "distance": {"sass": 2e6}}, before)) == [
         "pool executes 1,060,000 instructions, 6.0% more than the table says"
