@@ -29,29 +29,31 @@ void prepare(const Anchors<T>& out) {
 // out[r, c] = scale * unit anchor
 template <class T>
 void directions(const Anchors<T>& anchors, T scale,
-                T* out) {  // [rows, channels]
+                T* out) {  // [channels / kBlockRows, rows, kBlockRows], as the matrix product reads them
   for (int64_t r = 0; r < anchors.rows; ++r) {
     const T* anchor = anchors.anchors + anchors.masks[r] * anchors.channels;
     const T factor = scale * anchors.inverse_norm[r];
-    for (int64_t c = 0; c < anchors.channels; ++c) out[r * anchors.channels + c] = anchor[c] * factor;
+    for (int64_t c = 0; c < anchors.channels; ++c)
+      out[(c / kBlockRows * anchors.rows + r) * kBlockRows + c % kBlockRows] = anchor[c] * factor;
   }
 }
 
 // The anchors' gradient from the moments: summed over blocks, projected away from the anchor, and divided by its norm.
 template <class T>
 void project(const Anchors<T>& anchors,
-             const T* moments,  // [blocks, block_stride], of which [rows, padded channels] is read
+             T* moments,  // [blocks, block_stride], of which [channels, padded rows] is used; the first becomes the sum
              int64_t blocks, int64_t block_stride,
              T* gradient) {  // [masks, channels]
-  const int64_t channels = anchors.channels, width = padded(channels);
+  const int64_t channels = anchors.channels, width = padded_rows(anchors.rows), size = channels * width;
+  for (int64_t b = 1; b < blocks; ++b)
+    for (int64_t i = 0; i < size; ++i) moments[i] += moments[b * block_stride + i];
   for (int64_t r = 0; r < anchors.rows; ++r) {
     T* out = gradient + anchors.masks[r] * channels;
     const T* anchor = anchors.anchors + anchors.masks[r] * channels;
     const T inverse = anchors.inverse_norm[r];
     double along = 0;
     for (int64_t c = 0; c < channels; ++c) {
-      out[c] = 0;
-      for (int64_t b = 0; b < blocks; ++b) out[c] += moments[b * block_stride + r * width + c];
+      out[c] = moments[c * width + r];
       along += static_cast<double>(out[c]) * (anchor[c] * inverse);
     }
     for (int64_t c = 0; c < channels; ++c) out[c] = (out[c] - static_cast<T>(along) * (anchor[c] * inverse)) * inverse;

@@ -1,68 +1,126 @@
-// The gradient of the student's maps from all three losses at once. Each map is read once and its gradient written
-// once; one kernel per loss would read and write the gradient three times.
+// The gradient of the student's maps from all losses at once. Each map is read once and its gradient written once; one
+// kernel per loss would read and write the gradient three times.
 #pragma once
 #include "distance.h"
-#include "pool.h"
 
 namespace sea {
 namespace SEA_ISA {
 
-// tile[c, n] += scale (softmax of the student - softmax of the teacher)
+// The gradients of one row of a tile, in registers.
 template <class T>
-inline void add_localization(const Backward<T>& task, int64_t begin, int64_t end,
-                             T* features,  // [channels, kTilePixels], overwritten
-                             T* other,     // [channels, kTilePixels], overwritten
-                             T* tile) {    // [channels, kTilePixels]
-  constexpr int lanes = kLanes<T>;
+struct Row {
+  Vec<T> vectors[kVectors<T>] = {};
+
+  void write(T* out, bool past_caches) const {
+    past_caches &= reinterpret_cast<uintptr_t>(out) % SEA_VECTOR_BYTES == 0;
+    for (int v = 0; v < kVectors<T>; ++v)
+      past_caches ? stream(out + v * kLanes<T>, vectors[v]) : store(out + v * kLanes<T>, vectors[v]);
+  }
+  // += scale * x, in some pixels
+  void add(const T* x, const T* scale, const Pixels<T>& pixels) {
+    for (int v = 0; v < kVectors<T>; ++v)
+      vectors[v] += keep<T>(load(scale + v * kLanes<T>) * load(x + v * kLanes<T>), pixels.vectors[v]);
+  }
+  // += x, in some pixels
+  void add(T x, const Pixels<T>& pixels) {
+    for (int v = 0; v < kVectors<T>; ++v) vectors[v] += keep<T>(splat(x), pixels.vectors[v]);
+  }
+};
+
+// What a tile's pixels receive from their masks: the same for all pixels of a run.
+template <class T>
+inline int64_t sum_runs(const Backward<T>& task, int64_t begin, int64_t end, Pixels<T>& valid,
+                        Pixels<T>* members,  // [kTilePixels] the pixels of each run
+                        T* sums) {           // [kTilePixels, channels]
   const int64_t channels = task.student.channels;
-  read_channels(task.student, begin, end, features, kTilePixels);
-  read_channels(task.teacher, begin, end, other, kTilePixels);
-  inside(task.student, task.extents, begin, end, [&](int64_t b, int64_t from, int64_t to) {
-    const int64_t rows = task.student.batch * channels;
-    const T* softmax = task.softmax + b * channels;
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t n = from; n < to; n += lanes) {
-        const int64_t at = c * kTilePixels + n - begin;
-        const Vec<T> student = exp((load(features + at) - softmax[c]) * task.inverse_temperature) * softmax[rows + c];
-        const Vec<T> teacher =
-            exp((load(other + at) - softmax[2 * rows + c]) * task.inverse_temperature) * softmax[3 * rows + c];
-        const Vec<T> value = task.localization_scale * (student - teacher);
-        if (n + lanes <= to)
-          store(tile + at, load(tile + at) + value);
-        else
-          for (int i = 0; i < to - n; ++i) tile[at + i] += value[i];
-      }
+  int64_t count = 0;
+  task.runs->each(begin, end, [&](int64_t run, int64_t from, int64_t to) {
+    if (!task.runs->is_valid(run)) return;
+    valid.add(from - begin, to - begin);
+    if (!task.spread) return;
+    members[count] = {};
+    members[count].add(from - begin, to - begin);
+    const int32_t* mask = task.runs->masks + task.runs->first[run];
+    T* sum = sums + count++ * channels;
+    std::memcpy(sum, task.spread + *mask * channels, channels * sizeof(T));
+    while (++mask < task.runs->masks + task.runs->first[run + 1])
+      for (int64_t c = 0; c < channels; ++c) sum[c] += task.spread[*mask * channels + c];
   });
+  return count;
+}
+
+// Adds to a row, one channel of an image, scale (softmax of the student - softmax of the teacher).
+template <class T>
+inline void add_localization(
+    const Backward<T>& task,
+    const T* softmax,  // of the student: maximum, 1 / sum; of the teacher likewise; batch * channels apart
+    const T* student, const T* teacher, const Pixels<T>& inside, Row<T>& out) {
+  const int64_t rows = task.student.batch * task.student.channels;
+  const T student_scale = task.localization_scale * softmax[rows];
+  const T teacher_scale = task.localization_scale * softmax[3 * rows];
+  for (int v = 0; v < kVectors<T>; ++v) {
+    const Vec<T> s = exp((load(student + v * kLanes<T>) - softmax[0]) * task.inverse_temperature);
+    const Vec<T> t = exp((load(teacher + v * kLanes<T>) - softmax[2 * rows]) * task.inverse_temperature);
+    out.vectors[v] += keep<T>(s * student_scale - t * teacher_scale, inside.vectors[v]);
+  }
 }
 
 // The pixels [begin, end), at most a tile.
 template <class T>
 void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
   const int64_t channels = task.student.channels;
-  const bool valid = task.runs && !task.runs->skips(begin, end);
   const int64_t rows = task.with_distance ? task.distance.student_anchors.rows : 0;
-  T* features = scratch;                            // [channels, kTilePixels]
-  T* tile = features + channels * kTilePixels;      // [channels, kTilePixels]
-  T* inverse_norm = tile + channels * kTilePixels;  // [kTilePixels]
-  T* student = inverse_norm + kTilePixels;          // [rows + 1, kTilePixels]
-  T* teacher = student + (rows + 1) * kTilePixels;  // [rows, kTilePixels]
-  T* other = teacher + rows * kTilePixels;          // [channels, kTilePixels], the last: loads may run over its end
+  const bool valid = task.runs && !task.runs->skips(begin, end), distance = task.with_distance && valid;
+  T* chunk = scratch;                                     // [kChunk, kTilePixels]
+  T* student_copy = chunk + kChunk * kTilePixels;         // [kChunk, kTilePixels]
+  T* teacher_copy = student_copy + kChunk * kTilePixels;  // [kChunk, kTilePixels]
+  T* sums = teacher_copy + kChunk * kTilePixels;          // [kTilePixels, channels]
+  T* last = sums + kTilePixels * channels;                // [kTilePixels]
+  T* own = last + kTilePixels;                            // [rows + 1, kTilePixels]
+  T* others = own + (rows + 1) * kTilePixels;             // [rows, kTilePixels]
+  T* features = others + rows * kTilePixels;              // [channels, kTilePixels]
 
-  if (task.with_distance && valid) {
-    const T* coefficients = student;
-    if (task.coefficients) {
-      coefficients = task.coefficients + begin * (rows + 1);
-      read_valid(task.student, task.runs, begin, end, features, inverse_norm);
-    } else {
-      compute_coefficients(task.distance, begin, end, features, inverse_norm, student, teacher);
-    }
-    add_directions(rows, channels, coefficients, task.direction, task.distance_scale, features, tile);
-  } else {
-    for (int64_t i = 0; i < channels * kTilePixels; ++i) tile[i] = 0;
+  const T* coefficients = task.coefficients ? task.coefficients + begin * (rows + 1) : own;
+  if (distance) {
+    if (!task.coefficients) compute_coefficients(task.distance, begin, end, features, last, own, others);
+    for (int64_t n = 0; n < kTilePixels; ++n) last[n] = task.distance_scale * coefficients[rows * kTilePixels + n];
   }
-  if (task.spread && valid) spread_tile(*task.runs, begin, end, task.spread, channels, other, tile);
-  if (task.softmax) add_localization(task, begin, end, features, other, tile);
-  write_channels(task.gradient, begin, end, tile, kTilePixels);
+  Pixels<T> valid_pixels, members[kTilePixels], inside_image[kTilePixels];
+  const T* softmax[kTilePixels];  // of the images that the tile meets
+  int64_t images = 0;
+  const int64_t runs = valid ? sum_runs(task, begin, end, valid_pixels, members, sums) : 0;
+  if (task.softmax)
+    inside(task.student, task.extents, begin, end, [&](int64_t b, int64_t from, int64_t to) {
+      const T* own_softmax = task.softmax + b * channels;
+      if (images == 0 || softmax[images - 1] != own_softmax) {
+        softmax[images] = own_softmax;
+        inside_image[images++] = {};
+      }
+      inside_image[images - 1].add(from - begin, to - begin);
+    });
+
+  for (int64_t c0 = 0; c0 < channels; c0 += kChunk) {
+    const int64_t count = c0 + kChunk < channels ? kChunk : channels - c0;
+    Rows<T> student{}, teacher{}, out = map_rows<T>(task.gradient, begin, end, c0);
+    const bool direct = out.data != nullptr, large = is_large(task.gradient);
+    if (!direct) out = {chunk, kTilePixels, 0};
+    if (distance || images > 0) student = read_rows(task.student, begin, end, c0, count, student_copy);
+    if (images > 0) teacher = read_rows(task.teacher, begin, end, c0, count, teacher_copy);
+    if (distance) multiply_directions(rows, c0, count, coefficients, task.direction, chunk);
+    for (int64_t c = 0; c < count; ++c) {
+      Row<T> row;
+      if (distance)
+        for (int v = 0; v < kVectors<T>; ++v) row.vectors[v] = load(chunk + c * kTilePixels + v * kLanes<T>);
+      if (distance || images > 0) student.template prefetch_next<false>(c);
+      if (distance) row.add(student[c], last, valid_pixels);
+      for (int64_t k = 0; k < runs; ++k) row.add(sums[k * channels + c0 + c], members[k]);
+      if (images > 0) teacher.template prefetch_next<false>(c);
+      for (int64_t i = 0; i < images; ++i)
+        add_localization(task, softmax[i] + c0 + c, student[c], teacher[c], inside_image[i], row);
+      row.write(out[c], direct && large);
+    }
+    if (!direct) write_channels(task.gradient, begin, end, c0, count, chunk, kTilePixels);
+  }
 }
 
 }  // namespace SEA_ISA

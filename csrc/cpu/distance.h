@@ -61,10 +61,10 @@ inline double compute_coefficients(const Distance<T>& task, int64_t begin, int64
                                    T* inverse_norm,  // [kTilePixels]
                                    T* coefficients,  // [rows + 1, kTilePixels]
                                    T* teacher) {     // [rows, kTilePixels]
-  read_valid(task.teacher, task.runs, begin, end, tile, inverse_norm);
-  cosine_tile(task.teacher_anchors, tile, inverse_norm, task.inverse_temperature, teacher);
-  read_valid(task.student, task.runs, begin, end, tile, inverse_norm);
-  cosine_tile(task.student_anchors, tile, inverse_norm, task.inverse_temperature, coefficients);
+  Rows<T> rows = read_valid(task.teacher, task.runs, begin, end, tile, inverse_norm);
+  cosine_tile(task.teacher_anchors, tile, inverse_norm, rows, task.inverse_temperature, teacher);
+  rows = read_valid(task.student, task.runs, begin, end, tile, inverse_norm);
+  cosine_tile(task.student_anchors, tile, inverse_norm, rows, task.inverse_temperature, coefficients);
   return divergence_tile(task, inverse_norm, coefficients, teacher);
 }
 
@@ -72,14 +72,14 @@ inline double compute_coefficients(const Distance<T>& task, int64_t begin, int64
 template <class T>
 double distance(const Distance<T>& task, int64_t begin, int64_t end,
                 T* saved,    // [tiles of the level, rows + 1, kTilePixels] coefficients; null: they are not saved
-                T* moments,  // [rows, padded channels], added to; null: the anchors get no gradient
+                T* moments,  // [channels, padded rows], added to; null: the anchors get no gradient
                 T* scratch) {
   const int64_t rows = task.student_anchors.rows;
   T* tile = scratch;                                             // [channels, kTilePixels]
   T* inverse_norm = tile + task.student.channels * kTilePixels;  // [kTilePixels]
   T* student = inverse_norm + kTilePixels;                       // [rows + 1, kTilePixels]
   T* teacher = student + (rows + 1) * kTilePixels;               // [rows, kTilePixels]
-  T* transposed = teacher + rows * kTilePixels;                  // [kTilePixels, padded channels]
+  T* transposed = teacher + rows * kTilePixels;                  // [kTilePixels, padded rows]
   double total = 0;
   for (int64_t n = begin; n < end; n += kTilePixels) {
     const int64_t stop = n + kTilePixels < end ? n + kTilePixels : end;

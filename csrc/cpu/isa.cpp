@@ -9,8 +9,8 @@ namespace sea {
 namespace SEA_ISA {
 
 template <class T>
-constexpr Kernels<T> kKernels = {pool_blocks<T>, pool<T>,     spread<T>,   prepare<T>, directions<T>,
-                                 project<T>,     distance<T>, backward<T>, cosine<T>,  cosine_backward<T>};
+constexpr Kernels<T> kKernels = {pool_blocks<T>, pool<T>,     prepare<T>, directions<T>,     project<T>,
+                                 distance<T>,    backward<T>, cosine<T>,  cosine_backward<T>};
 
 extern const Kernels<float> kernels_float = kKernels<float>;
 extern const Kernels<double> kernels_double = kKernels<double>;

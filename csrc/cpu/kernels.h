@@ -9,12 +9,16 @@ namespace sea {
 
 // Pixels of a tile: with 256 float32 channels a tile is 64 KiB.
 constexpr int64_t kTilePixels = 64;
-// Rows of scratch are rounded up to a multiple of this, so that whole vectors may be read and written.
-constexpr int64_t kPadding = 64;
+// Channels of which a gradient is computed at a time: whole register blocks and whole vectors, and few enough that it
+// stays in the L1 cache.
+constexpr int64_t kChunk = 48;
+// Channels that are pooled at a time: at most this many.
+constexpr int64_t kMaxPoolChannels = 64;
 // The matrix product reads anchors in whole blocks of rows: at most this many.
 constexpr int64_t kMaxBlockRows = 12;
 
-__attribute__((always_inline)) inline int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
+// Anchors of a row of moments: whole vectors.
+__attribute__((always_inline)) inline int64_t padded_rows(int64_t n) { return (n + 15) / 16 * 16; }
 
 // Pooling of one level of one set of maps, and in the same pass the softmax over positions.
 template <class T>
@@ -30,7 +34,7 @@ struct Pool {
   double* divergence;     // [channels] KL(teacher || student) of every image is added
   T inverse_temperature;
 
-  int64_t scratch() const { return (2 * kTilePixels + 2 * masks) * kPadding; }
+  int64_t scratch() const { return (2 * kTilePixels + 2 * masks) * kMaxPoolChannels; }
 };
 
 // The non-empty anchors of one level of one map, prepared for products with pixels.
@@ -54,7 +58,7 @@ struct Distance {
 
   int64_t scratch() const {
     return (student.channels + 2 * (student_anchors.rows + 1) + 2) * kTilePixels +
-           kTilePixels * padded(student.channels);
+           kTilePixels * padded_rows(student_anchors.rows);
   }
 };
 
@@ -65,7 +69,8 @@ struct Backward {
   const Runs* runs;       // null: no regions
   const T* spread;        // [masks, channels] what every pixel of a mask receives; null: nothing
   Distance<T> distance;   // read where with_distance
-  const T* direction;     // [rows, channels] the student's unit anchors times the upstream gradient
+  const T* direction;     // [channels / block rows, rows, block rows] the student's unit anchors, times the upstream
+                          // gradient
   const T* coefficients;  // [tiles, rows + 1, kTilePixels] what distance() saved; null: computed again
   bool with_distance;
   T distance_scale;       // upstream gradient
@@ -75,7 +80,7 @@ struct Backward {
 
   int64_t scratch() const {
     const int64_t rows = with_distance ? distance.student_anchors.rows : 0;
-    return (3 * student.channels + 2 * (rows + 1)) * kTilePixels + kPadding;
+    return (3 * kChunk + 2 * student.channels + 2 * (rows + 1)) * kTilePixels;
   }
 };
 
@@ -86,11 +91,11 @@ struct Cosine {
   Map cosines;   // T [batch, masks, height, width]; in backward their gradient
   Map gradient;  // backward only
   Anchors<T> anchors;
-  const T* direction;  // [rows, channels] the unit anchors; backward only
+  const T* direction;  // [channels / block rows, rows, block rows] the unit anchors; backward only
 
   int64_t scratch() const {
-    return (2 * features.channels + anchors.rows + cosines.channels + 2) * kTilePixels +
-           kTilePixels * padded(features.channels);
+    return (features.channels + kChunk + anchors.rows + cosines.channels + 2) * kTilePixels +
+           kTilePixels * padded_rows(anchors.rows);
   }
 };
 
@@ -101,11 +106,10 @@ struct Kernels {
   // pool.h
   int64_t (*pool_blocks)(const Map&);
   void (*pool)(const Pool<T>&, int64_t block, T* scratch);
-  void (*spread)(const Map& gradient, const Runs&, const T* spread, int64_t begin, int64_t end, T* scratch);
   // anchors.h
   void (*prepare)(const Anchors<T>&);
   void (*directions)(const Anchors<T>&, T scale, T* out);
-  void (*project)(const Anchors<T>&, const T* moments, int64_t blocks, int64_t block_stride, T* gradient);
+  void (*project)(const Anchors<T>&, T* moments, int64_t blocks, int64_t block_stride, T* gradient);
   // distance.h
   double (*distance)(const Distance<T>&, int64_t begin, int64_t end, T* coefficients, T* moments, T* scratch);
   // backward.h

@@ -26,15 +26,21 @@ struct Runs {
   }
 
   // Whether none of the pixels [from, to) is valid. It looks at one run only, so it may return false even if none is.
-  __attribute__((always_inline)) bool skips(int64_t from, int64_t to) const {
-    const int64_t run = find(from);
+  __attribute__((always_inline)) bool skips(int64_t from, int64_t to) const { return ends_invalid(find(from), to); }
+  // The same, where the run that holds the first pixel is known.
+  __attribute__((always_inline)) bool ends_invalid(int64_t run, int64_t to) const {
     return !is_valid(run) && begin[run + 1] >= to;
   }
 
   // Calls f(run, begin, end) for the runs that meet [from, to), cut to it.
   template <class F>
   __attribute__((always_inline)) void each(int64_t from, int64_t to, F f) const {
-    for (int64_t run = find(from); run < size && begin[run] < to; ++run)
+    each(find(from), from, to, f);
+  }
+  // The same, where the run that holds the first pixel is known.
+  template <class F>
+  __attribute__((always_inline)) void each(int64_t run, int64_t from, int64_t to, F f) const {
+    for (; run < size && begin[run] < to; ++run)
       f(run, begin[run] > from ? begin[run] : from, begin[run + 1] < to ? begin[run + 1] : to);
   }
 };

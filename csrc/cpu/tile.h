@@ -108,6 +108,9 @@ inline void write(Half* p, Vec<float> x, float) {
 }
 #endif
 
+template <class T>
+constexpr Dtype kDtype = std::is_same<T, float>::value ? Dtype::float32 : Dtype::float64;
+
 // Calls f with a null pointer of the element type.
 template <class F>
 inline void visit(Dtype dtype, F f) {
@@ -235,40 +238,84 @@ inline void inside(const Map& map, const Extent* extents, int64_t begin, int64_t
   }
 }
 
-// tile[c, n] <- map, for all channels and the pixels [begin, end).
+// tile[c, n] <- map, for the channels [c0, c0 + channels) and the pixels [begin, end).
 template <class T>
-inline void read_channels(const Map& map, int64_t begin, int64_t end, T* tile, int64_t tile_row) {
-  visit(map.dtype, [&](auto* type) {
-    const auto* data = static_cast<decltype(type)>(map.data);
-    stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
-      gather(map.channels, count, data + offset, map.stride[1], map.stride[3], count * map.stride[3], tile + at,
-             tile_row);
-    });
-  });
-}
-
-// tile[n, c] <- map, for the channels [c0, c0 + channels) and the pixels [begin, end).
-template <class T>
-inline void read_pixels(const Map& map, int64_t begin, int64_t end, int64_t c0, int64_t channels, T* tile,
-                        int64_t tile_row) {
+inline void read_channels(const Map& map, int64_t begin, int64_t end, int64_t c0, int64_t channels, T* tile,
+                          int64_t tile_row) {
   visit(map.dtype, [&](auto* type) {
     const auto* data = static_cast<decltype(type)>(map.data) + c0 * map.stride[1];
     stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
-      gather(count, channels, data + offset, map.stride[3], map.stride[1], count * map.stride[3], tile + at * tile_row,
-             tile_row);
+      gather(channels, count, data + offset, map.stride[1], map.stride[3], count * map.stride[3], tile + at, tile_row);
     });
   });
 }
 
-// map <- tile[c, n].
+// Vectors of a row of a tile.
 template <class T>
-inline void write_channels(const Map& map, int64_t begin, int64_t end, const T* tile, int64_t tile_row) {
+constexpr int kVectors = kTilePixels / kLanes<T>;
+
+// Some pixels of a tile.
+template <class T>
+struct Pixels {
+  Mask<T> vectors[kVectors<T>] = {};
+
+  void add(int64_t from, int64_t to) {
+    for (int v = 0; v < kVectors<T>; ++v) vectors[v] |= lanes<T>(from - v * kLanes<T>, to - v * kLanes<T>);
+  }
+};
+
+// The pixels of a tile as rows of channels.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  int64_t ahead;  // where the next tile is; 0: nothing to prefetch
+  T* operator[](int64_t c) const { return data + c * stride; }
+  // To be called row by row between computations, so that memory and processor work at the same time.
+  template <bool kWrite>
+  void prefetch_next(int64_t c) const {
+    prefetch<kWrite>(data + c * stride + ahead, kTilePixels);
+  }
+};
+
+// The pixels [begin, end) of the channels from c0 on, where the map has them as rows of the type computed in. Else
+// `data` is null.
+template <class T>
+inline Rows<T> map_rows(const Map& map, int64_t begin, int64_t end, int64_t c0) {
+  Rows<T> out{};
+  if (map.stride[3] != 1 || map.dtype != kDtype<T>) return out;
+  stretches(map, begin, end, [&](int64_t, int64_t count, int64_t offset) {
+    if (count == kTilePixels)
+      out = {static_cast<T*>(map.data) + offset + c0 * map.stride[1], map.stride[1], kTilePixels};
+  });
+  return out;
+}
+
+// The pixels [begin, end) of the channels [c0, c0 + channels): the map itself, or a copy.
+template <class T>
+inline Rows<T> read_rows(const Map& map, int64_t begin, int64_t end, int64_t c0, int64_t channels,
+                         T* buffer) {  // [channels, kTilePixels]
+  const Rows<T> rows = map_rows<T>(map, begin, end, c0);
+  if (rows.data) return rows;
+  read_channels(map, begin, end, c0, channels, buffer, kTilePixels);
+  return {buffer, kTilePixels, 0};
+}
+
+// Whether a map is larger than the caches, so that its lines are better written without being fetched first.
+inline bool is_large(const Map& map) {
+  const int64_t size = map.dtype == Dtype::float64 ? 8 : map.dtype == Dtype::float32 ? 4 : 2;
+  return map.pixels() * map.channels * size >= kLargeBytes;
+}
+
+// map <- tile[c, n], for the channels [c0, c0 + channels) and the pixels [begin, end).
+template <class T>
+inline void write_channels(const Map& map, int64_t begin, int64_t end, int64_t c0, int64_t channels, const T* tile,
+                           int64_t tile_row) {
   visit(map.dtype, [&](auto* type) {
-    auto* data = static_cast<decltype(type)>(map.data);
-    const bool large = map.pixels() * map.channels * static_cast<int64_t>(sizeof(*data)) >= kLargeBytes;
+    auto* data = static_cast<decltype(type)>(map.data) + c0 * map.stride[1];
     stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
-      scatter(map.channels, count, tile + at, tile_row, data + offset, map.stride[1], map.stride[3],
-              count * map.stride[3], large);
+      scatter(channels, count, tile + at, tile_row, data + offset, map.stride[1], map.stride[3], count * map.stride[3],
+              is_large(map));
     });
   });
 }

@@ -27,7 +27,7 @@ class PreparedAnchors {
       : masks_(masks),
         anchors_(anchors),
         channels_(levels[0].channels),
-        rows_(padded(masks.count() + kMaxBlockRows)),
+        rows_(masks.count() + kMaxBlockRows),
         buffer_(static_cast<int64_t>(levels.size()) * rows_ * (channels_ + 1)) {
     parallel(levels.size(), [&](int64_t l) { kernels<T>().prepare((*this)[l]); });
   }

@@ -28,12 +28,13 @@ Tensor backward(const std::vector<Map>& upstream, const std::vector<Map>& levels
                 const Tensor& anchors, const Masks& masks) {
   const PreparedAnchors<T> prepared(data<T>(anchors), levels, masks);
   const int64_t count = static_cast<int64_t>(levels.size()), channels = levels[0].channels;
-  const int64_t table = masks.count() * channels, moment = masks.count() * padded(channels);
-  Buffer<T> directions(count * table);
+  const int64_t table = masks.count() * channels, moment = padded_rows(masks.count()) * channels;
+  const int64_t direction_size = masks.count() * (channels + kMaxBlockRows);
+  Buffer<T> directions(count * direction_size);
   std::vector<Cosine<T>> tasks;
   int64_t size = 0;
   for (int64_t l = 0; l < count; ++l) {
-    T* direction = directions.get() + l * table;
+    T* direction = directions.get() + l * direction_size;
     kernels<T>().directions(prepared[l], T(1), direction);
     tasks.push_back({levels[l], upstream[l], gradients[l], prepared[l], direction});
     size = std::max(size, tasks[l].scratch());

@@ -53,7 +53,7 @@ std::vector<Block> make_distance_blocks(const std::vector<Distance<T>>& levels, 
   std::vector<Block> blocks;
   for (size_t l = 0; l < levels.size(); ++l) {
     const Map& map = levels[l].student;
-    const int64_t moment = levels[l].student_anchors.rows * padded(map.channels);
+    const int64_t moment = padded_rows(levels[l].student_anchors.rows) * map.channels;
     const int64_t tiles = count_tiles(map), elements = map.pixels() * map.channels;
     const int64_t most = std::max(tiles / 96 + 1, std::min(tiles / 8 + 1, elements / (16 * (moment + 1))));
     if (masks.valid_pixels(l) > 0) append_blocks(blocks, l, map, (tiles + most - 1) / most);
@@ -70,7 +70,7 @@ double distance_loss(const Set& set, const Masks& masks, const PreparedAnchors<T
   const std::vector<Distance<T>> levels = make_distances(set, masks, student, teacher, temperature);
   const std::vector<Block> blocks = make_distance_blocks(levels, masks);
   const std::vector<int64_t> first = first_blocks(blocks, set.levels());
-  const auto moment_size = [&](int64_t l) { return levels[l].student_anchors.rows * padded(set.channels()); };
+  const auto moment_size = [&](int64_t l) { return padded_rows(levels[l].student_anchors.rows) * set.channels(); };
   std::vector<int64_t> moment_offset(1, 0), saved_offset(1, 0);
   for (const Block& block : blocks)
     moment_offset.push_back(moment_offset.back() + (gradient ? moment_size(block.level) : 0));

@@ -73,13 +73,14 @@ void backward_set(const Set& set, bool has_distance,
 
   std::vector<Distance<T>> distances(levels);
   std::optional<PreparedAnchors<T>> student, teacher;
-  const Buffer<T> directions(set.has(kDistance) ? levels * table : 0);
+  const int64_t direction = masks.count() * (channels + kMaxBlockRows);
+  const Buffer<T> directions(set.has(kDistance) ? levels * direction : 0);
   if (set.has(kDistance)) {
     student.emplace(anchors.student, set.student, masks);
     teacher.emplace(anchors.teacher, set.teacher, masks);
     distances = make_distances(set, masks, *student, *teacher, temperatures.distance);
     parallel(levels, [&](int64_t l) {
-      kernels<T>().directions(distances[l].student_anchors, scales.distance, directions.get() + l * table);
+      kernels<T>().directions(distances[l].student_anchors, scales.distance, directions.get() + l * direction);
     });
   }
 
@@ -96,7 +97,7 @@ void backward_set(const Set& set, bool has_distance,
     task.distance = distances[l];
     task.with_distance = set.has(kDistance) && masks.valid_pixels(l) > 0;
     if (task.with_distance) {
-      task.direction = directions.get() + l * table;
+      task.direction = directions.get() + l * direction;
       task.coefficients = saved.saved.numel() > 0 ? data<T>(saved.saved) + coefficients_at : nullptr;
       task.distance_scale = scales.distance;
     }

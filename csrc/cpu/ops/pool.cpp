@@ -29,12 +29,17 @@ void pool_backward(const T* anchors,  // [L, P, C] their gradient
     for (const int32_t p : masks.present(l))
       for (int64_t i = l * table + p * channels; i < static_cast<int64_t>(l * table + (p + 1) * channels); ++i)
         spread.get()[i] = anchors[i] / static_cast<T>(masks.area(l)[p]);
+  std::vector<Backward<T>> tasks(gradients.size());
+  for (size_t l = 0; l < gradients.size(); ++l) {
+    tasks[l].student = tasks[l].gradient = gradients[l];
+    tasks[l].runs = masks.runs(l);
+    tasks[l].spread = spread.get() + l * table;
+  }
   const std::vector<Block> blocks = make_blocks(gradients, 4);
-  parallel<T>(blocks.size(), padded(channels) + channels * kTilePixels, [&](int64_t task, T* scratch) {
+  parallel<T>(blocks.size(), tasks[0].scratch(), [&](int64_t task, T* scratch) {
     const auto [l, begin, end] = blocks[task];
     for (int64_t n = begin; n < end; n += kTilePixels)
-      kernels<T>().spread(gradients[l], *masks.runs(l), spread.get() + l * table, n, std::min(n + kTilePixels, end),
-                          scratch);
+      kernels<T>().backward(tasks[l], n, std::min(n + kTilePixels, end), scratch);
   });
 }
 
