@@ -21,32 +21,52 @@ struct Row {
     for (int v = 0; v < kVectors<T>; ++v)
       vectors[v] += keep<T>(load(scale + v * kLanes<T>) * load(x + v * kLanes<T>), pixels.vectors[v]);
   }
-  // += x, in some pixels
-  void add(T x, const Pixels<T>& pixels) {
-    for (int v = 0; v < kVectors<T>; ++v) vectors[v] += keep<T>(splat(x), pixels.vectors[v]);
-  }
 };
 
 // What a tile's pixels receive from their masks: the same for all pixels of a run.
 template <class T>
-inline int64_t sum_runs(const Backward<T>& task, int64_t begin, int64_t end, Pixels<T>& valid,
-                        Pixels<T>* members,  // [kTilePixels] the pixels of each run
-                        T* sums) {           // [kTilePixels, channels]
+struct Spread {
+  // A run and the pixels of one vector that are in it.
+  struct Part {
+    int64_t run;
+    Mask<T> lanes;
+  };
+  int64_t first[kVectors<T> + 1];  // part of each vector
+  Part parts[kVectors<T> + kTilePixels];
+
+  void add_to(Row<T>& row, const T* sums, int64_t channels) const {
+    for (int v = 0; v < kVectors<T>; ++v)
+      for (int64_t i = first[v]; i < first[v + 1]; ++i)
+        row.vectors[v] += keep<T>(splat(sums[parts[i].run * channels]), parts[i].lanes);
+  }
+};
+
+// Fills `out`, and returns the valid pixels.
+template <class T>
+inline Pixels<T> spread_runs(const Backward<T>& task, int64_t begin, int64_t end, Spread<T>& out,
+                             T* sums) {  // [kTilePixels runs, channels]
   const int64_t channels = task.student.channels;
-  int64_t count = 0;
+  Pixels<T> valid;
+  int64_t count = 0, parts = 0;
+  int next = 0;  // vector
   task.runs->each(begin, end, [&](int64_t run, int64_t from, int64_t to) {
     if (!task.runs->is_valid(run)) return;
-    valid.add(from - begin, to - begin);
+    from -= begin;
+    to -= begin;
+    valid.add(from, to);
     if (!task.spread) return;
-    members[count] = {};
-    members[count].add(from - begin, to - begin);
+    for (int64_t v = from / kLanes<T>; v * kLanes<T> < to; ++v) {
+      while (next <= v) out.first[next++] = parts;
+      out.parts[parts++] = {count, first_lanes<T>(to - v * kLanes<T>) & ~first_lanes<T>(from - v * kLanes<T>)};
+    }
     const int32_t* mask = task.runs->masks + task.runs->first[run];
     T* sum = sums + count++ * channels;
     std::memcpy(sum, task.spread + *mask * channels, channels * sizeof(T));
     while (++mask < task.runs->masks + task.runs->first[run + 1])
       for (int64_t c = 0; c < channels; ++c) sum[c] += task.spread[*mask * channels + c];
   });
-  return count;
+  while (next <= kVectors<T>) out.first[next++] = parts;
+  return valid;
 }
 
 // Adds to a row, one channel of an image, scale (softmax of the student - softmax of the teacher).
@@ -85,10 +105,11 @@ void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
     if (!task.coefficients) compute_coefficients(task.distance, begin, end, features, last, own, others);
     for (int64_t n = 0; n < kTilePixels; ++n) last[n] = task.distance_scale * coefficients[rows * kTilePixels + n];
   }
-  Pixels<T> valid_pixels, members[kTilePixels], inside_image[kTilePixels];
+  Pixels<T> valid_pixels, inside_image[kTilePixels];
+  Spread<T> spread;
   const T* softmax[kTilePixels];  // of the images that the tile meets
   int64_t images = 0;
-  const int64_t runs = valid ? sum_runs(task, begin, end, valid_pixels, members, sums) : 0;
+  if (valid) valid_pixels = spread_runs(task, begin, end, spread, sums);
   if (task.softmax)
     inside(task.student, task.extents, begin, end, [&](int64_t b, int64_t from, int64_t to) {
       const T* own_softmax = task.softmax + b * channels;
@@ -113,7 +134,7 @@ void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
         for (int v = 0; v < kVectors<T>; ++v) row.vectors[v] = load(chunk + c * kTilePixels + v * kLanes<T>);
       if (distance || images > 0) student.template prefetch_next<false>(c);
       if (distance) row.add(student[c], last, valid_pixels);
-      for (int64_t k = 0; k < runs; ++k) row.add(sums[k * channels + c0 + c], members[k]);
+      if (valid && task.spread) spread.add_to(row, sums + c0 + c, channels);
       if (images > 0) teacher.template prefetch_next<false>(c);
       for (int64_t i = 0; i < images; ++i)
         add_localization(task, softmax[i] + c0 + c, student[c], teacher[c], inside_image[i], row);

@@ -8,43 +8,77 @@
 namespace sea {
 namespace SEA_ISA {
 
-// Channels of a block: one vector if channels lie apart in memory, four if they are adjacent (whole cache lines).
+// A tile of both sides, and the softmax of an image, where the pixels of a channel lie side by side.
 template <class T>
-inline int64_t pool_channels(const Map& map) {
-  return map.stride[1] == 1 ? 4 * kLanes<T> : kLanes<T>;
-}
+struct PixelLanes {
+  static constexpr int64_t kChannels = 16;
+  Rows<T> tiles[2];
+  Softmax<T, T> states[kChannels];
+
+  void read(int side, const Map& map, int64_t begin, int64_t end, int64_t c0, int64_t channels, T* copy) {
+    tiles[side] = read_rows(map, begin, end, c0, channels, copy);
+    for (int64_t c = 0; c < channels; ++c) tiles[side].template prefetch_next<false>(c);
+  }
+  // Sums over the pixels [from, to) of the channels from c on, one in each lane. What is past the last is garbage.
+  Vec<T> sum(int side, int64_t c, int64_t channels, int64_t from, int64_t to) const {
+    constexpr int n = kLanes<T>;
+    const int64_t first = from / n, last = (to - 1) / n;  // vectors
+    const Mask<T> after = ~first_lanes<T>(from - first * n), before = first_lanes<T>(to - last * n);
+    Vec<T> partial[n];
+    for (int i = 0; i < n; ++i) {
+      const T* row = tiles[side][c + i < channels ? c + i : c];
+      partial[i] = keep<T>(load(row + first * n), first == last ? after & before : after);
+      for (int64_t v = first + 1; v < last; ++v) partial[i] += load(row + v * n);
+      if (first < last) partial[i] += keep<T>(load(row + last * n), before);
+    }
+    return sum_rows<T>(partial);
+  }
+  void add(int64_t channels, int64_t from, int64_t to, T inverse_temperature) {
+    Pixels<T> pixels;
+    pixels.add(from, to);
+    for (int64_t c = 0; c < channels; ++c)
+      add_softmax(states[c], pixels, from / kLanes<T>, (to - 1) / kLanes<T>, inverse_temperature, tiles[0][c],
+                  tiles[1][c]);
+  }
+  SoftmaxSums<T> total(int64_t c) const {
+    const Softmax<T, T>& s = states[c];
+    return {s.student_max, s.teacher_max, sum_lanes<T>(s.student_sum), sum_lanes<T>(s.teacher_sum),
+            sum_lanes<T>(s.difference)};
+  }
+};
+
+// The same where the channels of a pixel lie side by side: whole cache lines of them.
+template <class T>
+struct ChannelLanes {
+  static constexpr int64_t kChannels = 4 * kLanes<T>;
+  const T* tiles[2];  // [kTilePixels, kChannels]
+  Softmax<T, Vec<T>> states[4];
+
+  void read(int side, const Map& map, int64_t begin, int64_t end, int64_t c0, int64_t channels, T* copy) {
+    read_pixels(map, begin, end, c0, channels, copy, kChannels);
+    tiles[side] = copy;
+  }
+  Vec<T> sum(int side, int64_t c, int64_t, int64_t from, int64_t to) const {
+    Vec<T> sum{};
+    for (int64_t n = from; n < to; ++n) sum += load(tiles[side] + n * kChannels + c);
+    return sum;
+  }
+  void add(int64_t channels, int64_t from, int64_t to, T inverse_temperature) {
+    for (int64_t c = 0; c < channels; c += kLanes<T>)
+      add_softmax(states[c / kLanes<T>], to - from, inverse_temperature, tiles[0] + from * kChannels + c,
+                  tiles[1] + from * kChannels + c, kChannels);
+  }
+  SoftmaxSums<T> total(int64_t c) const {
+    const Softmax<T, Vec<T>>& s = states[c / kLanes<T>];
+    const int64_t i = c % kLanes<T>;
+    return {s.student_max[i], s.teacher_max[i], s.student_sum[i], s.teacher_sum[i], s.difference[i]};
+  }
+};
 
 template <class T>
 int64_t pool_blocks(const Map& map) {
-  return (map.channels + pool_channels<T>(map) - 1) / pool_channels<T>(map);
-}
-
-// Adds the pixels [begin, end) of a tile to the sums of their masks: sums of a run first, then one addition per mask.
-// The partial sums stay short, which keeps the rounding small.
-template <class T>
-inline void pool_tile(const Runs& runs, int64_t run, int64_t begin, int64_t end, Rows<T> rows, int64_t channels,
-                      int64_t width,
-                      T* sums) {  // [masks, width]
-  constexpr int n = kLanes<T>;
-  runs.each(run, begin, end, [&](int64_t run, int64_t from, int64_t to) {
-    if (!runs.is_valid(run)) return;
-    Pixels<T> pixels;
-    pixels.add(from - begin, to - begin);
-    const int64_t first = (from - begin) / n, last = (to - begin + n - 1) / n;
-    for (int64_t c0 = 0; c0 < channels; c0 += n) {
-      Vec<T> partial[n];
-      for (int c = 0; c < n; ++c) {
-        const T* row = rows[c0 + c < channels ? c0 + c : channels - 1];
-        partial[c] = keep<T>(load(row + first * n), pixels.vectors[first]);
-        for (int64_t v = first + 1; v < last; ++v) partial[c] += keep<T>(load(row + v * n), pixels.vectors[v]);
-      }
-      const Vec<T> sum = sum_rows<T>(partial);
-      for (int64_t i = runs.first[run]; i < runs.first[run + 1]; ++i) {
-        T* out = sums + runs.masks[i] * width + c0;
-        store(out, load(out) + sum);
-      }
-    }
-  });
+  const int64_t channels = map.stride[1] == 1 ? ChannelLanes<T>::kChannels : PixelLanes<T>::kChannels;
+  return (map.channels + channels - 1) / channels;
 }
 
 template <class T>
@@ -58,54 +92,58 @@ inline void write_means(const Pool<T>& task,
           task.area[p] > 0 ? sums[p * width + c] / static_cast<T>(task.area[p]) : 0;
 }
 
-template <class T>
-void pool(const Pool<T>& task, int64_t block, T* scratch) {
+template <class T, class Tiles>
+inline void pool_block(const Pool<T>& task, int64_t block, T* scratch) {
+  constexpr int64_t width = Tiles::kChannels;
   const Map& map = task.student;
   const bool pair = task.teacher.data != nullptr;
-  const int64_t width = pool_channels<T>(map), c0 = block * width, image = map.height * map.width;
-  const int64_t rows = map.batch * map.channels;
+  const int64_t c0 = block * width, image = map.height * map.width, rows = map.batch * map.channels;
   const int64_t channels = c0 + width > map.channels ? map.channels - c0 : width;
-  T* copies[2] = {scratch, scratch + width * kTilePixels};  // [width, kTilePixels] of student and teacher
+  T* copies[2] = {scratch, scratch + width * kTilePixels};
   T* sums[2] = {copies[1] + width * kTilePixels, copies[1] + width * (kTilePixels + task.masks)};  // [masks, width]
-  for (T* p = sums[0]; p < sums[1] + task.masks * width; ++p) *p = 0;
+  for (T* p = scratch; p < sums[1] + task.masks * width; ++p) *p = 0;  // copies too: the last block is narrower
 
   int64_t run = 0;  // that holds the first pixel of the tile
   for (int64_t b = 0; b < map.batch; ++b) {
-    Softmax<T> states[4 * kLanes<T>];
-    bool has_pixels = false;
+    Tiles tiles;
+    bool localizes = false;
     for (int64_t begin = b * image; begin < (b + 1) * image; begin += kTilePixels) {
       const int64_t end = begin + kTilePixels < (b + 1) * image ? begin + kTilePixels : (b + 1) * image;
       while (task.runs && task.runs->begin[run + 1] <= begin) ++run;
       const bool pools = task.runs && !task.runs->ends_invalid(run, end);
-      bool localizes = false;
-      Pixels<T> pixels;
+      if (!pools && !task.softmax) continue;
+      for (int side = 0; side < 1 + pair; ++side)
+        tiles.read(side, side ? task.teacher : map, begin, end, c0, channels, copies[side]);
+      // Sums of a run first, then one addition for each of its masks. The partial sums stay short, which keeps the
+      // rounding small.
+      if (pools)
+        task.runs->each(run, begin, end, [&](int64_t k, int64_t from, int64_t to) {
+          for (int side = 0; task.runs->is_valid(k) && side < 1 + pair; ++side)
+            for (int64_t c = 0; c < channels; c += kLanes<T>) {
+              const Vec<T> sum = tiles.sum(side, c, channels, from - begin, to - begin);
+              for (int64_t i = task.runs->first[k]; i < task.runs->first[k + 1]; ++i) {
+                T* out = sums[side] + task.runs->masks[i] * width + c;
+                store(out, load(out) + sum);
+              }
+            }
+        });
       if (task.softmax)
         inside(map, task.extents, begin, end, [&](int64_t, int64_t from, int64_t to) {
-          pixels.add(from - begin, to - begin);
-          has_pixels = localizes = true;
+          localizes = true;
+          tiles.add(channels, from - begin, to - begin, task.inverse_temperature);
         });
-      if (!pools && !localizes) continue;
-      Rows<T> tiles[2];
-      for (int side = 0; side < 1 + pair; ++side) {
-        tiles[side] = read_rows(side ? task.teacher : map, begin, end, c0, channels, copies[side]);
-        for (int64_t c = 0; c < channels; ++c) tiles[side].template prefetch_next<false>(c);
-        if (pools) pool_tile(*task.runs, run, begin, end, tiles[side], channels, width, sums[side]);
-      }
-      for (int64_t c = 0; localizes && c < channels; ++c)
-        add_softmax(states[c], pixels, task.inverse_temperature, tiles[0][c], tiles[1][c]);
     }
-    for (int64_t c = 0; has_pixels && c < channels; ++c) {
-      const Softmax<T>& s = states[c];
-      const T student_sum = sum_lanes<T>(s.student_sum), teacher_sum = sum_lanes<T>(s.teacher_sum);
+    for (int64_t c = 0; localizes && c < channels; ++c) {
+      const SoftmaxSums<T> s = tiles.total(c);
       // No logsumexp, which is rounded at the size of the maximum, however small the differences are.
       T* out = task.softmax + b * map.channels + c0 + c;
       out[0] = s.student_max;
-      out[rows] = 1 / student_sum;
+      out[rows] = 1 / s.student_sum;
       out[2 * rows] = s.teacher_max;
-      out[3 * rows] = 1 / teacher_sum;
+      out[3 * rows] = 1 / s.teacher_sum;
       task.divergence[c0 + c] +=
-          (sum_lanes<T>(s.difference) / teacher_sum + (s.student_max - s.teacher_max)) * task.inverse_temperature +
-          std::log(student_sum / teacher_sum);
+          (s.difference / s.teacher_sum + (s.student_max - s.teacher_max)) * task.inverse_temperature +
+          std::log(s.student_sum / s.teacher_sum);
     }
   }
   if (task.runs) {
@@ -113,6 +151,12 @@ void pool(const Pool<T>& task, int64_t block, T* scratch) {
     // Not `pair`: maps without images have no memory, but they have anchors.
     if (task.teacher_anchors) write_means(task, sums[1], width, c0, channels, task.teacher_anchors);
   }
+}
+
+template <class T>
+void pool(const Pool<T>& task, int64_t block, T* scratch) {
+  task.student.stride[1] == 1 ? pool_block<T, ChannelLanes<T>>(task, block, scratch)
+                              : pool_block<T, PixelLanes<T>>(task, block, scratch);
 }
 
 }  // namespace SEA_ISA

@@ -6,20 +6,27 @@
 namespace sea {
 namespace SEA_ISA {
 
-// State of the online softmax of one channel of student and teacher: maximum and sum of exponentials, and the teacher's
-// weighted sum of differences. Maxima and differences are those of the maps, before the temperature is applied, so that
-// subtracting them is exact. Sums are partial: one for each lane.
-template <class T>
+// State of the online softmax of student and teacher: maximum and sum of exponentials, and the teacher's weighted sum
+// of differences. Maxima and differences are those of the maps, before the temperature is applied, so that subtracting
+// them is exact. Max: T for one channel, whose sums are partial, one for each lane; Vec<T> for a channel in each lane.
+template <class T, class Max>
 struct Softmax {
-  T student_max = -INFINITY, teacher_max = -INFINITY;
+  Max student_max = Max() - INFINITY, teacher_max = Max() - INFINITY;
   Vec<T> student_sum{}, teacher_sum{}, difference{};
 };
 
-// The maximum of a row's pixels is `largest` at least: where it is more, the sums are rescaled. That is rare.
+// The same of one channel, complete.
+template <class T>
+struct SoftmaxSums {
+  T student_max, teacher_max, student_sum, teacher_sum, difference;
+};
+
+// Raises `largest` to the maximum of some pixels of a row, and rescales sums to it. That is rare.
 template <class T, class... Sums>
-inline void raise_maximum(const T* row, const Pixels<T>& pixels, T inverse_temperature, T& largest, Sums&... sums) {
+inline void raise_maximum(const T* row, const Pixels<T>& pixels, int64_t first, int64_t last, T inverse_temperature,
+                          T& largest, Sums&... sums) {
   Vec<T> most = splat(T(-INFINITY));
-  for (int v = 0; v < kVectors<T>; ++v) {
+  for (int64_t v = first; v <= last; ++v) {
     const Vec<T> x = load(row + v * kLanes<T>);
     most = maximum(pixels.vectors[v] ? x : most, most);
   }
@@ -31,15 +38,17 @@ inline void raise_maximum(const T* row, const Pixels<T>& pixels, T inverse_tempe
   largest = now;
 }
 
-// Adds some pixels of a row of a tile.
+// Adds some pixels of a row of a tile, which lie in its vectors [first, last], to the softmax of one channel.
 template <class T>
-inline void add_softmax(Softmax<T>& state, const Pixels<T>& pixels, T inverse_temperature,
+inline void add_softmax(Softmax<T, T>& state, const Pixels<T>& pixels, int64_t first, int64_t last,
+                        T inverse_temperature,
                         const T* student,    // [kTilePixels]
                         const T* teacher) {  // [kTilePixels]
-  raise_maximum(student, pixels, inverse_temperature, state.student_max, state.student_sum);
-  raise_maximum(teacher, pixels, inverse_temperature, state.teacher_max, state.teacher_sum, state.difference);
+  raise_maximum(student, pixels, first, last, inverse_temperature, state.student_max, state.student_sum);
+  raise_maximum(teacher, pixels, first, last, inverse_temperature, state.teacher_max, state.teacher_sum,
+                state.difference);
   Vec<T> student_sum{}, teacher_sum{}, difference{};
-  for (int v = 0; v < kVectors<T>; ++v) {
+  for (int64_t v = first; v <= last; ++v) {
     const Vec<T> s = load(student + v * kLanes<T>), t = load(teacher + v * kLanes<T>);
     const Vec<T> weight = exp((t - state.teacher_max) * inverse_temperature);
     student_sum += keep<T>(exp((s - state.student_max) * inverse_temperature), pixels.vectors[v]);
@@ -49,6 +58,33 @@ inline void add_softmax(Softmax<T>& state, const Pixels<T>& pixels, T inverse_te
   state.student_sum += student_sum;
   state.teacher_sum += teacher_sum;
   state.difference += difference;
+}
+
+// Adds `pixels` rows, at least one, of a tile to the softmax of a channel in each lane.
+template <class T>
+inline void add_softmax(Softmax<T, Vec<T>>& state, int64_t pixels, T inverse_temperature,
+                        const T* student,  // [pixels, channels]
+                        const T* teacher,  // [pixels, channels]
+                        int64_t channels) {
+  Vec<T> student_max = state.student_max, teacher_max = state.teacher_max;
+  for (int64_t n = 0; n < pixels; ++n) {
+    student_max = maximum(load(student + n * channels), student_max);
+    teacher_max = maximum(load(teacher + n * channels), teacher_max);
+  }
+  const Vec<T> teacher_scale = exp((state.teacher_max - teacher_max) * inverse_temperature);
+  state.student_sum *= exp((state.student_max - student_max) * inverse_temperature);
+  state.teacher_sum *= teacher_scale;
+  state.difference *= teacher_scale;
+  Vec<T> student_sum{}, teacher_sum{}, difference{};
+  for (int64_t n = 0; n < pixels; ++n) {
+    const Vec<T> s = load(student + n * channels), t = load(teacher + n * channels);
+    const Vec<T> weight = exp((t - teacher_max) * inverse_temperature);
+    student_sum += exp((s - student_max) * inverse_temperature);
+    teacher_sum += weight;
+    difference += weight * (t - s);
+  }
+  state = {student_max, teacher_max, state.student_sum + student_sum, state.teacher_sum + teacher_sum,
+           state.difference + difference};
 }
 
 }  // namespace SEA_ISA

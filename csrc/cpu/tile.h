@@ -260,7 +260,8 @@ struct Pixels {
   Mask<T> vectors[kVectors<T>] = {};
 
   void add(int64_t from, int64_t to) {
-    for (int v = 0; v < kVectors<T>; ++v) vectors[v] |= lanes<T>(from - v * kLanes<T>, to - v * kLanes<T>);
+    for (int v = 0; v < kVectors<T>; ++v)
+      vectors[v] |= first_lanes<T>(to - v * kLanes<T>) & ~first_lanes<T>(from - v * kLanes<T>);
   }
 };
 
@@ -299,6 +300,19 @@ inline Rows<T> read_rows(const Map& map, int64_t begin, int64_t end, int64_t c0,
   if (rows.data) return rows;
   read_channels(map, begin, end, c0, channels, buffer, kTilePixels);
   return {buffer, kTilePixels, 0};
+}
+
+// tile[n, c] <- map, for the channels [c0, c0 + channels) and the pixels [begin, end).
+template <class T>
+inline void read_pixels(const Map& map, int64_t begin, int64_t end, int64_t c0, int64_t channels, T* tile,
+                        int64_t tile_row) {
+  visit(map.dtype, [&](auto* type) {
+    const auto* data = static_cast<decltype(type)>(map.data) + c0 * map.stride[1];
+    stretches(map, begin, end, [&](int64_t at, int64_t count, int64_t offset) {
+      gather(count, channels, data + offset, map.stride[3], map.stride[1], count * map.stride[3], tile + at * tile_row,
+             tile_row);
+    });
+  });
 }
 
 // Whether a map is larger than the caches, so that its lines are better written without being fetched first.

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -71,13 +72,20 @@ inline Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 
-// The lanes [from, to).
+// The first lanes, so many: none where n < 0, all where there are fewer.
 template <class T>
-inline Mask<T> lanes(int64_t from, int64_t to) {
-  Mask<T> index;
-  for (int i = 0; i < kLanes<T>; ++i) index[i] = i;
-  const auto clamp = [](int64_t n) { return static_cast<decltype(index[0] + 0)>(n < 0 ? 0 : n > 64 ? 64 : n); };
-  return (index >= clamp(from)) & (index < clamp(to));
+inline Mask<T> first_lanes(int64_t n) {
+  constexpr int lanes = kLanes<T>;
+  struct Table {
+    std::decay_t<decltype(Mask<T>()[0])> lane[2 * lanes];
+    constexpr Table() : lane() {
+      for (int i = 0; i < lanes; ++i) lane[i] = -1;
+    }
+  };
+  static constexpr Table table;
+  Mask<T> mask;
+  std::memcpy(&mask, table.lane + (n < 0 ? lanes : n > lanes ? 0 : lanes - n), sizeof mask);
+  return mask;
 }
 
 // x in the lanes of `mask`, 0 in the others, whatever x is there.
