@@ -9,7 +9,12 @@ every sample and a picture. README.md beside this file says what each column mea
 
 import argparse
 import dataclasses
+import json
 import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import boxes as box_sources
 import measure
@@ -23,29 +28,33 @@ COLUMNS = {
     "": report.label,
     "forward ms": "{forward_ms:.4g}",
     "forward+backward ms": "{step_ms:.4g}",
+    "times the floor": "{floor_ratio:.2f}",
     "vs eager": "{eager_ratio:.2f}x",
     "vs compiled": "{compiled_ratio:.2f}x",
+    "fresh pages add ms": "{fresh_pages_ms:+.3g}",
     "launches": "{launches}",
     "syncs": "{synchronizations}",
     "peak MiB": "{peak_mib:.4g} ({peak_percent:.1f}%)",
     "saved MiB": "{saved_mib:.4g} ({saved_percent:.1f}%)",
-    "least MiB moved": "{least_mib:.4g}",
     "of copy rate": "{bandwidth_share:.1%}",
 }
 SWEEP_COLUMNS = {
     "": "{sweep}",
     "value": "{label}",
     "sea_kernels ms": "{step_ms:.4g}",
+    "times the floor": "{floor_ratio:.2f}",
     "vs eager": "{eager_ratio:.2f}x",
     "vs compiled": "{compiled_ratio:.2f}x",
     "peak": "{peak_percent:.1f}%",
     "saved": "{saved_percent:.1f}%",
-    "of copy rate": "{bandwidth_share:.1%}",
 }
 
 
 def floors(workload: Workload, boxes: box_sources.Boxes, rates: dict) -> dict:
-    """What the hardware must at least do for one step, and how long that takes at the rates measured in this run."""
+    """What the hardware must at least do for one step, and how long that takes at the rates measured in this run.
+
+    On a CPU the same cores move the bytes and multiply: its floor is the sum of both times. On a GPU it is the longer.
+    """
     regions = make_regions(workload, boxes)
     anchors = (regions.area > 0).sum(1)
     # Distances: cosines of student and teacher, gradient of the anchors, gradient of the pixels.
@@ -53,14 +62,16 @@ def floors(workload: Workload, boxes: box_sources.Boxes, rates: dict) -> dict:
     gemm = rates.get(f"gemm_{workload.dtype}", rates["gemm_float32"])
     if workload.dtype == "float32":  # three products of TF32 parts are as exact
         gemm = max(gemm, rates.get("gemm_tf32", 0) / 3)
+    bytes_ms, operations_ms = 1e3 * workload.least_bytes / rates["copy"], 1e3 * operations / gemm
     return {
+        "ms": max(bytes_ms, operations_ms) if boxes.boxes.is_cuda else bytes_ms + operations_ms,
         "pixels": workload.pixels,
         "valid_pixels": int(regions.counted.sum()),
         "anchors_of_level": anchors.tolist(),
         "least_bytes": workload.least_bytes,
-        "least_bytes_ms": 1e3 * workload.least_bytes / rates["copy"],
+        "least_bytes_ms": bytes_ms,
         "least_operations": operations,
-        "least_operations_ms": 1e3 * operations / gemm,
+        "least_operations_ms": operations_ms,
     }
 
 
@@ -70,13 +81,15 @@ def show(result: dict) -> None:
     gemms = ", ".join(f"{k.removeprefix('gemm_')} {v / 1e9:,.0f} GFLOP/s" for k, v in rates.items() if k != "copy")
     deviations = ", ".join(f"{row['name']} {row['deviation']:.1e}" for row in result["rows"] if "deviation" in row)
     print(
-        f"\n{machine['device']}, {machine['threads']} threads, torch {result['versions']['torch']}\n"
+        f"\n{machine['device']}, {machine['threads']} threads, torch {result['versions']['torch']} "
+        f"({machine['instruction_set']}), sea_kernels {result['build']['cpu_in_use']}, {machine['allocator']}\n"
         f"Workload: {workload}\n"
         f"Boxes: {result['boxes']['source']}; {floor['valid_pixels']} of {floor['pixels']} pixels are valid\n"
         f"Feature set: {2 * workload.branch_bytes / 2**20:.4g} MiB; {result['batches']} batches in turn\n"
         f"Rates: copy {rates['copy'] / 1e9:.4g} GB/s; matrix product {gemms}\n"
-        f"Floor: {floor['least_bytes'] / 2**20:.4g} MiB moved: {floor['least_bytes_ms']:.3g} ms; "
-        f"{floor['least_operations'] / 1e9:.3g} GFLOP: {floor['least_operations_ms']:.3g} ms\n"
+        f"Floor: {floor['ms']:.3g} ms, from {floor['least_bytes'] / 2**20:.4g} MiB moved: "
+        f"{floor['least_bytes_ms']:.3g} ms; {floor['least_operations'] / 1e9:.3g} GFLOP: "
+        f"{floor['least_operations_ms']:.3g} ms\n"
         f"Largest deviation of a loss or of a map's gradient from the {EAGER}: {deviations}\n"
     )
     print(report.row_table(result["rows"], COLUMNS))
@@ -88,6 +101,30 @@ def show(result: dict) -> None:
     ]
     if points:
         print("\n" + report.row_table(points, SWEEP_COLUMNS))
+
+
+def compare_with_floor(rows: list[dict], floor: dict) -> list[dict]:
+    return [row | {"floor_ratio": row["step_ms"] / floor["ms"]} if "bandwidth_share" in row else row for row in rows]
+
+
+def add_fresh_pages(rows: list[dict]) -> list[dict]:
+    """What every row takes more where malloc returns its memory to the system: this program again, as a child."""
+    report.say("\nThe same with malloc as the system has it, in a process of its own")
+    with tempfile.TemporaryDirectory() as folder:
+        again = [sys.executable, __file__, *sys.argv[1:], report.DEFAULT_ALLOCATOR, "--out", folder]
+        subprocess.run(again, stdout=subprocess.DEVNULL, check=True)
+        fresh = json.loads(next(Path(folder).glob("*.json")).read_text())["rows"]
+    times = {row["name"]: row["step_samples_ms"] for row in fresh if "step_ms" in row}
+    return [
+        row
+        | {
+            "fresh_step_samples_ms": times[row["name"]],
+            "fresh_pages_ms": measure.median(times[row["name"]]) - row["step_ms"],
+        }
+        if row["name"] in times and "step_ms" in row
+        else row
+        for row in rows
+    ]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -110,7 +147,9 @@ def run(args: argparse.Namespace, argv: list[str] | None) -> dict | None:
     batches = 1 if args.smoke else None
     boxes = base.choose_boxes(args.annotations)
     workload = base.with_boxes(boxes)
-    if args.smoke:
+    if args.default_allocator:
+        swept = {}
+    elif args.smoke:
         swept = {"batch size": [(str(n), dataclasses.replace(base, batch=n)) for n in (1, 2)]}
     elif args.full or args.workload == "default":
         swept = sweeps(base, args.full)
@@ -141,6 +180,7 @@ def run(args: argparse.Namespace, argv: list[str] | None) -> dict | None:
         "floor": floors(workload, inputs[0].boxes, rates),
         "rows": measure_rows(workload, inputs, makers, device, repeats, rates["copy"], tell, args.budget),
     }
+    result["rows"] = compare_with_floor(result["rows"], result["floor"])
     del inputs, makers
 
     measured = {}
@@ -149,12 +189,16 @@ def run(args: argparse.Namespace, argv: list[str] | None) -> dict | None:
         inputs = make_inputs(point, point.choose_boxes(), device, batches)
         makers = make_steps(point, inputs, compiled=args.full, context=False)
         rows = measure_rows(point, inputs, makers, device, sweep_repeats, rates["copy"], tell=lambda text: None)
+        rows = compare_with_floor(rows, floors(point, inputs[0].boxes, rates))
         measured[point] = {"workload": dataclasses.asdict(point), "rows": rows}
         del inputs, makers
     result["sweeps"] = {
         name: [{"label": label} | measured[point] for label, point in points] for name, points in swept.items()
     }
-    return result | {"seconds": tell.close()}
+    result["seconds"] = tell.close()
+    if measure.keeps_pages() and device.type == "cpu":
+        result["rows"] = add_fresh_pages(result["rows"])
+    return result
 
 
 def main(argv: list[str] | None = None) -> None:

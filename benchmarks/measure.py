@@ -3,6 +3,7 @@
 A *step* is `step(inputs, mark) -> (losses, gradients)`; it calls `mark()` once, between its forward and its backward.
 """
 
+import ctypes
 import gc
 import math
 import os
@@ -166,6 +167,30 @@ def count_calls(names):
     """
     launches = sum(bool(re.match(r"cu(da)?(Launch\w*Kernel|GraphLaunch|Memcpy|Memset)", n)) for n in names)
     return launches, sum(bool(re.match(r"cu(da)?\w*Synchronize|cudaMemcpy$", n)) for n in names)
+
+
+_keeps_pages = False
+
+
+def keep_pages():
+    """Makes glibc's malloc keep the memory that it has once got from the operating system, for the whole process.
+
+    Otherwise large blocks are returned and fetched again in every step, and the operating system clears every new page.
+    Whether a training loop pays for that depends on its allocator: tcmalloc and jemalloc keep pages. Plain PyTorch pays
+    most. Call this before the first large allocation. Without glibc it does nothing.
+    """
+    global _keeps_pages
+    mmap_max, trim_threshold, arena_max = -4, -1, -8
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return
+    # No block by mmap; nothing is given back; one heap for all threads, because backward runs in a thread of its own.
+    _keeps_pages = all([mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1), mallopt(arena_max, 1)])
+
+
+def keeps_pages():
+    return _keeps_pages
 
 
 def cache_bytes(device):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import sea_kernels as sk
 
+DEFAULT_ALLOCATOR = "--default-allocator"
 tqdm.monitor_interval = 0  # no thread beside what is timed
 
 
@@ -116,6 +117,7 @@ def machine(device: torch.device) -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "allocator": "malloc that keeps its pages" if measure.keeps_pages() else "malloc as the system has it",
         "cache_mib": measure.cache_bytes(device) / 2**20,
         "environment": environment(),
     }
@@ -167,6 +169,8 @@ def begin() -> None:
 
 def run(main: Callable[[], None]) -> None:
     """A program to its end, which is quiet where the reader of its output has gone (`| head`)."""
+    if DEFAULT_ALLOCATOR not in sys.argv:
+        measure.keep_pages()
     try:
         main()
         sys.stdout.flush()
@@ -180,6 +184,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO annotations; else boxes are sampled")
     parser.add_argument("--smoke", action="store_true", help="tiny inputs: checks the program, not the speed")
+    parser.add_argument(DEFAULT_ALLOCATOR, action="store_true", help="with malloc as it is; else it keeps its pages")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path(__file__).parent / "out")
     return parser
 
