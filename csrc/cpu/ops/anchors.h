@@ -18,32 +18,43 @@ void run_pool(const std::vector<Pool<T>>& levels) {
   });
 }
 
-// The anchors of one side of a set as unit vectors.
+// Some levels of a pyramid: [first, last).
+struct Levels {
+  int64_t first, last;
+  int64_t count() const { return last - first; }
+};
+
+// The anchors of one side of a set as unit vectors, on some levels.
 template <class T>
 class PreparedAnchors {
  public:
-  PreparedAnchors(const T* anchors,  // [L, P, C]
-                  const std::vector<Map>& levels, const Masks& masks)
+  PreparedAnchors(const T* anchors,  // [levels, P, C]
+                  int64_t channels, const Masks& masks, Levels levels)
       : masks_(masks),
         anchors_(anchors),
-        channels_(levels[0].channels),
+        first_(levels.first),
+        channels_(channels),
         rows_(masks.count() + kMaxBlockRows),
-        buffer_(static_cast<int64_t>(levels.size()) * rows_ * (channels_ + 1)) {
-    parallel(levels.size(), [&](int64_t l) { kernels<T>().prepare((*this)[l]); });
+        buffer_(levels.count() * rows_ * (channels_ + 1)) {
+    parallel(levels.count(), [&](int64_t l) { kernels<T>().prepare((*this)[first_ + l]); });
   }
 
   Anchors<T> operator[](int64_t level) const {
     const auto& present = masks_.present(level);
-    T* const own = buffer_.get() + level * rows_ * (channels_ + 1);
-    return {static_cast<int64_t>(present.size()),          channels_, present.data(),
-            anchors_ + level * masks_.count() * channels_, own,       own + rows_};
+    T* const own = buffer_.get() + (level - first_) * rows_ * (channels_ + 1);
+    return {static_cast<int64_t>(present.size()),
+            channels_,
+            present.data(),
+            anchors_ + (level - first_) * masks_.count() * channels_,
+            own,
+            own + rows_};
   }
 
  private:
   const Masks& masks_;
   const T* anchors_;
-  int64_t channels_, rows_;
-  Buffer<T> buffer_;  // [L, rows + rows * channels] inverse norms, then blocks
+  int64_t first_, channels_, rows_;
+  Buffer<T> buffer_;  // [levels, rows + rows * channels] inverse norms, then blocks
 };
 
 // The anchor loss of one level: mean_{p: area > 0} mean_c (aS - aT)^2.

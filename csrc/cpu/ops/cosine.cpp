@@ -6,7 +6,8 @@ namespace {
 
 template <class T>
 std::vector<Tensor> forward(const std::vector<Map>& levels, const Tensor& anchors, const Masks& masks) {
-  const PreparedAnchors<T> prepared(data<T>(anchors), levels, masks);
+  const PreparedAnchors<T> prepared(data<T>(anchors), levels[0].channels, masks,
+                                    {0, static_cast<int64_t>(levels.size())});
   std::vector<Tensor> out;
   std::vector<Cosine<T>> tasks;
   int64_t size = 0;
@@ -26,7 +27,8 @@ std::vector<Tensor> forward(const std::vector<Map>& levels, const Tensor& anchor
 template <class T>
 Tensor backward(const std::vector<Map>& upstream, const std::vector<Map>& levels, const std::vector<Map>& gradients,
                 const Tensor& anchors, const Masks& masks) {
-  const PreparedAnchors<T> prepared(data<T>(anchors), levels, masks);
+  const PreparedAnchors<T> prepared(data<T>(anchors), levels[0].channels, masks,
+                                    {0, static_cast<int64_t>(levels.size())});
   const int64_t count = static_cast<int64_t>(levels.size()), channels = levels[0].channels;
   const int64_t table = masks.count() * channels, moment = padded_rows(masks.count()) * channels;
   const int64_t direction_size = masks.count() * (channels + kMaxBlockRows);

@@ -27,50 +27,50 @@ T* offset_if(const Tensor& tensor, int64_t offset) {
   return tensor.numel() > 0 ? data<T>(tensor) + offset : nullptr;
 }
 
-// The anchors of one set, and its localization loss.
+// The anchors of some levels of one set, and their localization loss.
 template <class T>
-void pool_and_localize(const Set& set, const Masks& masks, T temperature,
-                       T* anchors,  // [2 sides, L, P, C]
-                       T* softmax,  // [L][4, B, C]
+void pool_and_localize(const Set& set, const Masks& masks, Levels levels, T temperature,
+                       T* student_anchors,  // [levels, P, C]
+                       T* teacher_anchors,  // [levels, P, C]
+                       T* softmax,          // [levels][4, B, C]
                        Totals& totals) {
   const bool localizes = set.has(kLocalization);
   const int64_t channels = set.channels();
-  std::vector<double> divergence(set.levels() * channels);
-  pool_set(set, masks, temperature, set.has_anchors() ? anchors : nullptr, anchors + set.table(masks.count()),
-           localizes ? softmax : nullptr, divergence.data());
-  for (int64_t l = 0; localizes && l < set.levels(); ++l) {
+  std::vector<double> divergence(levels.count() * channels);
+  pool_levels(set, masks, levels, temperature, set.has_anchors() ? student_anchors : nullptr, teacher_anchors,
+              localizes ? softmax : nullptr, divergence.data());
+  for (int64_t l = 0; localizes && l < levels.count(); ++l) {
     double sum = 0;
     for (int64_t c = 0; c < channels; ++c) sum += divergence[l * channels + c];
-    const double rows = static_cast<double>(set.student[l].batch * channels);
+    const double rows = static_cast<double>(set.student[levels.first + l].batch * channels);
     if (rows > 0) totals.localization += sum * temperature * temperature / rows;
   }
 }
 
 // Blocks of 8 tiles, larger ones where the partial sums of the anchors' gradient would take more than a sixteenth of
-// the map.
+// the map. Blocks are numbered by the place of their level among `levels`.
 template <class T>
-std::vector<Block> make_distance_blocks(const std::vector<Distance<T>>& levels, const Masks& masks) {
+std::vector<Block> make_distance_blocks(const std::vector<Distance<T>>& levels) {
   std::vector<Block> blocks;
   for (size_t l = 0; l < levels.size(); ++l) {
     const Map& map = levels[l].student;
     const int64_t moment = padded_rows(levels[l].student_anchors.rows) * map.channels;
     const int64_t tiles = count_tiles(map), elements = map.pixels() * map.channels;
     const int64_t most = std::max(tiles / 96 + 1, std::min(tiles / 8 + 1, elements / (16 * (moment + 1))));
-    if (masks.valid_pixels(l) > 0) append_blocks(blocks, l, map, (tiles + most - 1) / most);
+    if (levels[l].weight > 0) append_blocks(blocks, l, map, (tiles + most - 1) / most);
   }
   return blocks;
 }
 
-// The distance loss of one set; the gradient of its anchors is summed up in the same pass.
+// The distance loss of some levels of one set; the gradient of their anchors is summed up in the same pass.
 template <class T>
-double distance_loss(const Set& set, const Masks& masks, const PreparedAnchors<T>& student,
-                     const PreparedAnchors<T>& teacher, T temperature,
-                     T* saved,       // [L][tiles, rows + 1, kTilePixels] coefficients; null: they are not saved
-                     T* gradient) {  // [L, P, C]; null: none
-  const std::vector<Distance<T>> levels = make_distances(set, masks, student, teacher, temperature);
-  const std::vector<Block> blocks = make_distance_blocks(levels, masks);
-  const std::vector<int64_t> first = first_blocks(blocks, set.levels());
-  const auto moment_size = [&](int64_t l) { return padded_rows(levels[l].student_anchors.rows) * set.channels(); };
+double distance_loss(const std::vector<Distance<T>>& levels, const Masks& masks, int64_t first_level,
+                     T* saved,       // [levels][tiles, rows + 1, kTilePixels] coefficients; null: they are not saved
+                     T* gradient) {  // [levels, P, C]; null: none
+  const int64_t count = static_cast<int64_t>(levels.size()), channels = levels[0].student.channels;
+  const std::vector<Block> blocks = make_distance_blocks(levels);
+  const std::vector<int64_t> first = first_blocks(blocks, count);
+  const auto moment_size = [&](int64_t l) { return padded_rows(levels[l].student_anchors.rows) * channels; };
   std::vector<int64_t> moment_offset(1, 0), saved_offset(1, 0);
   for (const Block& block : blocks)
     moment_offset.push_back(moment_offset.back() + (gradient ? moment_size(block.level) : 0));
@@ -89,36 +89,54 @@ double distance_loss(const Set& set, const Masks& masks, const PreparedAnchors<T
     sums[task] = kernels<T>().distance(levels[l], begin, end, saved ? saved + saved_offset[l] : nullptr, own, scratch);
   });
   double total = 0;
-  for (size_t i = 0; i < blocks.size(); ++i) total += sums[i] / masks.valid_pixels(blocks[i].level);
+  for (size_t i = 0; i < blocks.size(); ++i) total += sums[i] / masks.valid_pixels(first_level + blocks[i].level);
   if (gradient)
-    parallel(set.levels(), [&](int64_t l) {
-      const int64_t table = masks.count() * set.channels(), count = first[l + 1] - first[l];
+    parallel(count, [&](int64_t l) {
+      const int64_t table = masks.count() * channels, blocks_of_level = first[l + 1] - first[l];
       T* out = gradient + l * table;
       std::fill_n(out, table, T(0));
-      if (count > 0)
-        kernels<T>().project(levels[l].student_anchors, moments.get() + moment_offset[first[l]], count, moment_size(l),
-                             out);
+      if (blocks_of_level > 0)
+        kernels<T>().project(levels[l].student_anchors, moments.get() + moment_offset[first[l]], blocks_of_level,
+                             moment_size(l), out);
     });
   return total;
 }
 
-// Anchor and distance loss of one set.
+// Anchor and distance loss of some levels of one set.
 template <class T>
-void compare_set(
-    const Set& set, const Masks& masks, T temperature,
-    const T* anchors,          // [L, P, C] of the student
-    const T* teacher_anchors,  // [L, P, C]; null: `anchors` are the differences, and there are no distances
+void compare_levels(
+    const Set& set, const Masks& masks, Levels levels, T temperature,
+    const T* anchors,          // [levels, P, C] of the student
+    const T* teacher_anchors,  // [levels, P, C]; null: `anchors` are the differences, and there are no distances
     T* saved,                  // as of distance_loss()
     T* gradient,               // likewise
     Totals& totals) {
   const int64_t table = masks.count() * set.channels();
-  if (set.has(kAnchor))
-    for (int64_t l = 0; l < set.levels(); ++l)
-      totals.anchor += anchor_loss(masks.present(l), set.channels(), anchors + l * table,
-                                   teacher_anchors ? teacher_anchors + l * table : nullptr);
-  if (set.has(kDistance)) {
-    const PreparedAnchors<T> student(anchors, set.student, masks), teacher(teacher_anchors, set.teacher, masks);
-    totals.distance += distance_loss(set, masks, student, teacher, temperature, saved, gradient);
+  for (int64_t l = 0; set.has(kAnchor) && l < levels.count(); ++l)
+    totals.anchor += anchor_loss(masks.present(levels.first + l), set.channels(), anchors + l * table,
+                                 teacher_anchors ? teacher_anchors + l * table : nullptr);
+  if (!set.has(kDistance)) return;
+  const PreparedAnchors<T> student(anchors, set.channels(), masks, levels);
+  const PreparedAnchors<T> teacher(teacher_anchors, set.channels(), masks, levels);
+  totals.distance += distance_loss(make_distances(set, masks, levels, student, teacher, temperature), masks,
+                                   levels.first, saved, gradient);
+}
+
+// Calls f(levels, T* anchors of a level, T* coefficients, T* gradient, T* softmax) for each group of levels of a set:
+// where the first of these levels has its part of the tensors that are saved. Null where they are not saved.
+template <class T, class F>
+void each_group(const Set& set, const Masks& masks, const SavedLayout::Offsets& at, const Tensor& saved,
+                const Tensor& gradients, T* softmax, F f) {
+  const int64_t table = masks.count() * set.channels();
+  int64_t coefficients_at = at.coefficients;
+  if (softmax) softmax += at.softmax;
+  for (const Levels levels : level_groups(set, masks)) {
+    f(levels, offset_if<T>(saved, at.anchors + levels.first * table), offset_if<T>(saved, coefficients_at),
+      offset_if<T>(gradients, at.gradients + levels.first * table), softmax);
+    for (int64_t l = levels.first; l < levels.last; ++l) {
+      coefficients_at += coefficients(set.student[l], masks.count());
+      if (softmax) softmax += 4 * set.student[l].batch * set.channels();
+    }
   }
 }
 
@@ -138,14 +156,19 @@ Outputs sea_loss(std::vector<Tensor> student, std::vector<Tensor> teacher, std::
     const Buffer<T> own_softmax(softmax_elements > 0 ? 0 : layout.softmax);
     Totals totals;
     for (size_t s = 0; s < sets.size(); ++s) {
-      const SavedLayout::Offsets& at = layout.sets[s];
-      const int64_t table = sets[s].table(masks.count());
-      const Buffer<T> own_anchors(saved_elements > 0 || !sets[s].has_anchors() ? 0 : 2 * table);
-      T* const anchors = saved_elements > 0 ? data<T>(saved) + at.anchors : own_anchors.get();
-      T* const sums = (softmax_elements > 0 ? data<T>(softmax) : own_softmax.get()) + at.softmax;
-      pool_and_localize(sets[s], masks, static_cast<T>(localization_temperature), anchors, sums, totals);
-      compare_set<T>(sets[s], masks, static_cast<T>(distance_temperature), anchors, anchors + table,
-                     offset_if<T>(saved, at.coefficients), offset_if<T>(gradients, at.gradients), totals);
+      const Set& set = sets[s];
+      each_group(set, masks, layout.sets[s], saved, gradients,
+                 softmax_elements > 0 ? data<T>(softmax) : own_softmax.get(),
+                 [&](Levels levels, T* anchors, T* coefficients, T* gradient, T* sums) {
+                   const int64_t table = levels.count() * masks.count() * set.channels();
+                   const Buffer<T> own(anchors || !set.has_anchors() ? 0 : 2 * table);
+                   T* const student_anchors = anchors ? anchors : own.get();
+                   T* const teacher_anchors = anchors ? anchors + set.table(masks.count()) : own.get() + table;
+                   pool_and_localize(set, masks, levels, static_cast<T>(localization_temperature), student_anchors,
+                                     teacher_anchors, sums, totals);
+                   compare_levels<T>(set, masks, levels, static_cast<T>(distance_temperature), student_anchors,
+                                     teacher_anchors, coefficients, gradient, totals);
+                 });
     }
     return {make_scalar<T>(totals.anchor),
             make_scalar<T>(totals.distance),
@@ -175,8 +198,9 @@ std::tuple<Tensor, Tensor, Tensor> sea_loss_pool(std::vector<Tensor> student, st
       const Buffer<T> both(difference ? 2 * table : 0);
       T* const out = data<T>(anchors) + at.pooled;
       T* const sums = (softmax_elements > 0 ? data<T>(softmax) : own_softmax.get()) + at.softmax;
-      pool_and_localize(sets[s], masks, static_cast<T>(localization_temperature), difference ? both.get() : out, sums,
-                        totals);
+      T* const own = difference ? both.get() : out;
+      pool_and_localize(sets[s], masks, {0, sets[s].levels()}, static_cast<T>(localization_temperature), own,
+                        own + table, sums, totals);
       for (int64_t i = 0; difference && i < table; ++i) out[i] = both.get()[i] - both.get()[table + i];
     }
     return std::make_tuple(anchors, make_scalar<T>(totals.localization), softmax);
@@ -197,11 +221,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sea_loss_compare(std::vector<Tensor> 
     const Tensor gradients = make_saved<T>("gradient_elements", gradient_elements, layout.gradients);
     Totals totals;
     for (size_t s = 0; s < sets.size(); ++s) {
-      const SavedLayout::Offsets& at = layout.sets[s];
-      const T* const own = data<T>(anchors) + at.pooled;
-      compare_set<T>(sets[s], masks, static_cast<T>(distance_temperature), own,
-                     sets[s].has(kDistance) ? own + sets[s].table(masks.count()) : nullptr,
-                     offset_if<T>(saved, at.coefficients), offset_if<T>(gradients, at.gradients), totals);
+      const Set& set = sets[s];
+      const int64_t table = masks.count() * set.channels();
+      const T* const own = data<T>(anchors) + layout.sets[s].pooled;
+      each_group<T>(set, masks, layout.sets[s], saved, gradients, nullptr,
+                    [&](Levels levels, T*, T* coefficients, T* gradient, T*) {
+                      const T* student_anchors = own + levels.first * table;
+                      compare_levels<T>(set, masks, levels, static_cast<T>(distance_temperature), student_anchors,
+                                        set.has(kDistance) ? student_anchors + set.table(masks.count()) : nullptr,
+                                        coefficients, gradient, totals);
+                    });
     }
     return std::make_tuple(make_scalar<T>(totals.anchor), make_scalar<T>(totals.distance), saved, gradients);
   });

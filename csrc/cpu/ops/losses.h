@@ -71,17 +71,29 @@ struct Temperatures {
   T distance, localization;
 };
 
-// Pools one set and, where softmax is given, computes its localization loss in the same pass.
+// The levels that are computed at the same time: all of them. But where there are so many anchors that the tables of
+// all levels would take more memory than a sixteenth of the maps: one after the other.
+inline std::vector<Levels> level_groups(const Set& set, const Masks& masks) {
+  int64_t elements = 0;
+  for (const Map& map : set.student) elements += map.pixels() * map.channels;
+  const int64_t table = set.table(masks.count());
+  if (!set.has_anchors() || table < 1 << 18 || 16 * table < elements) return {{0, set.levels()}};
+  std::vector<Levels> out;
+  for (int64_t l = 0; l < set.levels(); ++l) out.push_back({l, l + 1});
+  return out;
+}
+
+// Pools some levels of one set and, where softmax is given, computes its localization loss in the same pass.
 template <class T>
-void pool_set(const Set& set, const Masks& masks, T localization_temperature,
-              T* student_anchors,  // [L, P, C]; null: not pooled
-              T* teacher_anchors,  // [L, P, C]
-              T* softmax,          // [L][4, B, C]; null: no localization
-              double* divergence)  // [L, C]
+void pool_levels(const Set& set, const Masks& masks, Levels levels, T localization_temperature,
+                 T* student_anchors,  // [levels, P, C]; null: not pooled
+                 T* teacher_anchors,  // [levels, P, C]
+                 T* softmax,          // [levels][4, B, C]; null: no localization
+                 double* divergence)  // [levels, C]
 {
   const int64_t channels = set.channels(), table = masks.count() * channels;
   std::vector<Pool<T>> tasks;
-  for (int64_t l = 0; l < set.levels(); ++l) {
+  for (int64_t l = levels.first; l < levels.last; ++l) {
     Pool<T> task{};
     task.student = set.student[l];
     task.teacher = set.teacher[l];
@@ -89,13 +101,13 @@ void pool_set(const Set& set, const Masks& masks, T localization_temperature,
       task.runs = masks.runs(l);
       task.area = masks.area(l);
       task.masks = masks.count();
-      task.student_anchors = student_anchors + l * table;
-      task.teacher_anchors = teacher_anchors + l * table;
+      task.student_anchors = student_anchors + (l - levels.first) * table;
+      task.teacher_anchors = teacher_anchors + (l - levels.first) * table;
     }
     if (softmax) {
       task.extents = masks.extents(l);
       task.softmax = softmax;
-      task.divergence = divergence + l * channels;
+      task.divergence = divergence + (l - levels.first) * channels;
       task.inverse_temperature = 1 / localization_temperature;
       softmax += 4 * set.student[l].batch * channels;
     }
@@ -104,12 +116,13 @@ void pool_set(const Set& set, const Masks& masks, T localization_temperature,
   run_pool(tasks);
 }
 
-// One task for each level.
+// One task for each of some levels.
 template <class T>
-std::vector<Distance<T>> make_distances(const Set& set, const Masks& masks, const PreparedAnchors<T>& student,
-                                        const PreparedAnchors<T>& teacher, T temperature) {
+std::vector<Distance<T>> make_distances(const Set& set, const Masks& masks, Levels levels,
+                                        const PreparedAnchors<T>& student, const PreparedAnchors<T>& teacher,
+                                        T temperature) {
   std::vector<Distance<T>> out;
-  for (int64_t l = 0; l < set.levels(); ++l) {
+  for (int64_t l = levels.first; l < levels.last; ++l) {
     const float valid = masks.valid_pixels(l);
     out.push_back({set.student[l], set.teacher[l], masks.runs(l), student[l], teacher[l],
                    valid > 0 ? 1 / static_cast<T>(valid) : 0, 1 / temperature});

@@ -33,7 +33,8 @@ struct SetAnchors {
     } else if (saved.saved.numel() > 0) {
       student = data<T>(saved.saved) + at.anchors;
     } else {
-      pool_set<T>(set, masks, localization_temperature, buffer_.get(), buffer_.get() + table, nullptr, nullptr);
+      pool_levels<T>(set, masks, {0, set.levels()}, localization_temperature, buffer_.get(), buffer_.get() + table,
+                     nullptr, nullptr);
       student = buffer_.get();
     }
     teacher = saved.anchors && !has_distance ? nullptr : student + table;
@@ -43,61 +44,51 @@ struct SetAnchors {
   Buffer<T> buffer_;
 };
 
-// What every pixel of a mask receives, [L, P, C].
 template <class T>
-void spread_set(const Set& set, const Masks& masks, const SetAnchors<T>& anchors,
-                const T* from_distance,  // [L, P, C]; null: none
-                const Scales<T>& scales,
-                T* spread) {  // [L, P, C]
+void backward_levels(const Set& set, Levels levels,
+                     const Map* gradients,  // [L]
+                     const Masks& masks, const Saved& saved, const SetAnchors<T>& anchors, const Scales<T>& scales,
+                     const Temperatures<T>& temperatures,
+                     int64_t coefficients_at,   // in saved.saved, of the first of these levels
+                     int64_t softmax_at,        // in saved.softmax, likewise
+                     const T* from_distance) {  // [L, P, C] gradient of the anchors from the distances; null: none
   const int64_t channels = set.channels(), table = masks.count() * channels;
-  parallel(set.levels(), [&](int64_t l) {
-    const auto level = [&](const T* p) { return p ? p + l * table : nullptr; };
-    anchor_gradients(masks.present(l), channels, masks.area(l), level(set.has(kAnchor) ? anchors.student : nullptr),
-                     level(anchors.teacher), level(from_distance), scales.anchor, scales.distance, spread + l * table);
-  });
-}
-
-template <class T>
-void backward_set(const Set& set, bool has_distance,
-                  const Map* gradients,  // [L]
-                  const Masks& masks, const Saved& saved, const SavedLayout::Offsets& at, const Scales<T>& scales,
-                  const Temperatures<T>& temperatures) {
-  const int64_t channels = set.channels(), levels = set.levels(), table = masks.count() * channels;
-  const SetAnchors<T> anchors(set, has_distance, masks, saved, at, temperatures.localization);
-  const Buffer<T> spread(set.has_anchors() ? levels * table : 0);
-  if (set.has_anchors()) {
-    const bool passes = set.has(kDistance) && saved.gradients.numel() > 0;
-    spread_set(set, masks, anchors, passes ? data<const T>(saved.gradients) + at.gradients : nullptr, scales,
-               spread.get());
-  }
-
-  std::vector<Distance<T>> distances(levels);
-  std::optional<PreparedAnchors<T>> student, teacher;
   const int64_t direction = masks.count() * (channels + kMaxBlockRows);
-  const Buffer<T> directions(set.has(kDistance) ? levels * direction : 0);
+  const Buffer<T> spread(set.has_anchors() ? levels.count() * table : 0);
+  const Buffer<T> directions(set.has(kDistance) ? levels.count() * direction : 0);
+  std::vector<Distance<T>> distances(levels.count());
+  std::optional<PreparedAnchors<T>> student, teacher;
   if (set.has(kDistance)) {
-    student.emplace(anchors.student, set.student, masks);
-    teacher.emplace(anchors.teacher, set.teacher, masks);
-    distances = make_distances(set, masks, *student, *teacher, temperatures.distance);
-    parallel(levels, [&](int64_t l) {
-      kernels<T>().directions(distances[l].student_anchors, scales.distance, directions.get() + l * direction);
-    });
+    student.emplace(anchors.student + levels.first * table, channels, masks, levels);
+    teacher.emplace(anchors.teacher + levels.first * table, channels, masks, levels);
+    distances = make_distances(set, masks, levels, *student, *teacher, temperatures.distance);
   }
+  parallel(levels.count(), [&](int64_t i) {
+    const int64_t l = levels.first + i;
+    const auto level = [&](const T* p) { return p ? p + l * table : nullptr; };
+    if (set.has_anchors())
+      anchor_gradients(masks.present(l), channels, masks.area(l), level(set.has(kAnchor) ? anchors.student : nullptr),
+                       level(anchors.teacher), level(from_distance), scales.anchor, scales.distance,
+                       spread.get() + i * table);
+    if (set.has(kDistance))
+      kernels<T>().directions(distances[i].student_anchors, scales.distance, directions.get() + i * direction);
+  });
 
   std::vector<Backward<T>> tasks;
-  int64_t coefficients_at = at.coefficients, softmax_at = at.softmax, scratch_size = 0;
-  for (int64_t l = 0; l < levels; ++l) {
+  int64_t scratch_size = 0;
+  for (int64_t i = 0; i < levels.count(); ++i) {
+    const int64_t l = levels.first + i;
     const Map& map = set.student[l];
     Backward<T> task{};
     task.student = map;
     task.teacher = set.teacher[l];
     task.gradient = gradients[l];
     task.runs = masks.runs(l);
-    task.spread = set.has_anchors() ? spread.get() + l * table : nullptr;
-    task.distance = distances[l];
+    task.spread = set.has_anchors() ? spread.get() + i * table : nullptr;
+    task.distance = distances[i];
     task.with_distance = set.has(kDistance) && masks.valid_pixels(l) > 0;
     if (task.with_distance) {
-      task.direction = directions.get() + l * direction;
+      task.direction = directions.get() + i * direction;
       task.coefficients = saved.saved.numel() > 0 ? data<T>(saved.saved) + coefficients_at : nullptr;
       task.distance_scale = scales.distance;
     }
@@ -110,12 +101,31 @@ void backward_set(const Set& set, bool has_distance,
     scratch_size = std::max(scratch_size, task.scratch());
     tasks.push_back(task);
   }
-  const std::vector<Block> blocks = make_blocks(set.student, 4);
+  std::vector<Map> maps(set.student.begin() + levels.first, set.student.begin() + levels.last);
+  const std::vector<Block> blocks = make_blocks(maps, 4);
   parallel<T>(blocks.size(), scratch_size, [&](int64_t task, T* scratch) {
-    const auto [l, begin, end] = blocks[task];
+    const auto [i, begin, end] = blocks[task];
     for (int64_t n = begin; n < end; n += kTilePixels)
-      kernels<T>().backward(tasks[l], n, std::min(n + kTilePixels, end), scratch);
+      kernels<T>().backward(tasks[i], n, std::min(n + kTilePixels, end), scratch);
   });
+}
+
+template <class T>
+void backward_set(const Set& set, bool has_distance,
+                  const Map* gradients,  // [L]
+                  const Masks& masks, const Saved& saved, const SavedLayout::Offsets& at, const Scales<T>& scales,
+                  const Temperatures<T>& temperatures) {
+  const SetAnchors<T> anchors(set, has_distance, masks, saved, at, temperatures.localization);
+  const bool passes = set.has(kDistance) && saved.gradients.numel() > 0;
+  int64_t coefficients_at = at.coefficients, softmax_at = at.softmax;
+  for (const Levels levels : level_groups(set, masks)) {
+    backward_levels(set, levels, gradients, masks, saved, anchors, scales, temperatures, coefficients_at, softmax_at,
+                    passes ? data<const T>(saved.gradients) + at.gradients : nullptr);
+    for (int64_t l = levels.first; l < levels.last; ++l) {
+      coefficients_at += coefficients(set.student[l], masks.count());
+      softmax_at += 4 * set.student[l].batch * set.channels();
+    }
+  }
 }
 
 }  // namespace

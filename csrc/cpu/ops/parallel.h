@@ -14,7 +14,8 @@ namespace sea {
 // computes must not depend on it.
 template <class T, class F>
 void parallel(int64_t tasks, int64_t scratch_size, F f) {
-  const int64_t workers = torch::stable::get_num_threads();
+  // To wake a thread takes longer than a task of a small map.
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
   const Buffer<T> scratch(workers * scratch_size);
   T* const first = scratch.get();
   std::atomic<int64_t> next{0};
