@@ -31,6 +31,7 @@ COLUMNS = {
     "times the floor": "{floor_ratio:.2f}",
     "vs eager": "{eager_ratio:.2f}x",
     "vs compiled": "{compiled_ratio:.2f}x",
+    "page faults": "{page_faults:.4g}",
     "fresh pages add ms": "{fresh_pages_ms:+.3g}",
     "launches": "{launches}",
     "syncs": "{synchronizations}",

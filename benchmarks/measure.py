@@ -8,6 +8,7 @@ import gc
 import math
 import os
 import re
+import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ class Times:
 
     forward: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)  # forward and backward
+    faults: list[int] = field(default_factory=list)  # on a CPU: new pages that the operating system cleared
 
 
 def interleave(steps, inputs, device, repeats, progress=lambda k: None, deadline=math.inf):
@@ -49,7 +51,9 @@ def interleave(steps, inputs, device, repeats, progress=lambda k: None, deadline
             if device.type == "cuda":
                 forward, whole = sample_cuda(step, inputs, runs[name])
             else:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
                 forward, whole = sample_cpu(step, inputs[(j + k) % len(inputs)])
+                times[name].faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
             times[name].step.append(whole)
             if forward is not None:
                 times[name].forward.append(forward)

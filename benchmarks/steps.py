@@ -202,6 +202,8 @@ def measure_rows(workload, inputs, makers, device, repeats, copy_rate, tell, bud
         row = rows[name]
         row |= {"step_samples_ms": times[name].step, "forward_samples_ms": times[name].forward}
         row["step_ms"] = measure.median(times[name].step)
+        if times[name].faults:
+            row["page_faults"] = measure.median(times[name].faults)
         if times[name].forward:
             row["forward_ms"] = measure.median(times[name].forward)
         if name in SEA:

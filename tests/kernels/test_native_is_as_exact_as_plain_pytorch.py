@@ -86,6 +86,29 @@ def test_maps_far_from_zero(variant, mean, one_level, device):
     check_sixteen_seeds(variant, one_level, device, lambda x: x + mean)
 
 
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("variant", ["sea_loss", "sea_loss, detached"])
+def test_so_many_anchors_that_levels_are_computed_one_by_one(variant, tmp_path):
+    """Without a group, and with one, where anchors come from elsewhere."""
+    regions = make_regions(number=300, num_classes=400)
+    inputs = make_inputs(regions, 160, 160)
+    tables = regions.area.numel() * 160
+    assert tables >= 2**18 and 16 * tables > sum(x.numel() for x in inputs.cls[0])  # as level_groups() in csrc/cpu/ops
+    native, plain = run(variant, inputs, regions), run(variant, inputs, regions, "reference")
+    exact = run(variant, inputs.map(torch.Tensor.double), regions, "reference")
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        alone = make_regions(number=300, num_classes=400, group=torch.distributed.group.WORLD)
+        with_group = run(variant, inputs, alone)
+    finally:
+        torch.distributed.destroy_process_group()
+    for result in (native, with_group):
+        for i, outputs in enumerate(zip(result[0], plain[0], exact[0])):
+            tolerance.assert_close(*outputs, tolerance.OUTPUT, f"output {i}", noise=1e-6 * outputs[2].item())
+        for i, gradients in enumerate(zip(result[1], plain[1], exact[1])):
+            tolerance.assert_close(*gradients, tolerance.GRADIENT, f"gradient {i}")
+
+
 # ------------------------------------------------------------------------------------------------------------ any call
 
 

@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import programs
 import pytest
 import torch
 from cases import CUDA, NO_CUDA
@@ -72,6 +73,57 @@ def test_a_tiny_run_writes_table_json_and_picture(benchmark_module, box_source, 
 
     picture = (tmp_path / "bench_losses.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+FAULTS = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import measure, torch
+if sys.argv[2] == "keeps":
+    measure.keep_pages()
+def step():
+    torch.ones(2**24), torch.ones(2**20)
+for _ in range(20):  # until small blocks lie elsewhere
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(measure.keeps_pages(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_pages_are_kept_from_step_to_step():
+    """64 MiB a step, in pages of 4 KiB or, where the system gives them, 2 MiB."""
+    results = {}
+    for what in ("keeps", "default"):
+        done = programs.run("-c", FAULTS, str(BENCHMARKS), what)
+        results[what] = done.stdout.split()
+    assert results["keeps"][0] == "True" and int(results["keeps"][1]) < 32
+    assert results["default"][0] == "False" and int(results["default"][1]) > 5 * 32
+
+
+def test_a_run_of_the_program_says_what_fresh_pages_add(tmp_path):
+    done = programs.run(BENCHMARKS / "bench_losses.py", "--smoke", "--device", "cpu", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench_losses.json").read_text())
+    assert report["machine"]["allocator"] == "malloc that keeps its pages" and "fresh pages" in done.stdout
+    for row in report["rows"]:
+        fresh = torch.tensor(row["fresh_step_samples_ms"], dtype=torch.float64).quantile(0.5).item()
+        assert row["fresh_pages_ms"] == pytest.approx(fresh - row["step_ms"])
+
+
+def test_the_floor_is_what_the_machine_must_do_at_its_own_rates(benchmark_module):
+    bench, w = benchmark_module("bench_losses"), benchmark_module("workloads").SMOKE
+    boxes = w.choose_boxes()
+    floor = bench.floors(w, boxes, {"copy": 1e6, "gemm_float32": 1e9})
+    regions = benchmark_module("steps").make_regions(w, boxes)
+    anchors = [int((area > 0).sum()) for area in regions.area]
+    products = 4 * 2 * 16 * sum(n * pixels for n, pixels in zip(anchors, regions.counted.tolist()))
+    assert floor["least_bytes_ms"] == pytest.approx(12 * 252 * 16 * 4 / 1e3)
+    assert floor["least_operations_ms"] == pytest.approx(products / 1e6)
+    assert floor["ms"] == pytest.approx(floor["least_bytes_ms"] + floor["least_operations_ms"])
+    rows = bench.compare_with_floor([{"step_ms": 3.0, "bandwidth_share": 0.1}, {"name": "CWD-style"}], {"ms": 2.0})
+    assert rows == [{"step_ms": 3.0, "bandwidth_share": 0.1, "floor_ratio": 1.5}, {"name": "CWD-style"}]
 
 
 def test_the_table_is_refused_where_the_results_differ(benchmark_module, tmp_path, monkeypatch, capsys):
