@@ -46,7 +46,7 @@ template <class T>
 inline Pixels<T> spread_runs(const Backward<T>& task, int64_t begin, int64_t end, Spread<T>& out,
                              T* sums) {  // [kTilePixels runs, channels]
   const int64_t channels = task.student.channels;
-  Pixels<T> valid;
+  Pixels<T> valid{};
   int64_t count = 0, parts = 0;
   int next = 0;  // vector
   task.runs->each(begin, end, [&](int64_t run, int64_t from, int64_t to) {
@@ -102,10 +102,11 @@ void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
 
   const T* coefficients = task.coefficients ? task.coefficients + begin * (rows + 1) : own;
   if (distance) {
-    if (!task.coefficients) compute_coefficients(task.distance, begin, end, features, last, own, others);
+    T* inverse_norm = last;  // which is not needed for long
+    if (!task.coefficients) compute_coefficients(task.distance, begin, end, features, inverse_norm, own, others);
     for (int64_t n = 0; n < kTilePixels; ++n) last[n] = task.distance_scale * coefficients[rows * kTilePixels + n];
   }
-  Pixels<T> valid_pixels, inside_image[kTilePixels];
+  Pixels<T> valid_pixels{}, inside_image[kTilePixels];
   Spread<T> spread;
   const T* softmax[kTilePixels];  // of the images that the tile meets
   int64_t images = 0;
@@ -138,6 +139,7 @@ void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
       if (images > 0) teacher.template prefetch_next<false>(c);
       for (int64_t i = 0; i < images; ++i)
         add_localization(task, softmax[i] + c0 + c, student[c], teacher[c], inside_image[i], row);
+      if (direct && !large) out.template prefetch_next<true>(c);
       row.write(out[c], direct && large);
     }
     if (!direct) write_channels(task.gradient, begin, end, c0, count, chunk, kTilePixels);

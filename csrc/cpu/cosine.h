@@ -18,7 +18,7 @@ template <class T>
 inline Rows<T> read_valid(const Map& map, const Runs* runs, int64_t begin, int64_t end,
                           T* tile,            // [channels, kTilePixels]
                           T* inverse_norm) {  // [kTilePixels]
-  Pixels<T> valid;
+  Pixels<T> valid{};
   if (runs)
     runs->each(begin, end, [&](int64_t run, int64_t from, int64_t to) {
       if (runs->is_valid(run)) valid.add(from - begin, to - begin);

@@ -34,7 +34,7 @@ struct PixelLanes {
     return sum_rows<T>(partial);
   }
   void add(int64_t channels, int64_t from, int64_t to, T inverse_temperature) {
-    Pixels<T> pixels;
+    Pixels<T> pixels{};
     pixels.add(from, to);
     for (int64_t c = 0; c < channels; ++c)
       add_softmax(states[c], pixels, from / kLanes<T>, (to - 1) / kLanes<T>, inverse_temperature, tiles[0][c],

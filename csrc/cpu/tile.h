@@ -257,7 +257,7 @@ constexpr int kVectors = kTilePixels / kLanes<T>;
 // Some pixels of a tile.
 template <class T>
 struct Pixels {
-  Mask<T> vectors[kVectors<T>] = {};
+  Mask<T> vectors[kVectors<T>];
 
   void add(int64_t from, int64_t to) {
     for (int v = 0; v < kVectors<T>; ++v)
