@@ -151,6 +151,7 @@ def slowest(samples: list) -> list:
 
 def run_rank(rank: int, ranks: int, args: argparse.Namespace, base, boxes, progress, folder: str) -> None:
     """One process of `ranks`; the first one writes down what all have measured."""
+    report.choose_allocator()
     device = torch.device("cuda", rank) if args.backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -167,10 +167,15 @@ def begin() -> None:
     torch.manual_seed(0)
 
 
-def run(main: Callable[[], None]) -> None:
-    """A program to its end, which is quiet where the reader of its output has gone (`| head`)."""
+def choose_allocator() -> None:
+    """To be called at the begin of every process that times something on a CPU."""
     if DEFAULT_ALLOCATOR not in sys.argv:
         measure.keep_pages()
+
+
+def run(main: Callable[[], None]) -> None:
+    """A program to its end, which is quiet where the reader of its output has gone (`| head`)."""
+    choose_allocator()
     try:
         main()
         sys.stdout.flush()
