@@ -168,7 +168,7 @@ def begin() -> None:
 
 
 def choose_allocator() -> None:
-    """To be called at the begin of every process that times something on a CPU."""
+    """To be called at the start of every process that times something on a CPU."""
     if DEFAULT_ALLOCATOR not in sys.argv:
         measure.keep_pages()
 

@@ -6,7 +6,7 @@
 namespace sea {
 namespace SEA_ISA {
 
-// The gradients of one row of a tile, in registers.
+// The gradients of one row of a tile: in registers, where there are enough.
 template <class T>
 struct Row {
   Vec<T> vectors[kVectors<T>] = {};
@@ -102,7 +102,7 @@ void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
 
   const T* coefficients = task.coefficients ? task.coefficients + begin * (rows + 1) : own;
   if (distance) {
-    T* inverse_norm = last;  // which is not needed for long
+    T* inverse_norm = last;  // overwritten by `last` below
     if (!task.coefficients) compute_coefficients(task.distance, begin, end, features, inverse_norm, own, others);
     for (int64_t n = 0; n < kTilePixels; ++n) last[n] = task.distance_scale * coefficients[rows * kTilePixels + n];
   }

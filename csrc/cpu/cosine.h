@@ -55,6 +55,8 @@ inline void cosine_tile(const Anchors<T>& anchors,
     for (int64_t n = 0; n < kTilePixels; ++n) cosines[r * kTilePixels + n] *= inverse_norm[n] * scale;
 }
 
+static_assert(kChunk % kBlockRows == 0, "directions are read from the middle of a block");
+
 // chunk[c, n] = sum_r coefficients[r, n] direction[r, c], for the channels [c0, c0 + channels)
 template <class T>
 inline void multiply_directions(int64_t rows, int64_t c0, int64_t channels,

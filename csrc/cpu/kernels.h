@@ -17,7 +17,7 @@ constexpr int64_t kMaxPoolChannels = 64;
 // The matrix product reads anchors in whole blocks of rows: at most this many.
 constexpr int64_t kMaxBlockRows = 12;
 
-// Anchors of a row of moments: whole vectors.
+// Length of a row of moments: anchors rounded up to whole vectors.
 __attribute__((always_inline)) inline int64_t padded_rows(int64_t n) { return (n + 15) / 16 * 16; }
 
 // Pooling of one level of one set of maps, and in the same pass the softmax over positions.

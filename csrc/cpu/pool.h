@@ -19,7 +19,8 @@ struct PixelLanes {
     tiles[side] = read_rows(map, begin, end, c0, channels, copy);
     for (int64_t c = 0; c < channels; ++c) tiles[side].template prefetch_next<false>(c);
   }
-  // Sums over the pixels [from, to) of the channels from c on, one in each lane. What is past the last is garbage.
+  // Sums over the pixels [from, to) of the channels from c on, one in each lane. Lanes beyond the last channel are
+  // undefined.
   Vec<T> sum(int side, int64_t c, int64_t channels, int64_t from, int64_t to) const {
     constexpr int n = kLanes<T>;
     const int64_t first = from / n, last = (to - 1) / n;  // vectors
@@ -103,7 +104,7 @@ inline void pool_block(const Pool<T>& task, int64_t block, T* scratch) {
   T* sums[2] = {copies[1] + width * kTilePixels, copies[1] + width * (kTilePixels + task.masks)};  // [masks, width]
   for (T* p = scratch; p < sums[1] + task.masks * width; ++p) *p = 0;  // copies too: the last block is narrower
 
-  int64_t run = 0;  // that holds the first pixel of the tile
+  int64_t run = 0;  // the run that holds the tile's first pixel
   for (int64_t b = 0; b < map.batch; ++b) {
     Tiles tiles;
     bool localizes = false;

@@ -8,20 +8,20 @@ namespace SEA_ISA {
 
 // State of the online softmax of student and teacher: maximum and sum of exponentials, and the teacher's weighted sum
 // of differences. Maxima and differences are those of the maps, before the temperature is applied, so that subtracting
-// them is exact. Max: T for one channel, whose sums are partial, one for each lane; Vec<T> for a channel in each lane.
+// them is exact. Max = T: one channel, lanes hold partial sums. Max = Vec<T>: one channel per lane.
 template <class T, class Max>
 struct Softmax {
   Max student_max = Max() - INFINITY, teacher_max = Max() - INFINITY;
   Vec<T> student_sum{}, teacher_sum{}, difference{};
 };
 
-// The same of one channel, complete.
+// One channel's state, summed over lanes.
 template <class T>
 struct SoftmaxSums {
   T student_max, teacher_max, student_sum, teacher_sum, difference;
 };
 
-// Raises `largest` to the maximum of some pixels of a row, and rescales sums to it. That is rare.
+// Raises `largest` to the maximum of some pixels of a row, and rescales sums to it. Rescaling is rare.
 template <class T, class... Sums>
 inline void raise_maximum(const T* row, const Pixels<T>& pixels, int64_t first, int64_t last, T inverse_temperature,
                           T& largest, Sums&... sums) {

@@ -270,7 +270,7 @@ template <class T>
 struct Rows {
   T* data;
   int64_t stride;
-  int64_t ahead;  // where the next tile is; 0: nothing to prefetch
+  int64_t ahead;  // where the next tile is; 0: it was prefetched when this one was copied
   T* operator[](int64_t c) const { return data + c * stride; }
   // To be called row by row between computations, so that memory and processor work at the same time.
   template <bool kWrite>

@@ -35,7 +35,7 @@ struct VectorOf<double> {
 };
 template <class T>
 using Vec = typename VectorOf<T>::type;
-// All bits or none of each lane.
+// Each lane is all ones or all zeros.
 template <class T>
 using Mask = typename VectorOf<T>::index;
 template <class T>
@@ -72,7 +72,7 @@ inline Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 
-// The first lanes, so many: none where n < 0, all where there are fewer.
+// Mask of the first n lanes (n is clamped).
 template <class T>
 inline Mask<T> first_lanes(int64_t n) {
   constexpr int lanes = kLanes<T>;
@@ -186,7 +186,7 @@ inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// The sum of each row, one in each lane.
+// Lane i is the sum of row i.
 template <class T>
 inline Vec<T> sum_rows(Vec<T> (&rows)[kLanes<T>]) {
   for (int half = kLanes<T> / 2; half > 0; half /= 2)

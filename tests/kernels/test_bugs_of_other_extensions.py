@@ -271,3 +271,14 @@ def test_the_last_block_of_anchors_may_be_partly_filled(present, device):
     for x, y in zip([*outputs, *gradients], [*wanted, *wanted_gradients]):
         if y is not None:
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.cpu_kernels
+def test_a_rank_without_images_has_anchors_of_other_ranks():
+    """Its areas are those of the group. Nothing is added to the anchors' gradient, and no memory is read."""
+    classes, area, counted = torch.tensor([0]), torch.ones(1, 3), torch.zeros(1)
+    regions = [classes, area, counted, *(torch.zeros(n, dtype=torch.int32) for n in ((1, 0, 2), (0,), (0,)))]
+    maps, gradient = torch.empty(0, 40, 4, 5), torch.empty(0, 3, 4, 5)
+    anchors = torch.randn(1, 3, 40)
+    maps_gradient, anchor_gradient = torch.ops.sea_kernels.anchor_cosine_backward([gradient], [maps], anchors, regions)
+    assert maps_gradient.shape == maps.shape and torch.equal(anchor_gradient, torch.zeros_like(anchors))

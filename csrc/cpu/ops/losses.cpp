@@ -48,7 +48,7 @@ void pool_and_localize(const Set& set, const Masks& masks, Levels levels, T temp
 }
 
 // Blocks of 8 tiles, larger ones where the partial sums of the anchors' gradient would take more than a sixteenth of
-// the map. Blocks are numbered by the place of their level among `levels`.
+// the map. Block::level is an index into `levels`.
 template <class T>
 std::vector<Block> make_distance_blocks(const std::vector<Distance<T>>& levels) {
   std::vector<Block> blocks;
@@ -163,7 +163,8 @@ Outputs sea_loss(std::vector<Tensor> student, std::vector<Tensor> teacher, std::
                    const int64_t table = levels.count() * masks.count() * set.channels();
                    const Buffer<T> own(anchors || !set.has_anchors() ? 0 : 2 * table);
                    T* const student_anchors = anchors ? anchors : own.get();
-                   T* const teacher_anchors = anchors ? anchors + set.table(masks.count()) : own.get() + table;
+                   T* const teacher_anchors =
+                       anchors ? anchors + set.table(masks.count()) : own.get() + (set.has_anchors() ? table : 0);
                    pool_and_localize(set, masks, levels, static_cast<T>(localization_temperature), student_anchors,
                                      teacher_anchors, sums, totals);
                    compare_levels<T>(set, masks, levels, static_cast<T>(distance_temperature), student_anchors,
@@ -200,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> sea_loss_pool(std::vector<Tensor> student, st
       T* const sums = (softmax_elements > 0 ? data<T>(softmax) : own_softmax.get()) + at.softmax;
       T* const own = difference ? both.get() : out;
       pool_and_localize(sets[s], masks, {0, sets[s].levels()}, static_cast<T>(localization_temperature), own,
-                        own + table, sums, totals);
+                        own + (sets[s].has_anchors() ? table : 0), sums, totals);
       for (int64_t i = 0; difference && i < table; ++i) out[i] = both.get()[i] - both.get()[table + i];
     }
     return std::make_tuple(anchors, make_scalar<T>(totals.localization), softmax);

@@ -71,8 +71,7 @@ struct Temperatures {
   T distance, localization;
 };
 
-// The levels that are computed at the same time: all of them. But where there are so many anchors that the tables of
-// all levels would take more memory than a sixteenth of the maps: one after the other.
+// All levels at once, unless the tables of anchors exceed a sixteenth of the maps (and 2^18 elements); then one by one.
 inline std::vector<Levels> level_groups(const Set& set, const Masks& masks) {
   int64_t elements = 0;
   for (const Map& map : set.student) elements += map.pixels() * map.channels;
@@ -116,7 +115,7 @@ void pool_levels(const Set& set, const Masks& masks, Levels levels, T localizati
   run_pool(tasks);
 }
 
-// One task for each of some levels.
+// One task per given level.
 template <class T>
 std::vector<Distance<T>> make_distances(const Set& set, const Masks& masks, Levels levels,
                                         const PreparedAnchors<T>& student, const PreparedAnchors<T>& teacher,

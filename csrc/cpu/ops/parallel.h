@@ -14,7 +14,7 @@ namespace sea {
 // computes must not depend on it.
 template <class T, class F>
 void parallel(int64_t tasks, int64_t scratch_size, F f) {
-  // To wake a thread takes longer than a task of a small map.
+  // No more threads than tasks: waking one takes longer than a task of a small map.
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
   const Buffer<T> scratch(workers * scratch_size);
   T* const first = scratch.get();
