@@ -112,22 +112,17 @@ def add_fresh_pages(rows: list[dict]) -> list[dict]:
     """Adds each row's extra time with default malloc, measured in a child process."""
     report.say("\nThe same with malloc as the system has it, in a process of its own")
     with tempfile.TemporaryDirectory() as folder:
-        again = [sys.executable, __file__, *sys.argv[1:], report.DEFAULT_ALLOCATOR, "--out", folder]
-        if subprocess.run(again, stdout=subprocess.DEVNULL).returncode != 0:
+        command = [sys.executable, __file__, *sys.argv[1:], report.DEFAULT_ALLOCATOR, "--out", folder]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode != 0:
             report.say("It failed: what fresh pages add is left out")
             return rows
         fresh = json.loads(next(Path(folder).glob("*.json")).read_text())["rows"]
-    times = {row["name"]: row["step_samples_ms"] for row in fresh if "step_ms" in row}
-    return [
-        row
-        | {
-            "fresh_step_samples_ms": times[row["name"]],
-            "fresh_pages_ms": measure.median(times[row["name"]]) - row["step_ms"],
-        }
-        if row["name"] in times and "step_ms" in row
-        else row
-        for row in rows
-    ]
+    fresh = {row["name"]: row for row in fresh if "step_ms" in row}
+    for row in rows:
+        if "step_ms" in row and (again := fresh.get(row["name"])):
+            row["fresh_step_samples_ms"] = again["step_samples_ms"]
+            row["fresh_pages_ms"] = again["step_ms"] - row["step_ms"]
+    return rows
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -39,11 +39,14 @@ void directions(const Anchors<T>& anchors, T scale,
 }
 
 // The anchors' gradient from the moments: summed over blocks, projected away from the anchor, and divided by its norm.
+// Rows of masks that are empty are left as they are, and all where there are no blocks: a rank without images has
+// anchors of other ranks.
 template <class T>
 void project(const Anchors<T>& anchors,
              T* moments,  // [blocks, block_stride], of which [channels, padded rows] is used; the first becomes the sum
              int64_t blocks, int64_t block_stride,
              T* gradient) {  // [masks, channels]
+  if (blocks == 0) return;
   const int64_t channels = anchors.channels, width = padded_rows(anchors.rows), size = channels * width;
   for (int64_t b = 1; b < blocks; ++b)
     for (int64_t i = 0; i < size; ++i) moments[i] += moments[b * block_stride + i];

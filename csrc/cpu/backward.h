@@ -57,7 +57,7 @@ inline Pixels<T> spread_runs(const Backward<T>& task, int64_t begin, int64_t end
     if (!task.spread) return;
     for (int64_t v = from / kLanes<T>; v * kLanes<T> < to; ++v) {
       while (next <= v) out.first[next++] = parts;
-      out.parts[parts++] = {count, first_lanes<T>(to - v * kLanes<T>) & ~first_lanes<T>(from - v * kLanes<T>)};
+      out.parts[parts++] = {count, lanes_between<T>(from - v * kLanes<T>, to - v * kLanes<T>)};
     }
     const int32_t* mask = task.runs->masks + task.runs->first[run];
     T* sum = sums + count++ * channels;
@@ -121,10 +121,11 @@ void backward(const Backward<T>& task, int64_t begin, int64_t end, T* scratch) {
       inside_image[images - 1].add(from - begin, to - begin);
     });
 
+  const bool large = is_large(task.gradient);
   for (int64_t c0 = 0; c0 < channels; c0 += kChunk) {
     const int64_t count = c0 + kChunk < channels ? kChunk : channels - c0;
     Rows<T> student{}, teacher{}, out = map_rows<T>(task.gradient, begin, end, c0);
-    const bool direct = out.data != nullptr, large = is_large(task.gradient);
+    const bool direct = out.data != nullptr;
     if (!direct) out = {chunk, kTilePixels, 0};
     if (distance || images > 0) student = read_rows(task.student, begin, end, c0, count, student_copy);
     if (images > 0) teacher = read_rows(task.teacher, begin, end, c0, count, teacher_copy);

@@ -96,6 +96,7 @@ inline void write_means(const Pool<T>& task,
 template <class T, class Tiles>
 inline void pool_block(const Pool<T>& task, int64_t block, T* scratch) {
   constexpr int64_t width = Tiles::kChannels;
+  static_assert(width <= kMaxPoolChannels);
   const Map& map = task.student;
   const bool pair = task.teacher.data != nullptr;
   const int64_t c0 = block * width, image = map.height * map.width, rows = map.batch * map.channels;

@@ -260,8 +260,7 @@ struct Pixels {
   Mask<T> vectors[kVectors<T>];
 
   void add(int64_t from, int64_t to) {
-    for (int v = 0; v < kVectors<T>; ++v)
-      vectors[v] |= first_lanes<T>(to - v * kLanes<T>) & ~first_lanes<T>(from - v * kLanes<T>);
+    for (int v = 0; v < kVectors<T>; ++v) vectors[v] |= lanes_between<T>(from - v * kLanes<T>, to - v * kLanes<T>);
   }
 };
 
@@ -275,7 +274,7 @@ struct Rows {
   // To be called row by row between computations, so that memory and processor work at the same time.
   template <bool kWrite>
   void prefetch_next(int64_t c) const {
-    prefetch<kWrite>(data + c * stride + ahead, kTilePixels);
+    if (ahead) prefetch<kWrite>(data + c * stride + ahead, kTilePixels);
   }
 };
 

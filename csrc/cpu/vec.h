@@ -88,6 +88,12 @@ inline Mask<T> first_lanes(int64_t n) {
   return mask;
 }
 
+// Mask of the lanes [from, to).
+template <class T>
+inline Mask<T> lanes_between(int64_t from, int64_t to) {
+  return first_lanes<T>(to) & ~first_lanes<T>(from);
+}
+
 // x in the lanes of `mask`, 0 in the others, whatever x is there.
 template <class T>
 inline Vec<T> keep(Vec<T> x, Mask<T> mask) {

@@ -53,7 +53,6 @@ Tensor backward(const std::vector<Map>& upstream, const std::vector<Map>& levels
   parallel(count, [&](int64_t l) {
     T* gradient = data<T>(anchor_gradient) + l * table;
     std::fill_n(gradient, table, T(0));
-    if (first[l + 1] == first[l]) return;  // no images, but perhaps anchors of other ranks
     kernels<T>().project(prepared[l], moments.get() + first[l] * moment, first[l + 1] - first[l], moment, gradient);
   });
   return anchor_gradient;

@@ -92,12 +92,11 @@ double distance_loss(const std::vector<Distance<T>>& levels, const Masks& masks,
   for (size_t i = 0; i < blocks.size(); ++i) total += sums[i] / masks.valid_pixels(first_level + blocks[i].level);
   if (gradient)
     parallel(count, [&](int64_t l) {
-      const int64_t table = masks.count() * channels, blocks_of_level = first[l + 1] - first[l];
+      const int64_t table = masks.count() * channels;
       T* out = gradient + l * table;
       std::fill_n(out, table, T(0));
-      if (blocks_of_level > 0)
-        kernels<T>().project(levels[l].student_anchors, moments.get() + moment_offset[first[l]], blocks_of_level,
-                             moment_size(l), out);
+      kernels<T>().project(levels[l].student_anchors, moments.get() + moment_offset[first[l]], first[l + 1] - first[l],
+                           moment_size(l), out);
     });
   return total;
 }
@@ -128,16 +127,11 @@ template <class T, class F>
 void each_group(const Set& set, const Masks& masks, const SavedLayout::Offsets& at, const Tensor& saved,
                 const Tensor& gradients, T* softmax, F f) {
   const int64_t table = masks.count() * set.channels();
-  int64_t coefficients_at = at.coefficients;
-  if (softmax) softmax += at.softmax;
-  for (const Levels levels : level_groups(set, masks)) {
-    f(levels, offset_if<T>(saved, at.anchors + levels.first * table), offset_if<T>(saved, coefficients_at),
-      offset_if<T>(gradients, at.gradients + levels.first * table), softmax);
-    for (int64_t l = levels.first; l < levels.last; ++l) {
-      coefficients_at += coefficients(set.student[l], masks.count());
-      if (softmax) softmax += 4 * set.student[l].batch * set.channels();
-    }
-  }
+  for (const Levels levels : level_groups(set, masks))
+    f(levels, offset_if<T>(saved, at.anchors + levels.first * table),
+      offset_if<T>(saved, at.coefficients + coefficients_before(set, levels.first, masks.count())),
+      offset_if<T>(gradients, at.gradients + levels.first * table),
+      softmax ? softmax + at.softmax + softmax_before(set, levels.first) : nullptr);
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
@@ -161,14 +155,14 @@ Outputs sea_loss(std::vector<Tensor> student, std::vector<Tensor> teacher, std::
                  softmax_elements > 0 ? data<T>(softmax) : own_softmax.get(),
                  [&](Levels levels, T* anchors, T* coefficients, T* gradient, T* sums) {
                    const int64_t table = levels.count() * masks.count() * set.channels();
-                   const Buffer<T> own(anchors || !set.has_anchors() ? 0 : 2 * table);
-                   T* const student_anchors = anchors ? anchors : own.get();
-                   T* const teacher_anchors =
-                       anchors ? anchors + set.table(masks.count()) : own.get() + (set.has_anchors() ? table : 0);
-                   pool_and_localize(set, masks, levels, static_cast<T>(localization_temperature), student_anchors,
-                                     teacher_anchors, sums, totals);
-                   compare_levels<T>(set, masks, levels, static_cast<T>(distance_temperature), student_anchors,
-                                     teacher_anchors, coefficients, gradient, totals);
+                   // From the student's anchors to the teacher's.
+                   const int64_t side = !set.has_anchors() ? 0 : anchors ? set.table(masks.count()) : table;
+                   const Buffer<T> own(anchors ? 0 : 2 * side);
+                   if (!anchors) anchors = own.get();
+                   pool_and_localize(set, masks, levels, static_cast<T>(localization_temperature), anchors,
+                                     anchors + side, sums, totals);
+                   compare_levels<T>(set, masks, levels, static_cast<T>(distance_temperature), anchors, anchors + side,
+                                     coefficients, gradient, totals);
                  });
     }
     return {make_scalar<T>(totals.anchor),

@@ -20,6 +20,16 @@ struct Set {
 // Elements of the coefficients that distance() saves on one level.
 inline int64_t coefficients(const Map& map, int64_t masks) { return (masks + 1) * count_tiles(map) * kTilePixels; }
 
+// Elements of the levels before one: of these coefficients, and of the softmax of pool().
+inline int64_t coefficients_before(const Set& set, int64_t level, int64_t masks) {
+  int64_t sum = 0;
+  for (int64_t l = 0; l < level; ++l) sum += coefficients(set.student[l], masks);
+  return sum;
+}
+inline int64_t softmax_before(const Set& set, int64_t level) {
+  return 4 * set.student[0].batch * set.channels() * level;
+}
+
 inline std::vector<Set> make_sets(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher,
                                   const std::vector<int64_t>& losses) {
   std::vector<Set> sets;
@@ -55,11 +65,11 @@ struct SavedLayout {
     for (const Set& set : all) {
       const int64_t levels = set.levels(), channels = set.channels();
       Offsets own{saved, 0, gradients, softmax, pooled};
-      for (const Map& map : set.student) saved += set.has(kDistance) ? coefficients(map, masks) : 0;
+      saved += set.has(kDistance) ? coefficients_before(set, levels, masks) : 0;
       own.anchors = saved;
       saved += set.has_anchors() ? 2 * levels * (masks + 1) * channels : 0;
       gradients += set.has(kDistance) ? set.table(masks) : 0;
-      for (const Map& map : set.student) softmax += set.has(kLocalization) ? 4 * map.batch * channels : 0;
+      softmax += set.has(kLocalization) ? softmax_before(set, levels) : 0;
       pooled += (set.has(kDistance) ? 2 : set.has(kAnchor) ? 1 : 0) * set.table(masks);
       sets.push_back(own);
     }

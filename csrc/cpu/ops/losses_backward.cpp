@@ -48,9 +48,7 @@ template <class T>
 void backward_levels(const Set& set, Levels levels,
                      const Map* gradients,  // [L]
                      const Masks& masks, const Saved& saved, const SetAnchors<T>& anchors, const Scales<T>& scales,
-                     const Temperatures<T>& temperatures,
-                     int64_t coefficients_at,   // in saved.saved, of the first of these levels
-                     int64_t softmax_at,        // in saved.softmax, likewise
+                     const Temperatures<T>& temperatures, const SavedLayout::Offsets& at,
                      const T* from_distance) {  // [L, P, C] gradient of the anchors from the distances; null: none
   const int64_t channels = set.channels(), table = masks.count() * channels;
   const int64_t direction = masks.count() * (channels + kMaxBlockRows);
@@ -89,15 +87,15 @@ void backward_levels(const Set& set, Levels levels,
     task.with_distance = set.has(kDistance) && masks.valid_pixels(l) > 0;
     if (task.with_distance) {
       task.direction = directions.get() + i * direction;
-      task.coefficients = saved.saved.numel() > 0 ? data<T>(saved.saved) + coefficients_at : nullptr;
+      task.coefficients = saved.saved.numel() > 0
+                              ? data<T>(saved.saved) + at.coefficients + coefficients_before(set, l, masks.count())
+                              : nullptr;
       task.distance_scale = scales.distance;
     }
     task.extents = masks.extents(l);
-    task.softmax = set.has(kLocalization) ? data<T>(saved.softmax) + softmax_at : nullptr;
+    task.softmax = set.has(kLocalization) ? data<T>(saved.softmax) + at.softmax + softmax_before(set, l) : nullptr;
     task.localization_scale = scales.localization * temperatures.localization / static_cast<T>(map.batch * channels);
     task.inverse_temperature = 1 / temperatures.localization;
-    coefficients_at += coefficients(map, masks.count());
-    softmax_at += 4 * map.batch * channels;
     scratch_size = std::max(scratch_size, task.scratch());
     tasks.push_back(task);
   }
@@ -117,15 +115,9 @@ void backward_set(const Set& set, bool has_distance,
                   const Temperatures<T>& temperatures) {
   const SetAnchors<T> anchors(set, has_distance, masks, saved, at, temperatures.localization);
   const bool passes = set.has(kDistance) && saved.gradients.numel() > 0;
-  int64_t coefficients_at = at.coefficients, softmax_at = at.softmax;
-  for (const Levels levels : level_groups(set, masks)) {
-    backward_levels(set, levels, gradients, masks, saved, anchors, scales, temperatures, coefficients_at, softmax_at,
+  for (const Levels levels : level_groups(set, masks))
+    backward_levels(set, levels, gradients, masks, saved, anchors, scales, temperatures, at,
                     passes ? data<const T>(saved.gradients) + at.gradients : nullptr);
-    for (int64_t l = levels.first; l < levels.last; ++l) {
-      coefficients_at += coefficients(set.student[l], masks.count());
-      softmax_at += 4 * set.student[l].batch * set.channels();
-    }
-  }
 }
 
 }  // namespace
