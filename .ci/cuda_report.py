@@ -23,11 +23,15 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120", "compute_80"]  # compute: PTX
-MATRIX_KERNELS = ["distance", "distance_backward"]
-MULTIPLY = {  # by a kernel's first template argument: the products that it must have, then others that it may have
+_MULTIPLY = {  # by a kernel's first template argument: the products that it must have, then others that it may have
     "__nv_bfloat16": ["F32.BF16"],
     "__half": ["F32", "F32.BF16"],  # operands that are computed are bfloat16
     "float": ["F32.TF32"],
+}
+MATRIX_KERNELS = {
+    "distance": _MULTIPLY,
+    "distance_backward": _MULTIPLY,
+    "distance_backward_few": {"__nv_bfloat16": ["F32", "F32.BF16"], "__half": ["F32"]},
 }
 TRAPS = []  # kernels and architectures whose PTX has one
 COLUMNS = ["registers", "stack", "stored", "loaded", "shared", "constants", "HMMA", "LDGSTS.128"]
@@ -94,14 +98,14 @@ def complaints(name, architecture, row, count):
     local = [row[column] for column in ("stack", "stored", "loaded")]
     if "double" not in name and any(local):
         yield "{} bytes of stack, {} stored to local memory, {} loaded".format(*local)
-    matrix = kernel in MATRIX_KERNELS and kind in MULTIPLY
+    expected = MATRIX_KERNELS.get(kernel, {}).get(kind)
     if total(count, "BPT"):
         yield "has a trap"
-    if not row["LDGSTS.128"] and (matrix or total(count, "LDGSTS")):
+    if not row["LDGSTS.128"] and (expected or total(count, "LDGSTS")):
         yield "never copies 16 bytes at once from global to shared memory (LDGSTS.128)"
     products = {found[1] for found in (re.fullmatch(r"HMMA\.\d+\.(.*)", instruction) for instruction in count) if found}
-    if matrix and not {MULTIPLY[kind][0]} <= products <= set(MULTIPLY[kind]):
-        yield f"matrices are multiplied as {sorted(products)}; expected {MULTIPLY[kind]}"
+    if expected and not {expected[0]} <= products <= set(expected):
+        yield f"matrices are multiplied as {sorted(products)}; expected {expected}"
 
 
 def main(library, *expected):
@@ -112,8 +116,8 @@ def main(library, *expected):
     demangled = run("c++filt", text="\n".join(found)).splitlines()
     short = [re.sub(r"^void |sea::|\((?:[^()]|\([^()]*\))*\)$", "", name) for name in demangled]
     wrong = [] if found else [f"{library} holds no CUDA kernel"]
-    for kernel in MATRIX_KERNELS:
-        for kind in MULTIPLY:
+    for kernel, kinds in MATRIX_KERNELS.items():
+        for kind in kinds:
             if not any(re.match(rf"(.*::)?{kernel}<{kind}\b", name) for name in short):
                 wrong.append(f"{kernel}<{kind}> is missing")
     width = max(map(len, [*short, "bytes"]))

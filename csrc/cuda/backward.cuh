@@ -292,14 +292,26 @@ struct DistanceBackwardParams {
   Masks masks;
   BlockShape block;
   Upstream<T> upstream;
+  int few;  // so many anchors at most are left to distance_backward_few(); -1: none
 };
+
+// The factor of the gradients of an entry's pixels; unit: that of their coefficients.
+template <class T>
+__device__ inline T distance_weight(const DistanceBackwardParams<T>& params, const Entry& entry, T unit) {
+  return *params.upstream.distance /
+         (params.upstream.distance_temperature * unit * max(params.masks.valid_pixels[entry.level], 1.f));
+}
+
+// Keeps small coefficients above float16's underflow.
+constexpr float kHalfUnit = 1024;
 
 // Grid: slices, groups.
 template <class X>
 __global__ void __launch_bounds__(kMainThreads, 1)
     distance_backward(const __grid_constant__ DistanceBackwardParams<Compute<X>> params) {
   using T = Compute<X>;
-  constexpr float kUnit = std::is_same_v<X, __half> ? 1024 : 1;  // keeps small coefficients above float16's underflow
+  constexpr float kUnit = std::is_same_v<X, __half> ? kHalfUnit : 1;
+  if (present_masks(params.masks) <= params.few) return;
   MainLoop<X, DistanceBackwardEntry> loop(params.pyramid, params.masks, params.block, 2, false, true);
   backward_of_cosines(
       loop, params.upstream.distance_exponent,
@@ -309,10 +321,7 @@ __global__ void __launch_bounds__(kMainThreads, 1)
           return q(*loop.cosine(0, pixel, row), *loop.cosine(1, pixel, row)) * kUnit;
         };
       },
-      [&] {
-        return *params.upstream.distance /
-               (params.upstream.distance_temperature * kUnit * max(params.masks.valid_pixels[loop.entry().level], 1.f));
-      },
+      [&] { return distance_weight(params, loop.entry(), static_cast<T>(kUnit)); },
       [&] { return Sources<T>(params.upstream, params.masks, loop.entry(), loop.entry().saved); });
 }
 

@@ -73,11 +73,16 @@ inline TileWork distance_work(const Pair& pair) {
   return {static_cast<int32_t>(tile), 256};
 }
 
-// Where the softmax of a pixel of the tile is saved.
+// Where the softmax of a pixel of a tile is saved.
+template <class X>
+__device__ inline Compute<X>* saved_softmax(const DistanceEntry& entry, const WorkTile& at,
+                                            int pixel) {  // [PixelSoftmax<X>::kSize]
+  const int64_t of_level = at.image * entry.image() + at.first + pixel;
+  return static_cast<Compute<X>*>(entry.pixel_softmax) + of_level * PixelSoftmax<X>::kSize;
+}
 template <class X, class E>
-__device__ inline Compute<X>* saved_softmax(const MainLoop<X, E>& loop, int pixel) {  // [PixelSoftmax<X>::kSize]
-  const int64_t of_level = loop.at.image * loop.entry().image() + loop.at.first + pixel;
-  return static_cast<Compute<X>*>(loop.entry().pixel_softmax) + of_level * PixelSoftmax<X>::kSize;
+__device__ inline Compute<X>* saved_softmax(const MainLoop<X, E>& loop, int pixel) {
+  return saved_softmax<X>(loop.entry(), loop.at, pixel);
 }
 
 // Sums up the moments of a chunk. at_pixel(valid) returns, for this thread's pixel, a function of a row of the chunk

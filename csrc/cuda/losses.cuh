@@ -6,7 +6,7 @@
 //
 // The forward operators are pool, compare, or both. All maps go through each launch together, kMaxEntries at most.
 #pragma once
-#include "backward.cuh"
+#include "distance_backward_few.cuh"
 
 namespace sea {
 
@@ -259,6 +259,13 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
         given};
     const auto& pyramid = params.pyramid;
     if (pyramid.count == 0) return;
+    params.block = choose_few_block<X>(masks.masks, pyramid.max_channels);
+    params.few = params.block.n > 0 ? kFewAnchors : -1;
+    if constexpr (sizeof(X) == 2)
+      if (params.few > 0)
+        launch(distance_backward_few<X>, "distance_backward_few", dim3(pyramid.slices), kMainThreads,
+               bytes_of<FewMemory<X>>(params.block), stream, params);
+    if (masks.masks <= params.few) return;
     params.block = choose_block<X>(masks.masks, pyramid.max_channels);
     launch(distance_backward<X>, "distance_backward",
            dim3(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.max_channels, params.block.k))), kMainThreads,

@@ -37,14 +37,14 @@ struct TileMasks {
     masks = carver.take<uint16_t>(room);
   }
 
-  // The first warp does it. All threads of the block call it; a barrier has to follow. Without `lists`, each() cannot
-  // be called.
-  __device__ void load(const Masks& regions, const Entry& entry, const WorkTile& at, bool lists = true) {
+  // One warp does it. All threads of the block call it; a barrier has to follow. Without `lists`, each() cannot be
+  // called.
+  __device__ void load(const Masks& regions, const Entry& entry, const WorkTile& at, bool lists = true, int warp = 0) {
     words = count == 0 ? nullptr : regions.bits + entry.first_pixel + at.image * entry.image() + at.first;
     stride = regions.pixels;
     if (count > (1 << 16) / 32) room = 0;  // masks are listed in 16 bits
-    if (threadIdx.x >= 32) return;
-    const int lane = threadIdx.x;
+    if (static_cast<int>(threadIdx.x) / 32 != warp) return;
+    const int lane = threadIdx.x % 32;
     int runs = 0;
     for (int u = 0; u < pixels; u += 32) {
       const int left = at.count - u;  // pixels of the image
@@ -93,7 +93,7 @@ struct TileMasks {
  private:
   // The lanes of a warp take a word of a run each.
   __device__ void list(int runs) {
-    const int lane = threadIdx.x;
+    const int lane = threadIdx.x % 32;
     int total = 0;
     for (int i = lane; i - lane < runs * count; i += 32) {
       const int run = i / count, w = i % count;

@@ -1,0 +1,110 @@
+// distance_backward() of 16-bit maps with few anchors, on the main loop of few_anchors.cuh.
+#pragma once
+#include "backward.cuh"
+#include "few_anchors.cuh"
+
+namespace sea {
+
+__device__ inline void read_four(float* to, const float* from) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+
+// Grid: slices.
+template <class X>
+__global__ void __launch_bounds__(kMainThreads, 1)
+    distance_backward_few(const __grid_constant__ DistanceBackwardParams<float> params) {
+  using Loop = FewAnchors<X, DistanceBackwardEntry>;
+  const int count = present_masks(params.masks);
+  if (count > kFewAnchors) return;
+  Loop loop(params.pyramid, params.masks, params.block, count);
+  const float scale = params.upstream.distance_exponent;
+  const auto work = [&] {
+    typename Loop::Cosines z;
+    float inverse[2], shift[2];
+    bool valid[2];
+    const WorkTile own = loop.of_half(loop.at, loop.first() / loop.kM);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int u = loop.pixel(i);
+      valid[i] = loop.valid(u);
+      shift[i] = valid[i] ? saved_softmax<X>(loop.entry(), own, u % loop.kM)[loop.side()] : 0;
+    }
+    loop.find_cosines(z, inverse, scale);
+    if (loop.side() == 1)
+      loop.each_column_pair([&](int j, int) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          loop.exchange(j, i) =
+              make_float2(exp2_approximate(z[j][2 * i] - shift[i]), exp2_approximate(z[j][2 * i + 1] - shift[i]));
+      });
+    __syncthreads();
+    if (loop.side() == 0) {
+      float along[2] = {};
+      loop.each_column_pair([&](int j, int) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float2 teacher = loop.exchange(j, i);
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            float& x = z[j][2 * i + k];
+            const float e = valid[i] ? (exp2_approximate(x - shift[i]) - (k ? teacher.y : teacher.x)) * kHalfUnit : 0.f;
+            along[i] += valid[i] ? e * x : 0.f;
+            x = e;
+          }
+        }
+      });
+      loop.write_coefficients(z);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        along[i] = sum_over_lanes<4>(along[i]) / scale;
+        const float factor = distance_weight(params, loop.entry(), kHalfUnit) * inverse[i];
+        if (loop.lane() % 4 > 0) continue;
+        loop.memory.direct[loop.pixel(i)] = factor;
+        loop.memory.direct[loop.kPixels + loop.pixel(i)] = factor * along[i] * inverse[i];
+      }
+    }
+    __syncthreads();
+    typename Loop::Directions directions{};
+    loop.add_directions(directions);
+    __syncthreads();  // the directions take the place of the coefficients
+    const Sources<float> sources(params.upstream, params.masks, loop.entry(), loop.entry().saved);
+    constexpr int kShare = loop.kM * kMaxBlockK / kMainThreads;  // pixels of a thread
+    const int channels = static_cast<int>(loop.entry().channels), column = threadIdx.x % kMaxBlockK;
+    const int from = threadIdx.x / kMaxBlockK * kShare;
+#pragma unroll 1
+    for (int half = 0; half < loop.tiles; ++half) {
+      if (half == 0)
+        loop.template write_directions<0>(directions);
+      else
+        loop.template write_directions<1>(directions);
+      __syncthreads();
+      const WorkTile at = loop.of_half(loop.at, half);
+      const float* const factors = loop.memory.direct + half * loop.kM;
+      const auto direct = [&](int u, const float (&x)[Packed<X>::kSize], float (&gradient)[Packed<X>::kSize]) {
+        constexpr int kStep = Packed<X>::kSize;
+        float direction[kStep], along[2][kStep];
+#pragma unroll
+        for (int k = 0; k < kStep; k += 4) {
+          read_four(direction + k, loop.direction(column, u + k));
+          read_four(along[0] + k, factors + u + k);
+          read_four(along[1] + k, factors + loop.kPixels + u + k);
+        }
+        each_set<kStep>(loop.template valid_bits<kStep>(half, u),
+                        [&](int k) { gradient[k] += along[0][k] * direction[k] - along[1][k] * x[k]; });
+      };
+      const auto write = [&](const Tile<X>(&tiles)[2]) {
+        if (column < channels)
+          sources.write(tiles, loop.masks_of(half), at, from, min(at.count, from + kShare), column, column, direct);
+        __syncthreads();
+        store_tile(tiles[0], loop.entry().gradient, at.image, at.first, at.count, 0, channels, kMainThreads);
+      };
+      const Tile<X> student = loop.tile(0, half), teacher = loop.tile(1, half);
+      with_tiles({student.matrix.data, teacher.matrix.data}, student.pixel_rows, teacher.pixel_rows, loop.kM,
+                 loop.block.k, write);
+    }
+  };
+  loop.each_pair(work);
+}
+
+}  // namespace sea

@@ -1,0 +1,394 @@
+// The main loop of backward for 16-bit maps with few anchors: at most 63 (their number is odd) and 256 channels. That
+// is what a batch of COCO's images usually has; mainloop.cuh is for everything else, and for forward, whose loss has to
+// be as exact as float32.
+//
+// All anchors and all channels of two tiles of pixels are in shared memory at once, and the next two tiles load
+// meanwhile. A warp has one side and 16 pixels, which it reads once. Their cosines with all anchors stay in its
+// registers; only numbers of the teacher pass through shared memory, to the warp that has the student's.
+//
+// The coefficients e_p of a pixel add up to 0, so directions do not change if one vector is subtracted from all unit
+// anchors h_p. The products are those of d_p = h_p - h_r, for the first anchor r that is there: small numbers, for
+// which float16 is exact enough without a second part. What rounding loses, l_p, is nearly the same along all pixels f:
+//   f . h_p = f . d_p + (f . h_r) (1 + h_r . l_p).
+// For f . h_r, the last row has h_r itself.
+#pragma once
+#include "mainloop.cuh"
+
+namespace sea {
+
+constexpr int kFewAnchors = 63;
+
+// What two columns of the products still need: + (f . h_r) factor, and `absent` as in MainMemory.
+struct ColumnPair {
+  float factor[2], absent[2];
+};
+
+template <class X>
+struct FewMemory {
+  static constexpr int kM = kBlockM<X>, kPixels = 2 * kM;
+  __half* units;         // [2 sides, n, k] d_p; the last row is h_r
+  X* tiles;              // [2 stages, 2 sides, 2 tiles, k * kM]
+  float* exchange;       // [kPixels, n] from the teacher's warps to the student's, as their lanes hold it
+  __half* coefficients;  // [kPixels, kMaxBlockN]
+  float* out;            // [k, kM], in the place of both: see direction()
+  ColumnPair* columns;   // [2 sides, n / 2]
+  float* direct;         // [2, kPixels] as in MainMemory
+  TileMasks masks[2];
+
+  __host__ __device__ FewMemory(Carver& carver, BlockShape block)
+      : units(carver.take<__half>(2 * block.n * block.k)),
+        tiles(carver.take<X>(8 * block.k * kM)),
+        masks{{carver, kM, 128}, {carver, kM, 128}} {
+    columns = carver.take<ColumnPair>(block.n);
+    direct = carver.take<float>(2 * kPixels);
+    const int64_t start = carver.used();
+    exchange = carver.take<float>(kPixels * block.n);
+    coefficients = carver.take<__half>(kPixels * kMaxBlockN);
+    carver.rewind(start);
+    out = carver.take<float>(kM * block.k);
+  }
+};
+
+// The block for which shared memory has room, or {0, 0}.
+template <class X>
+BlockShape choose_few_block(int64_t masks, int64_t channels) {
+  if (sizeof(X) > 2 || channels > kMaxBlockK) return {0, 0};
+  BlockShape block{static_cast<int>(std::min<int64_t>(round_up(masks, 16), kMaxBlockN)), kMaxBlockK};
+  while (block.k > 64 && block.k / 2 >= channels) block.k /= 2;
+  return bytes_of<FewMemory<X>>(block) <= shared_memory_limit() ? block : BlockShape{0, 0};
+}
+
+// All methods are called by all threads of the block. E derives from MainEntry.
+template <class X, class E>
+class FewAnchors {
+ public:
+  static constexpr int kM = kBlockM<X>, kPixels = 2 * kM;
+  static constexpr int kWarpM = 16;  // pixels of a warp
+  static constexpr int kStepK = MainLoop<X, E>::kStepK, kTilesK = MainLoop<X, E>::kTilesK;
+
+  const Pyramid<E>& pyramid;
+  const Masks& masks;
+  const BlockShape block;
+  const int count, rows;  // anchors; rows of the products, a multiple of 16 and more than `count`
+  Carver carver;
+  FewMemory<X> memory;
+  WorkTile at[2];  // the second tile of a pair may be empty: `tiles` is 1 then
+  int tiles;
+
+  __device__ FewAnchors(const Pyramid<E>& pyramid_, const Masks& masks_, BlockShape block_, int count_)
+      : pyramid(pyramid_),
+        masks(masks_),
+        block(block_),
+        count(count_),
+        rows(static_cast<int>(round_up(count_, 16))),
+        carver(shared_memory()),
+        memory(carver, block_) {
+    memory.masks[0].count = memory.masks[1].count = (count + 31) / 32;
+  }
+
+  __device__ int lane() const { return threadIdx.x % 32; }
+  __device__ int warp() const { return threadIdx.x / 32; }
+  __device__ int side() const { return warp() / 4; }
+  __device__ int first() const { return warp() % 4 * kWarpM; }  // pixel of this warp; its lanes have two of them
+  __device__ int pixel(int i) const { return first() + lane() / 4 + 8 * i; }
+  __device__ const E& entry() const { return pyramid.entries[at[0].entry]; }
+  // Chosen piece by piece, as in tile_of().
+  __device__ WorkTile of_half(const WorkTile (&pair)[2], int half) const {
+    WorkTile out = pair[0];
+    if (half) out.image = pair[1].image, out.first = pair[1].first, out.count = pair[1].count;
+    return out;
+  }
+  __device__ bool valid(int u) const {
+    return (u < kM ? memory.masks[0].valid : memory.masks[1].valid)[0] >> u % kM & 1;
+  }
+  // Of the pixels u .. u + kStep - 1 of a tile, as bits.
+  template <int kStep>
+  __device__ uint32_t valid_bits(int half, int u) const {
+    return (half ? memory.masks[1].valid : memory.masks[0].valid)[0] >> u & ((1u << kStep) - 1);
+  }
+  __device__ TileMasks masks_of(int half) const {
+    TileMasks out = memory.masks[0];
+    const TileMasks& second = memory.masks[1];
+    if (half) {
+      out.inner = second.inner, out.valid = second.valid, out.begin = second.begin;
+      out.first = second.first, out.masks = second.masks, out.words = second.words;
+    }
+    return out;
+  }
+  __device__ Tile<X> tile(int side, int half) const {
+    return make_tile(tile_data(stage_, side, half), entry().maps[side], kM, block.k);
+  }
+
+  // Calls work() for each pair of tiles of the block.
+  template <class Work>
+  __device__ void each_pair(Work work) {
+    int64_t t = first_tile(pyramid, blockIdx.x);
+    end_ = first_tile(pyramid, blockIdx.x + 1);
+    if (t == end_) return;
+    load(0, t);
+    for (bool entered = true; t < end_; stage_ = 1 - stage_) {
+      entered = entered || next_[0].entry != at[0].entry;
+      at[0] = next_[0];
+      at[1] = next_[1];
+      tiles = next_tiles_;
+      if (entered) load_units();
+      entered = false;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) memory.masks[half].load(masks, entry(), at[half], true, half);
+      copy_async_wait<0>();
+      __syncthreads();
+      t += tiles;
+      if (t < end_) load(1 - stage_, t);
+      work();
+    }
+  }
+
+  // Those of pixel(i / 2) with the anchors 8 j + 2 (lane % 4) + i % 2.
+  using Cosines = float[kMaxBlockN / 8][4];
+
+  // The cosines of the warp's pixels with all anchors, times `scale`, and 1 / |F| of both pixels.
+  __device__ void find_cosines(Cosines& z, float (&inverse)[2], float scale) const {
+    Steps x;
+    const Tile<X> own = tile(side(), first() / kM);
+    const int lane = thread_index() % 32;
+    const unsigned low = lane / 8 % 2 * 8, high = lane / 16 * 8;
+    const auto read = [&](auto blocks) { each_step([&](int k) { blocks.load(x[k], k / 4 * 64, k % 4 * 16); }); };
+    if (own.pixel_rows)
+      read(Blocks<false, X>(own.matrix, first() % kM, low, high, lane));
+    else
+      read(Blocks<true, X>(own.matrix, first() % kM, low, high, lane));
+    find_inverse(inverse, x);
+    each_step([&](int k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float pair[2];
+        widen(Packed<X, 2>{.words = {x[k][i]}}, pair);
+        x[k][i] = bits_of(__floats2half2_rn(pair[0] * inverse[i % 2], pair[1] * inverse[i % 2]));
+      }
+    });
+#pragma unroll
+    for (int j = 0; j < kMaxBlockN / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) z[j][i] = 0;
+#pragma unroll
+    for (int m = 0; m < kMaxBlockN / 16; m += 2)
+      if (16 * m + 16 < rows)
+        multiply_units<2>(z, x, m);
+      else if (16 * m < rows)
+        multiply_units<1>(z, x, m);
+    float along[2] = {};  // f . h_r, which the last lane of four has in the last row
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 1; j < kMaxBlockN / 8; j += 2)
+        if (8 * j + 8 == rows) along[i] = z[j][2 * i + 1];
+      along[i] = __shfl_sync(kAllLanes, along[i], lane | 3);
+    }
+    each_column_pair([&](int j, int pair) {
+      const ColumnPair column = memory.columns[side() * block.n / 2 + pair];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        z[j][i] = fma(along[i / 2], column.factor[i % 2], z[j][i]) * scale + column.absent[i % 2];
+    });
+  }
+
+  // Calls f(j, pair) for this lane's pairs of columns: 8 j + 2 (lane % 4) and the next, the columns of pair `pair`.
+  template <class F>
+  __device__ void each_column_pair(F f) const {
+    const int t = thread_index() % 4;
+#pragma unroll
+    for (int j = 0; j < kMaxBlockN / 8; j += 2)
+      if (8 * j < rows) {
+        f(j, 4 * j + t);
+        f(j + 1, 4 * j + 4 + t);
+      }
+  }
+
+  // Where a warp of the teacher leaves two numbers for the same lane of the student's.
+  __device__ float2& exchange(int j, int i) const {
+    return reinterpret_cast<float2*>(memory.exchange)[((first() / kWarpM * block.n / 8 + j) * 2 + i) * 32 + lane()];
+  }
+
+  __device__ Matrix<__half> coefficients() const { return {memory.coefficients, kMaxBlockN}; }
+
+  __device__ void write_coefficients(const Cosines& values) const {
+    each_column_pair([&](int j, int pair) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float two[2] = {values[j][2 * i], values[j][2 * i + 1]};
+        *reinterpret_cast<Packed<__half, 2>*>(coefficients().at(pixel(i), 2 * pair)) = narrow<__half>(two);
+      }
+    });
+  }
+
+  // directions[m][n] += coefficients (pixels 16 m .. + 15) times the student's d_p (channels 16 warp + kStepK n .. +
+  // 15)
+  using Directions = float[kPixels / 16][kTilesK][2][4];
+  __device__ void add_directions(Directions& directions) const {
+    const Operand<__half, 1, false> left{{coefficients()}};
+    multiply<1>(directions, left, 0, kPixels, Operand<__half, 1, true>{{units(0)}}, 16 * warp(), kStepK, block.k, rows);
+  }
+
+  // Those of one tile, to memory.out.
+  template <int kHalf>
+  __device__ void write_directions(const Directions& directions) const {
+    const int g = lane() / 4, t = lane() % 4;  // as in multiply_add()
+#pragma unroll
+    for (int n = 0; n < kTilesK; ++n) {
+      const int first = 16 * warp() + kStepK * n;
+      if (first >= block.k) break;
+#pragma unroll
+      for (int m = 0; m < kM / 16; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            // direction(channel, 16 m + 8 (i / 2) + g), whose chunk is put together from what differs between lanes and
+            // what is a constant here
+            const int channel = first + 8 * h + 2 * t + i % 2, chunk = (g / 4 ^ 2 * t) ^ (4 * m + i / 2 * 2 + i % 2);
+            memory.out[channel * kM + chunk * 4 + g % 4] = directions[kHalf * kM / 16 + m][n][h][i];
+          }
+    }
+  }
+
+  // Those of four pixels, u / 4 * 4 and the next. Without bank conflicts where lanes have neighboring channels, and
+  // where they have 8 pixels and 4 of 8 channels.
+  __device__ const float* direction(int channel, int u) const {
+    return memory.out + channel * kM + (u / 4 ^ channel % 8) * 4;
+  }
+
+ private:
+  int stage_ = 0;
+  int64_t end_;
+  WorkTile next_[2];
+  int next_tiles_ = 1;
+
+  __device__ X* tile_data(int stage, int side, int half) const {
+    return memory.tiles + ((2 * stage + side) * 2 + half) * block.k * kM;
+  }
+  __device__ Matrix<__half> units(int side) const { return {memory.units + side * block.n * block.k, block.k}; }
+
+  // The pair of tiles that begins with tile t. Both are of one entry.
+  __device__ void seek(int64_t t) {
+    next_[0] = of_half(next_, next_tiles_ - 1);
+    next_[0].tile = t - 1;
+    next_[0].seek(pyramid, t, kM);
+    next_[1] = next_[0];
+    const int32_t i = next_[0].entry;
+    const int64_t end = i + 1 < pyramid.count ? pyramid.entries[i + 1].first_tile : pyramid.tiles;
+    next_tiles_ = t + 1 < min(end, end_) ? 2 : 1;
+    if (next_tiles_ == 2)
+      next_[1].seek(pyramid, t + 1, kM);
+    else
+      next_[1].count = 0;
+  }
+
+  __device__ void load(int stage, int64_t t) {
+    seek(t);
+    const E& e = pyramid.entries[next_[0].entry];
+    constexpr int kThreads = kMainThreads / 2;
+    const int side = thread_index() / kThreads;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const WorkTile next = of_half(next_, half);
+      load_tile(tile_data(stage, side, half), e.maps[side], next.image, next.first, next.count, kM, 0,
+                static_cast<int>(e.channels), block.k, kThreads);
+    }
+    copy_async_commit();
+  }
+
+  // d_p and what goes with it. A warp has a row at a time.
+  __device__ void load_units() {
+    const E& e = entry();
+    const float* area = masks.area + e.level * masks.masks;
+    const auto there = [&](int p) { return p < count && area[p] > 0; };
+    const uint64_t present =
+        __ballot_sync(kAllLanes, there(lane())) | uint64_t{__ballot_sync(kAllLanes, there(lane() + 32))} << 32;
+    const int reference = present ? __ffsll(static_cast<long long>(present)) - 1 : 0;
+    for (int i = warp(); i < 2 * rows; i += kMainThreads / 32) {
+      const int side = i / rows, p = i % rows;
+      const X* rounded = static_cast<const X*>(e.units) + side * kParts<X> * masks.masks * e.pitch();
+      const auto unit = [&](int64_t p, int c, float (&value)[2]) {  // of channels c and c + 1
+        float rest[2];
+        const X* from = rounded + p * e.pitch() + c;
+        widen(*reinterpret_cast<const Packed<X, 2>*>(from), value);
+        widen(*reinterpret_cast<const Packed<X, 2>*>(from + masks.masks * e.pitch()), rest);
+        value[0] += rest[0], value[1] += rest[1];
+      };
+      float lost = 0;
+      for (int c = 2 * lane(); c < block.k; c += 64) {
+        float d[2] = {}, r[2] = {};
+        if (c < e.channels && (p < count || p + 1 == rows)) {
+          unit(reference, c, r);
+          if (p < count) unit(p, c, d);
+          const float sign = p < count ? -1 : 1;
+          d[0] += sign * r[0], d[1] += sign * r[1];
+        }
+        const Packed<__half, 2> out = narrow<__half>(d);
+        *reinterpret_cast<Packed<__half, 2>*>(units(side).at(p, c)) = out;
+        float back[2];
+        widen(out, back);
+        lost += r[0] * (d[0] - back[0]) + r[1] * (d[1] - back[1]);
+      }
+      lost = sum_over_lanes<32>(lost);
+      if (lane() == 0) {
+        ColumnPair& pair = memory.columns[side * block.n / 2 + p / 2];
+        pair.factor[p % 2] = 1 + lost;
+        pair.absent[p % 2] = present >> p & 1 ? 0.f : kAbsent;
+      }
+    }
+  }
+
+  // The channels of the warp's pixels: 16 k .. + 15 in x[k], as the left operand of multiply_add().
+  using Steps = uint32_t[kMaxBlockK / 16][4];
+
+  // Calls f(k) for the steps of 16 channels.
+  template <class F>
+  __device__ void each_step(F f) const {
+    constexpr int kTogether = 4;  // for fewer branches; block.k is a multiple of 64
+#pragma unroll
+    for (int k = 0; k < kMaxBlockK / 16; k += kTogether)
+      if (16 * k < block.k)
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) f(k + i);
+  }
+
+  // The products with the rows 16 m .. of the units.
+  template <int kCount>
+  __device__ void multiply_units(Cosines& z, const Steps& x, int m) const {
+    const int lane = thread_index() % 32;
+    const unsigned low = lane / 8 % 2 * 8, high = lane / 16 * 8;
+    each_step([&](int k) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        uint32_t b[4];
+        Blocks<false, __half>(units(side()), 16 * (m + i), high, low, lane).load(b, k / 4 * 64, k % 4 * 16);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t half[2] = {b[2 * h], b[2 * h + 1]};
+          multiply_add(z[2 * (m + i) + h], x[k], half, __half());
+        }
+      }
+    });
+  }
+
+  // 1 / |F| of pixel(0) and pixel(1): the diagonal of the products of the pixels with themselves.
+  __device__ void find_inverse(float (&inverse)[2], const Steps& x) const {
+    float squares[2][4] = {};
+    each_step([&](int k) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t same[2] = {x[k][h], x[k][h + 2]};
+        multiply_add(squares[h], x[k], same, X());
+      }
+    });
+    const int g = lane() / 4, source = (lane() & ~3) | g / 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float square = g % 2 ? squares[i][2 * i + 1] : squares[i][2 * i];
+      inverse[i] = inverse_or_zero(sqrtf(__shfl_sync(kAllLanes, square, source)));
+    }
+  }
+};
+
+}  // namespace sea
