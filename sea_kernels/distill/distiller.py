@@ -93,6 +93,10 @@ class SEADistiller(nn.Module):
         center_ratio: see :meth:`sea_kernels.Regions.from_boxes`.
         distance_temperature, localization_temperature, detach_anchors, distance_on_box: see
             :func:`sea_kernels.sea_loss`.
+        boxes: what the regions are made of where `losses` gets neither boxes nor masks: "labels", the ground truth that
+            the taps saw, or "teacher", what the teacher detects (torchvision's detectors, or a teacher whose taps have
+            `detect`). Images then need no labels. The teacher runs to its end, which waits for the device.
+        min_score: of the teacher's detections that count; the others are skipped.
         use_masks: build the regions from the instances' masks (:meth:`sea_kernels.Regions.from_masks`) instead of their
             boxes.
         group: a `torch.distributed.ProcessGroup`, or "world": all processes, whose group need not be initialized
@@ -149,6 +153,8 @@ class SEADistiller(nn.Module):
         localization_temperature: float = 1.0,
         detach_anchors: bool = False,
         distance_on_box: bool = False,
+        boxes: str = "labels",
+        min_score: float = 0.5,
         use_masks: bool = False,
         group: "ProcessGroup | str | None" = "local",
     ) -> None:
@@ -181,6 +187,16 @@ class SEADistiller(nn.Module):
                 )
         if not taps.cls and not taps.box:
             raise ValueError("the taps name no module, neither for cls nor for box; expected one at least")
+        if boxes not in ("labels", "teacher"):
+            raise ValueError(f"boxes is {boxes!r}; expected 'labels' or 'teacher'")
+        if boxes == "teacher" and teacher_taps.detect is None:
+            raise ValueError(
+                "boxes is 'teacher', and the teacher's taps have no `detect`; expected one of torchvision's detectors, "
+                "or taps with it. Or pass what it detects to losses(boxes, labels)"
+            )
+        if boxes == "teacher" and use_masks:
+            raise ValueError("boxes is 'teacher' and use_masks is True; expected one of them, as detections are boxes")
+        self.boxes, self.min_score = boxes, min_score
         self._taps = taps, teacher_taps
         self._group = ranks.check(group)
         self.num_classes = taps.num_classes if num_classes is None else num_classes
@@ -402,9 +418,18 @@ class SEADistiller(nn.Module):
                             self.calibration.watch(branch, x, name in student.cloned)
                         leaves.append(cut)
         first = next(maps for sets in ours.values() for maps in sets)
-        regions = self._regions(first, images, targets, truth)
+        detects = self.boxes == "teacher" and truth.boxes is None and truth.masks is None
+        image_sizes = self._image_sizes(images, targets, truth) if detects else None
+        if not detects:  # first what may be wrong
+            regions = self._regions(first, images, targets, truth)
         self.teacher.eval()  # a trainer may have gone over all its modules
-        theirs = teacher.run(images if teacher_input is None else teacher_input, others, levels=len(first))
+        input = images if teacher_input is None else teacher_input
+        theirs, found = teacher.run(input, others, len(first), image_sizes)
+        if detects:
+            # Skipped by their labels, as an index would wait for the device.
+            labels = [torch.where(x["scores"] >= self.min_score, x["labels"], -1) for x in found]
+            truth = truth._replace(boxes=[x["boxes"] for x in found], labels=labels, image_sizes=image_sizes)
+            regions = self._regions(first, images, None, truth)
         for branch, sets in ours.items():
             for m, maps in enumerate(sets):
                 if f"{branch}_{m}" in self.adapters:
@@ -432,6 +457,13 @@ class SEADistiller(nn.Module):
                 t = nn.functional.interpolate(t, size=s.shape[2:], mode="bilinear", align_corners=False)
             out.append(t)
         return out
+
+    def _image_sizes(self, images: Tensor, seen: Any, truth: _Truth) -> list[tuple[int, int]]:
+        targets = None if seen is None else self._taps[0].read_targets(seen, False)
+        sizes = truth.image_sizes
+        if sizes is None:
+            sizes = [images.shape[2:]] * len(images) if targets is None else targets.image_sizes
+        return [(int(height), int(width)) for height, width in sizes]
 
     def _regions(self, maps: list[Tensor], images: Tensor, seen: Any, truth: _Truth) -> Regions:
         taps = self._taps[0]

@@ -99,8 +99,17 @@ class Recorder:
         self.fired: dict[str, list[Any]] = {}
         self.versions: list[tuple[str, Tensor, int]] = []  # of every tensor that was recorded
 
-    def run(self, images: Tensor, others: tuple[tuple, dict], levels: int) -> dict[str, list[list[Tensor]]]:
-        """The teacher's maps of these images. `others`: the other arguments of the module that got them."""
+    def run(
+        self,
+        images: Tensor,
+        others: tuple[tuple, dict],
+        levels: int,
+        image_sizes: list[tuple[int, int]] | None = None,
+    ) -> tuple[dict[str, list[list[Tensor]]], Any]:
+        """The teacher's maps of these images and what it detects, the latter if image sizes are given.
+
+        `others`: the other arguments of the module that got the images.
+        """
         like = next((p for p in self.model.parameters() if p.is_floating_point()), images)
         if like.device != images.device:
             raise ValueError(
@@ -111,17 +120,20 @@ class Recorder:
         self.open = True
         try:
             with torch.no_grad():
-                self._compute(images, *(others if self.takes_more else ((), {})))
-            return self.sets(levels, images)
+                if image_sizes is None:
+                    self._compute(self.computes, images, *(others if self.takes_more else ((), {})))
+                    found = None
+                else:
+                    found = self._compute(self.taps.detect, images, (image_sizes,), {})
+            return self.sets(levels, images), found
         finally:
             self.forget()
 
-    def _compute(self, images: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
-        model, call = self.model, partial(self.computes, self.model)
+    def _compute(self, compute: Callable, images: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        model, call = self.model, partial(compute, self.model)
         fsdp = sys.modules.get("torch.distributed.fsdp")
-        if self.taps.run is None or fsdp is None or not isinstance(model, fsdp.FSDPModule):
-            call(images, *args, **kwargs)
-            return
+        if compute is _call or fsdp is None or not isinstance(model, fsdp.FSDPModule):
+            return call(images, *args, **kwargs)
         # The weights of a sharded model are gathered in a call of the model itself, so `run` becomes its forward.
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -130,7 +142,7 @@ class Recorder:
 
         model.forward = forward
         try:
-            model(images, *args, **kwargs)
+            return model(images, *args, **kwargs)
         finally:
             model.__dict__.pop("forward", None)
 

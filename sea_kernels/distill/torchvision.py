@@ -1,5 +1,6 @@
 """Ready taps of torchvision's detectors."""
 
+import types
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +26,30 @@ def _run_ssd(model: nn.Module, images: Tensor, head: bool) -> None:
     features = _features(model, images)
     if head:
         model.head(features)
+
+
+class _AsItIs(nn.Module):
+    """In the place of a detector's transform, for images that are resized and normalized already."""
+
+    def __init__(self, image_sizes: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.image_sizes = image_sizes
+
+    def forward(self, images: Tensor, targets: None) -> tuple[Any, None]:
+        return types.SimpleNamespace(tensors=images, image_sizes=self.image_sizes), targets
+
+    def postprocess(self, result: list[dict], *_sizes: Any) -> list[dict]:
+        return result
+
+
+def _detect(model: nn.Module, images: Tensor, image_sizes: list[tuple[int, int]], first_label: int) -> list[dict]:
+    transform = model.transform
+    model.transform = _AsItIs(image_sizes)
+    try:
+        found = model(images)
+    finally:
+        model.transform = transform
+    return [{"boxes": x["boxes"], "labels": x["labels"] - first_label, "scores": x["scores"]} for x in found]
 
 
 def _strides(size: Sequence[int], shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
@@ -62,6 +87,7 @@ def dense(model: nn.Module) -> Taps:
         run=partial(_run, towers=towers),
         targets="transform",
         read_targets=partial(_read_targets, first_label=0),
+        detect=partial(_detect, first_label=0),
         num_classes=model.head.classification_head.num_classes,
     )
 
@@ -75,6 +101,7 @@ def two_stage(model: nn.Module) -> Taps:
         run=partial(_run, towers=("rpn.head.conv",)),
         targets="transform",
         read_targets=partial(_read_targets, first_label=1),  # 0 is the background
+        detect=partial(_detect, first_label=1),
         num_classes=classes.out_features - 1 if isinstance(classes, nn.Linear) else None,
         anchor_on_box=False,
     )
@@ -96,6 +123,7 @@ def ssd(model: nn.Module) -> Taps:
         run=partial(_run_ssd, head=lite),
         targets="transform",
         read_targets=partial(_read_targets, first_label=1),
+        detect=partial(_detect, first_label=1),
         num_classes=model.head.classification_head.num_columns - 1,
         anchor_on_box=lite,
     )

@@ -1,5 +1,8 @@
 """SEADistiller in the detectors that people train: a step each, on COCO images, native kernels and the reference."""
 
+import dataclasses
+import importlib
+
 import pytest
 import torch
 from detectors import (
@@ -159,6 +162,58 @@ def test_targets_that_torchvision_shows_reach_the_regions(use_masks):
     assert_same_regions(captured.regions, wanted)
     in_image = (wanted.extent[0, :, 0] * wanted.extent[0, :, 1]).sum()
     assert (wanted.classes >= 0).sum() > 1 and 0 < wanted.counted[0] < in_image  # the crowd shows
+
+
+@pytest.mark.parametrize("name", ["FCOS", "RetinaNet", "FasterRCNN", "ssdlite320_mobilenet_v3_large"])
+def test_regions_of_what_the_teacher_detects(name):
+    """As the teacher's own forward finds it, in pixels of the resized images, if the score is high enough."""
+    if name == "ssdlite320_mobilenet_v3_large":
+        require("torchvision")
+        make = getattr(importlib.import_module("torchvision.models.detection"), name)
+        student, teacher = (make(weights=None, weights_backbone=None, num_classes=NUM_CLASSES + 1) for _ in range(2))
+        student.train()
+    else:
+        student, teacher = torchvision_detector(name).train(), torchvision_detector(name, seed=1)
+    for part in ("score_thresh", "box_score_thresh"):  # of untrained models no score is high
+        for model in (teacher, getattr(teacher, "roi_heads", None)):
+            if hasattr(model, part.removeprefix("box_")):
+                setattr(model, part.removeprefix("box_"), 0.0)
+    images, targets = torchvision_batch(name)
+    transform = teacher.transform
+    with distill(student, teacher, boxes="teacher", min_score=0.0) as distiller:
+        student(images, targets)
+        captured = distiller.capture()
+        assert teacher.transform is transform and "transform" in dict(teacher.named_children())
+        batch = student.transform(images)[0]
+        first = 0 if name in ("FCOS", "RetinaNet") else 1
+        with torch.no_grad():
+            found = teacher.eval()(images)
+        scale = [(h / x.shape[1], w / x.shape[2]) for (h, w), x in zip(batch.image_sizes, images)]
+        boxes = [x["boxes"] * x["boxes"].new_tensor([w, h, w, h]) for x, (h, w) in zip(found, scale)]
+        assert all(len(x) > 0 for x in boxes)
+        student(images, targets)
+        wanted = distiller.capture(boxes, [x["labels"] - first for x in found], batch.image_sizes)
+        assert torch.equal(captured.regions.classes, wanted.regions.classes)
+        # Boxes that were scaled there and back are rounded, which may move an edge across the center of a pixel.
+        moved = (captured.regions.area - wanted.regions.area).abs().sum()
+        assert moved <= 0.02 * wanted.regions.area.sum() != 0
+        for ours, theirs in ((captured.teacher_cls, wanted.teacher_cls), (captured.teacher_box, wanted.teacher_box)):
+            for x, y in zip(ours, theirs):
+                torch.testing.assert_close(x, y)
+        distiller.min_score = 2.0
+        student(images, targets)
+        assert (distiller.capture().regions.classes < 0).all()
+
+
+def test_the_teachers_boxes_need_a_teacher_that_detects():
+    student, teacher = torchvision_detector("FCOS"), torchvision_detector("FCOS", seed=1)
+    with pytest.raises(ValueError, match="boxes is 'ground truth'; expected 'labels' or 'teacher'"):
+        distill(student, teacher, boxes="ground truth")
+    with pytest.raises(ValueError, match="boxes is 'teacher' and use_masks is True"):
+        distill(student, teacher, boxes="teacher", use_masks=True)
+    taps = dataclasses.replace(sk.taps.find(teacher), detect=None)
+    with pytest.raises(ValueError, match="boxes is 'teacher', and the teacher's taps have no `detect`"):
+        distill(student, teacher, teacher_taps=taps, boxes="teacher")
 
 
 @pytest.mark.parametrize("use_masks", [False, True])
