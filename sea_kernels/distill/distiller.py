@@ -84,7 +84,7 @@ class SEADistiller(nn.Module):
             weights are the same in all processes, so each has to call `losses` in these steps, with group="local" too.
             They are in the state_dict, and logged when they are final.
         share: for weights="auto": how hard each loss pulls, as a part of the student's own loss. A number, or three.
-            The paper has none; 0.3 did best in one trial of ours.
+            The paper has none; 0.3 did better than 1 in a study of ours.
         schedule: a factor for the weights as a function of the step (see :class:`Schedule`). A step is one call of
             `losses`. Where the factor is 0 the teacher does not run.
         num_classes: number of categories. Default: the student's own, if the taps know it.
