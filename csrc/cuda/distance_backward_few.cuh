@@ -31,12 +31,24 @@ __global__ void __launch_bounds__(kMainThreads, 1)
       shift[i] = valid[i] ? saved_softmax<X>(loop.entry(), own, u % loop.kM)[loop.side()] : 0;
     }
     loop.find_cosines(z, inverse, scale);
+    // The saved shifts belong to cosines of forward, which were rounded otherwise. Divided by their own sum, the
+    // softmax of each side adds up to 1, and so the coefficients to 0.
+    float sum[2] = {};
+    loop.each_column_pair([&](int j, int) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        z[j][i] -= shift[i / 2];
+        sum[i / 2] += exp2_approximate(z[j][i]);
+      }
+    });
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sum[i] = 1 / sum_over_lanes<4>(sum[i]);
     if (loop.side() == 1)
       loop.each_column_pair([&](int j, int) {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
           loop.exchange(j, i) =
-              make_float2(exp2_approximate(z[j][2 * i] - shift[i]), exp2_approximate(z[j][2 * i + 1] - shift[i]));
+              make_float2(exp2_approximate(z[j][2 * i]) * sum[i], exp2_approximate(z[j][2 * i + 1]) * sum[i]);
       });
     __syncthreads();
     if (loop.side() == 0) {
@@ -48,7 +60,7 @@ __global__ void __launch_bounds__(kMainThreads, 1)
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
             float& x = z[j][2 * i + k];
-            const float e = valid[i] ? (exp2_approximate(x - shift[i]) - (k ? teacher.y : teacher.x)) * kHalfUnit : 0.f;
+            const float e = valid[i] ? (exp2_approximate(x) * sum[i] - (k ? teacher.y : teacher.x)) * kHalfUnit : 0.f;
             along[i] += valid[i] ? e * x : 0.f;
             x = e;
           }
