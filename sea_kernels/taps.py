@@ -118,9 +118,9 @@ class Taps:
         run: `run(model, images)` computes a teacher's maps and should stop there. If it takes more arguments, it gets
             the others that the student's module `input` got, such as a mask. None: `model(images, ...)` with
             all of them.
-        detect: `detect(model, images, image_sizes)` runs a teacher in evaluation mode, past the modules that make its
-            maps, and returns its detections: for each image a dict with `boxes` [N, 4] (x1 y1 x2 y2 in pixels of
-            `images`), `labels` [N] from 0, and `scores` [N]. Needed for `SEADistiller(boxes="teacher")` alone.
+        detect: `detect(model, images, image_sizes)` runs a teacher in evaluation mode to its end, including the tapped
+            modules, and returns its detections: for each image a dict with `boxes` [N, 4] (x1 y1 x2 y2 in pixels of
+            `images`), `labels` [N] from 0, and `scores` [N]. Only needed for `SEADistiller(boxes="teacher")`.
         targets: name of a module whose output holds the ground truth, and which is called before `input`. None: there
             is none.
         read_targets: `read_targets(output, with_masks)` converts that output to `Targets`, or returns None if it holds

@@ -292,10 +292,10 @@ struct DistanceBackwardParams {
   Masks masks;
   BlockShape block;
   Upstream<T> upstream;
-  int few;  // so many anchors at most are left to distance_backward_few(); -1: none
+  int few;  // distance_backward_few() handles launches with at most so many anchors; -1: none
 };
 
-// The factor of the gradients of an entry's pixels; unit: that of their coefficients.
+// What the gradients of an entry's pixels are multiplied by. unit: the factor that their coefficients already have.
 template <class T>
 __device__ inline T distance_weight(const DistanceBackwardParams<T>& params, const Entry& entry, T unit) {
   return *params.upstream.distance /

@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kMainThreads, 1)
       shift[i] = valid[i] ? saved_softmax<X>(loop.entry(), own, u % loop.kM)[loop.side()] : 0;
     }
     loop.find_cosines(z, inverse, scale);
-    // The saved shifts belong to cosines of forward, which were rounded otherwise. Divided by their own sum, the
-    // softmax of each side adds up to 1, and so the coefficients to 0.
+    // The saved shifts come from forward's cosines, which were rounded differently. Divided by its own sum, the softmax
+    // of each side adds up to 1, and so the coefficients add up to 0.
     float sum[2] = {};
     loop.each_column_pair([&](int j, int) {
 #pragma unroll

@@ -1,16 +1,18 @@
-// The main loop of backward for 16-bit maps with few anchors: at most 63 (their number is odd) and 256 channels. That
-// is what a batch of COCO's images usually has; mainloop.cuh is for everything else, and for forward, whose loss has to
-// be as exact as float32.
+// The main loop of backward for 16-bit maps with few anchors: at most 63, since one of 64 rows is needed for h_r
+// (below), and at most 256 channels. A batch of 16 COCO images is about at this limit, smaller ones are below it.
+// mainloop.cuh is for everything else, and for forward, whose loss has to be as exact as float32.
 //
 // All anchors and all channels of two tiles of pixels are in shared memory at once, and the next two tiles load
 // meanwhile. A warp has one side and 16 pixels, which it reads once. Their cosines with all anchors stay in its
-// registers; only numbers of the teacher pass through shared memory, to the warp that has the student's.
+// registers. Only the teacher's softmax goes through shared memory, to the warp with the student's side of these
+// pixels.
 //
 // The coefficients e_p of a pixel add up to 0, so directions do not change if one vector is subtracted from all unit
-// anchors h_p. The products are those of d_p = h_p - h_r, for the first anchor r that is there: small numbers, for
-// which float16 is exact enough without a second part. What rounding loses, l_p, is nearly the same along all pixels f:
-//   f . h_p = f . d_p + (f . h_r) (1 + h_r . l_p).
-// For f . h_r, the last row has h_r itself.
+// anchors h_p. The products are those of d_p = h_p - h_r, where r is the first anchor that is present at this level:
+// float16 is exact enough for them without a second part. Rounding d_p loses l_p. Pixels point roughly along h_r, so
+// for a unit pixel f, f . l_p is about (f . h_r) (h_r . l_p), and with the rounded d_p
+//   f . h_p is about f . d_p + (f . h_r) (1 + h_r . l_p).
+// For f . h_r, the last row of the units is h_r itself.
 #pragma once
 #include "mainloop.cuh"
 
@@ -18,7 +20,7 @@ namespace sea {
 
 constexpr int kFewAnchors = 63;
 
-// What two columns of the products still need: + (f . h_r) factor, and `absent` as in MainMemory.
+// For two columns of the products: `factor` times f . h_r is added, then `absent` as in MainMemory.
 struct ColumnPair {
   float factor[2], absent[2];
 };
@@ -30,7 +32,7 @@ struct FewMemory {
   X* tiles;              // [2 stages, 2 sides, 2 tiles, k * kM]
   float* exchange;       // [kPixels, n] from the teacher's warps to the student's, as their lanes hold it
   __half* coefficients;  // [kPixels, kMaxBlockN]
-  float* out;            // [k, kM], in the place of both: see direction()
+  float* out;            // [k, kM], in the place of exchange and coefficients: see direction()
   ColumnPair* columns;   // [2 sides, n / 2]
   float* direct;         // [2, kPixels] as in MainMemory
   TileMasks masks[2];
@@ -49,7 +51,7 @@ struct FewMemory {
   }
 };
 
-// The block for which shared memory has room, or {0, 0}.
+// The block's shape if it fits into shared memory, else {0, 0}.
 template <class X>
 BlockShape choose_few_block(int64_t masks, int64_t channels) {
   if (sizeof(X) > 2 || channels > kMaxBlockK) return {0, 0};
@@ -69,7 +71,7 @@ class FewAnchors {
   const Pyramid<E>& pyramid;
   const Masks& masks;
   const BlockShape block;
-  const int count, rows;  // anchors; rows of the products, a multiple of 16 and more than `count`
+  const int count, rows;  // anchors; rows of the units in use, a multiple of 16 and more than `count`
   Carver carver;
   FewMemory<X> memory;
   WorkTile at[2];  // the second tile of a pair may be empty: `tiles` is 1 then
@@ -143,7 +145,7 @@ class FewAnchors {
     }
   }
 
-  // Those of pixel(i / 2) with the anchors 8 j + 2 (lane % 4) + i % 2.
+  // [j][i]: the cosine of pixel(i / 2) with the anchor 8 j + 2 (lane % 4) + i % 2.
   using Cosines = float[kMaxBlockN / 8][4];
 
   // The cosines of the warp's pixels with all anchors, times `scale`, and 1 / |F| of both pixels.
@@ -176,7 +178,7 @@ class FewAnchors {
         multiply_units<2>(z, x, m);
       else if (16 * m < rows)
         multiply_units<1>(z, x, m);
-    float along[2] = {};  // f . h_r, which the last lane of four has in the last row
+    float along[2] = {};  // f . h_r, the last column, which the last of four lanes holds
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -229,7 +231,7 @@ class FewAnchors {
     multiply<1>(directions, left, 0, kPixels, Operand<__half, 1, true>{{units(0)}}, 16 * warp(), kStepK, block.k, rows);
   }
 
-  // Those of one tile, to memory.out.
+  // Writes the directions of one tile to memory.out.
   template <int kHalf>
   __device__ void write_directions(const Directions& directions) const {
     const int g = lane() / 4, t = lane() % 4;  // as in multiply_add()
@@ -251,8 +253,8 @@ class FewAnchors {
     }
   }
 
-  // Those of four pixels, u / 4 * 4 and the next. Without bank conflicts where lanes have neighboring channels, and
-  // where they have 8 pixels and 4 of 8 channels.
+  // The directions of the four pixels from u / 4 * 4 on. Without bank conflicts where lanes have neighboring channels,
+  // and where they have 8 pixels and 4 of 8 channels.
   __device__ const float* direction(int channel, int u) const {
     return memory.out + channel * kM + (u / 4 ^ channel % 8) * 4;
   }
@@ -297,7 +299,7 @@ class FewAnchors {
     copy_async_commit();
   }
 
-  // d_p and what goes with it. A warp has a row at a time.
+  // d_p and what goes with it. Each warp handles one row at a time.
   __device__ void load_units() {
     const E& e = entry();
     const float* area = masks.area + e.level * masks.masks;

@@ -2,7 +2,7 @@
 //
 //   pool:      pool, pool_finish                         maps -> anchors, softmax of the channels
 //   compare:   compare, distance, finish                 maps, anchors -> losses, gradient of the student's anchors
-//   backward:  backward, distance_backward               gradients of the losses -> gradients of the maps
+//   backward:  backward, distance_backward(_few)         gradients of the losses -> gradients of the maps
 //
 // The forward operators are pool, compare, or both. All maps go through each launch together, kMaxEntries at most.
 #pragma once

@@ -1,5 +1,5 @@
-// The main loop of all kernels that compare pixels with anchors: tiles of pixels stream through shared memory, and
-// their cosines with the unit anchors are matrix products.
+// The main loop of the kernels that compare pixels with anchors, but for few_anchors.cuh: tiles of pixels stream
+// through shared memory, and their cosines with the unit anchors are matrix products.
 //
 // In the terms of a matrix product, M is pixels, N anchors and K channels. A thread block has one slice of the tiles,
 // each of block M pixels. The unit anchors of the current map stay in shared memory, block N anchors and block K

@@ -37,8 +37,8 @@ struct TileMasks {
     masks = carver.take<uint16_t>(room);
   }
 
-  // One warp does it. All threads of the block call it; a barrier has to follow. Without `lists`, each() cannot be
-  // called.
+  // The warp with this index does it. All threads of the block call it; a barrier has to follow. Without `lists`,
+  // each() cannot be called.
   __device__ void load(const Masks& regions, const Entry& entry, const WorkTile& at, bool lists = true, int warp = 0) {
     words = count == 0 ? nullptr : regions.bits + entry.first_pixel + at.image * entry.image() + at.first;
     stride = regions.pixels;

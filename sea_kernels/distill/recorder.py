@@ -106,7 +106,7 @@ class Recorder:
         levels: int,
         image_sizes: list[tuple[int, int]] | None = None,
     ) -> tuple[dict[str, list[list[Tensor]]], Any]:
-        """The teacher's maps of these images and what it detects, the latter if image sizes are given.
+        """The teacher's maps of these images, and its detections if image sizes are given (else None).
 
         `others`: the other arguments of the module that got the images.
         """
@@ -134,7 +134,7 @@ class Recorder:
         fsdp = sys.modules.get("torch.distributed.fsdp")
         if compute is _call or fsdp is None or not isinstance(model, fsdp.FSDPModule):
             return call(images, *args, **kwargs)
-        # The weights of a sharded model are gathered in a call of the model itself, so `run` becomes its forward.
+        # The weights of a sharded model are gathered in a call of the model itself, so `compute` becomes its forward.
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             del model.forward  # which `run` may call

@@ -29,7 +29,7 @@ def _run_ssd(model: nn.Module, images: Tensor, head: bool) -> None:
 
 
 class _AsItIs(nn.Module):
-    """In the place of a detector's transform, for images that are resized and normalized already."""
+    """Replaces a detector's transform for images that are already resized and normalized."""
 
     def __init__(self, image_sizes: list[tuple[int, int]]) -> None:
         super().__init__()

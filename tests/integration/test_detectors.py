@@ -166,7 +166,7 @@ def test_targets_that_torchvision_shows_reach_the_regions(use_masks):
 
 @pytest.mark.parametrize("name", ["FCOS", "RetinaNet", "FasterRCNN", "ssdlite320_mobilenet_v3_large"])
 def test_regions_of_what_the_teacher_detects(name):
-    """As the teacher's own forward finds it, in pixels of the resized images, if the score is high enough."""
+    """They are those of the teacher's own detections from min_score on, in pixels of the resized images."""
     if name == "ssdlite320_mobilenet_v3_large":
         require("torchvision")
         make = getattr(importlib.import_module("torchvision.models.detection"), name)
@@ -174,7 +174,7 @@ def test_regions_of_what_the_teacher_detects(name):
         student.train()
     else:
         student, teacher = torchvision_detector(name).train(), torchvision_detector(name, seed=1)
-    for part in ("score_thresh", "box_score_thresh"):  # of untrained models no score is high
+    for part in ("score_thresh", "box_score_thresh"):  # untrained models have only low scores
         for model in (teacher, getattr(teacher, "roi_heads", None)):
             if hasattr(model, part.removeprefix("box_")):
                 setattr(model, part.removeprefix("box_"), 0.0)
@@ -196,10 +196,17 @@ def test_regions_of_what_the_teacher_detects(name):
         assert torch.equal(captured.regions.classes, wanted.regions.classes)
         # Boxes that were scaled there and back are rounded, which may move an edge across the center of a pixel.
         moved = (captured.regions.area - wanted.regions.area).abs().sum()
-        assert moved <= 0.02 * wanted.regions.area.sum() != 0
+        assert wanted.regions.area.sum() > 0
+        assert moved <= 0.02 * wanted.regions.area.sum()
         for ours, theirs in ((captured.teacher_cls, wanted.teacher_cls), (captured.teacher_box, wanted.teacher_box)):
             for x, y in zip(ours, theirs):
                 torch.testing.assert_close(x, y)
+        student(images, targets)
+        with pytest.raises(ValueError, match="boxes is None; expected them beside"):
+            distiller.capture(normalized=True)
+        student(images, targets)
+        with pytest.raises(ValueError, match="labels is given without boxes"):
+            distiller.capture(labels=[x["labels"] for x in found])
         distiller.min_score = 2.0
         student(images, targets)
         assert (distiller.capture().regions.classes < 0).all()
