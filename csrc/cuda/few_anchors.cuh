@@ -135,8 +135,8 @@ class FewAnchors {
       tiles = next_tiles_;
       if (entered) load_units();
       entered = false;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) memory.masks[half].load(masks, entry(), at[half], true, half);
+      memory.masks[0].template load<0>(masks, entry(), at[0]);
+      memory.masks[1].template load<1>(masks, entry(), at[1]);
       copy_async_wait<0>();
       __syncthreads();
       t += tiles;

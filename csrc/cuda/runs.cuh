@@ -37,14 +37,15 @@ struct TileMasks {
     masks = carver.take<uint16_t>(room);
   }
 
-  // The warp with this index does it. All threads of the block call it; a barrier has to follow. Without `lists`,
-  // each() cannot be called.
-  __device__ void load(const Masks& regions, const Entry& entry, const WorkTile& at, bool lists = true, int warp = 0) {
+  // One warp does it. All threads of the block call it; a barrier has to follow. Without `lists`, each() cannot be
+  // called.
+  template <int kWarp = 0>
+  __device__ void load(const Masks& regions, const Entry& entry, const WorkTile& at, bool lists = true) {
     words = count == 0 ? nullptr : regions.bits + entry.first_pixel + at.image * entry.image() + at.first;
     stride = regions.pixels;
-    if (count > (1 << 16) / 32) room = 0;  // masks are listed in 16 bits
-    if (static_cast<int>(threadIdx.x) / 32 != warp) return;
-    const int lane = threadIdx.x % 32;
+    if (count > (1 << 16) / 32) room = 0;        // masks are listed in 16 bits
+    if (threadIdx.x - 32 * kWarp >= 32) return;  // unsigned: also of the warps before
+    const int lane = threadIdx.x - 32 * kWarp;
     int runs = 0;
     for (int u = 0; u < pixels; u += 32) {
       const int left = at.count - u;  // pixels of the image
@@ -67,7 +68,7 @@ struct TileMasks {
     }
     if (lane == 0) begin[runs] = pixels;
     __syncwarp();
-    if (lists) list(runs);
+    if (lists) list(runs, lane);
   }
 
   __device__ bool inside_at(int u) const { return inner[u / 32] >> u % 32 & 1; }
@@ -92,8 +93,7 @@ struct TileMasks {
 
  private:
   // The lanes of a warp take a word of a run each.
-  __device__ void list(int runs) {
-    const int lane = threadIdx.x % 32;
+  __device__ void list(int runs, int lane) {
     int total = 0;
     for (int i = lane; i - lane < runs * count; i += 32) {
       const int run = i / count, w = i % count;
