@@ -153,18 +153,29 @@ def test_sizes_of_what_is_saved(dtypes, detach, kernels):
 
 # -------------------------------------------------------------------------------------------------------- mutations
 
-MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator that shows it, and the edit
+MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator and the dtype that show it, and the edit
     "barrier: a tile is used before every thread's part of it has come": (
         "losses",
         EVERYTHING,
+        F32,
         "cuda/mainloop.cuh",
         """maps[1], kM, block.k) : tile[0];
     __syncthreads();""",
         "maps[1], kM, block.k) : tile[0];",
     ),
+    "barrier: the teacher's softmax is used before it is there": (
+        "losses",
+        EVERYTHING,
+        BF16,
+        "cuda/distance_backward_few.cuh",
+        """    __syncthreads();
+    if (loop.side() == 0) {""",
+        "    if (loop.side() == 0) {",
+    ),
     "index: a tile of the wrong image": (
         "losses",
         EVERYTHING,
+        BF16,
         "cuda/pyramid.cuh",
         "image = static_cast<int>(at / per_image);",
         "image = static_cast<int>(at / per_image) * 0;",
@@ -172,6 +183,7 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator t
     "mask: what is beyond the last pixel is written": (
         "losses",
         EVERYTHING,
+        BF16,
         "cuda/tile.cuh",
         "const int valid = part_of((tile.pixel_rows ? channels : count) - share.column, kSize);",
         "const int valid = part_of((tile.pixel_rows ? channels : count + 1) - share.column, kSize);",
@@ -179,12 +191,14 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator t
     "operator, stride: the anchors of a level lie over those of the level before": (
         "pool",
         "anchor_pool",
+        BF16,
         "cuda/ops/pool.cu",
         "data<T>(anchors) + pair.level * masks.masks * pair.channels",
         "data<T>(anchors) + pair.level * pair.channels",
     ),
     "operator, size: the areas have one mask less than there are": (
         "regions",
+        None,
         None,
         "cuda/ops/regions.cu",
         "make({in.levels, in.masks()}, ScalarType::Float, boxes)",
@@ -193,6 +207,7 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator t
     "operator, device: memory is allocated before the device is the current one": (
         "cosine",
         "anchor_cosine",
+        BF16,
         "cuda/ops/cosine.cu",
         """const OnDevice on(anchors);
   std::vector<Tensor> cosines;""",
@@ -203,7 +218,7 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator t
 
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
 def test_the_emulator_sees_mistakes(mutation, kernels):
-    source, variant, *edit = mutation
+    source, variant, dtype, *edit = mutation
     # All anchors fit into one chunk: else the barriers around the next chunk would stand in for a missing one.
     regions = make_regions(levels=2, shapes=[(20, 28), (5, 5)], strides=[8, 40])
     try:
@@ -215,7 +230,7 @@ def test_the_emulator_sees_mistakes(mutation, kernels):
                 if variant is None:
                     make_regions(levels=2)
                 else:
-                    check(variant, regions, BF16, channels=40, box_channels=24)
+                    check(variant, regions, dtype, channels=40, box_channels=24)
             except (AssertionError, RuntimeError) as error:
                 failed.append(error)
         assert failed
