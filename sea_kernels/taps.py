@@ -118,9 +118,6 @@ class Taps:
         run: `run(model, images)` computes a teacher's maps and should stop there. If it takes more arguments, it gets
             the others that the student's module `input` got, such as a mask. None: `model(images, ...)` with
             all of them.
-        detect: `detect(model, images, image_sizes)` runs a teacher in evaluation mode to its end, including the tapped
-            modules, and returns its detections: for each image a dict with `boxes` [N, 4] (x1 y1 x2 y2 in pixels of
-            `images`), `labels` [N] from 0, and `scores` [N]. Only needed for `SEADistiller(boxes="teacher")`.
         targets: name of a module whose output holds the ground truth, and which is called before `input`. None: there
             is none.
         read_targets: `read_targets(output, with_masks)` converts that output to `Targets`, or returns None if it holds
@@ -128,6 +125,9 @@ class Taps:
         num_classes: number of the detector's categories. None: not known.
         channels: of the maps: a number, or one for each level. None: read from the modules.
         anchor_on_box: whether the anchor loss compares the box maps too.
+        detect: `detect(model, images, image_sizes)` runs a teacher in evaluation mode to its end, including the tapped
+            modules, and returns its detections: for each image a dict with `boxes` [N, 4] (x1 y1 x2 y2 in pixels of
+            `images`), `labels` [N] from 0, and `scores` [N]. Only needed for `SEADistiller(boxes="teacher")`.
 
     Example:
         >>> import sea_kernels as sk
@@ -141,12 +141,12 @@ class Taps:
     strides: Sequence[float | Sequence[float]] | Callable[[Any, Any], Sequence] | None
     input: str = "backbone"
     run: Callable[[nn.Module, Tensor], Any] | None = None
-    detect: Callable[[nn.Module, Tensor, list[tuple[int, int]]], list[dict[str, Tensor]]] | None = None
     targets: str | None = None
     read_targets: Callable[[Any, bool], Targets | None] | None = None
     num_classes: int | None = None
     channels: int | Sequence[int] | None = None
     anchor_on_box: bool = True
+    detect: Callable[[nn.Module, Tensor, list[tuple[int, int]]], list[dict[str, Tensor]]] | None = None
 
     def __post_init__(self) -> None:
         for branch in ("cls", "box"):
