@@ -38,7 +38,7 @@ import sea_kernels as sk
 PERIOD = 32 << 20  # bytes
 ARCHITECTURES = {"A100": 80, "H100": 90, "H200": 90}
 COLUMNS = {"W1": 0, "W4": 2}  # where not given: all of W1, 6 of the others
-DEAL_OUT_TILES = {"pool", "distance", "backward", "distance_backward", "distance_backward_few"}
+DEAL_OUT_TILES = set(first_look.KERNELS)
 MOST_GROWTH = 0.05
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p

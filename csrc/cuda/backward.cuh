@@ -311,8 +311,8 @@ __global__ void __launch_bounds__(kMainThreads, 1)
     distance_backward(const __grid_constant__ DistanceBackwardParams<Compute<X>> params) {
   using T = Compute<X>;
   constexpr float kUnit = std::is_same_v<X, __half> ? kHalfUnit : 1;
-  if (present_masks(params.masks) <= params.few) return;
   MainLoop<X, DistanceBackwardEntry> loop(params.pyramid, params.masks, params.block, 2, false, true);
+  if (loop.count <= params.few) return;
   backward_of_cosines(
       loop, params.upstream.distance_exponent,
       [&](bool valid) {

@@ -5,11 +5,6 @@
 
 namespace sea {
 
-__device__ inline void read_four(float* to, const float* from) {
-  const float4 four = *reinterpret_cast<const float4*>(from);
-  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
-}
-
 // Grid: slices.
 template <class X>
 __global__ void __launch_bounds__(kMainThreads, 1)
@@ -95,15 +90,18 @@ __global__ void __launch_bounds__(kMainThreads, 1)
       const float* const factors = loop.memory.direct + half * loop.kM;
       const auto direct = [&](int u, const float (&x)[Packed<X>::kSize], float (&gradient)[Packed<X>::kSize]) {
         constexpr int kStep = Packed<X>::kSize;
-        float direction[kStep], along[2][kStep];
+        constexpr int kFour = Packed<float>::kSize;
+        Packed<float> direction[kStep / kFour], along[2][kStep / kFour];
 #pragma unroll
-        for (int k = 0; k < kStep; k += 4) {
-          read_four(direction + k, loop.direction(column, u + k));
-          read_four(along[0] + k, factors + u + k);
-          read_four(along[1] + k, factors + loop.kPixels + u + k);
+        for (int k = 0; k < kStep; k += kFour) {
+          direction[k / kFour] = load_packed(loop.direction(column, u + k));
+          along[0][k / kFour] = load_packed(factors + u + k);
+          along[1][k / kFour] = load_packed(factors + loop.kPixels + u + k);
         }
-        each_set<kStep>(loop.template valid_bits<kStep>(half, u),
-                        [&](int k) { gradient[k] += along[0][k] * direction[k] - along[1][k] * x[k]; });
+        each_set<kStep>(loop.template valid_bits<kStep>(half, u), [&](int k) {
+          const auto at = [k](const auto& packed) { return packed[k / kFour].x[k % kFour]; };
+          gradient[k] += at(along[0]) * at(direction) - at(along[1]) * x[k];
+        });
       };
       const auto write = [&](const Tile<X>(&tiles)[2]) {
         if (column < channels)

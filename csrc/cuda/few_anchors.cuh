@@ -100,9 +100,7 @@ class FewAnchors {
     if (half) out.image = pair[1].image, out.first = pair[1].first, out.count = pair[1].count;
     return out;
   }
-  __device__ bool valid(int u) const {
-    return (u < kM ? memory.masks[0].valid : memory.masks[1].valid)[0] >> u % kM & 1;
-  }
+  __device__ bool valid(int u) const { return valid_bits<1>(u / kM, u % kM); }
   // Of the pixels u .. u + kStep - 1 of a tile, as bits.
   template <int kStep>
   __device__ uint32_t valid_bits(int half, int u) const {

@@ -137,7 +137,7 @@ class Recorder:
         # The weights of a sharded model are gathered in a call of the model itself, so `compute` becomes its forward.
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            del model.forward  # which `run` may call
+            del model.forward  # which `compute` may call
             return call(*args, **kwargs)
 
         model.forward = forward
