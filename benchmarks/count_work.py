@@ -109,10 +109,10 @@ def check_ptx(kernels):
 def count(name, w, options, tell):
     """Runs a step and counts it: what report.make() wants."""
     architecture = options.architecture or ARCHITECTURES[options.device]
-    kernels = {"losses": options.kernels} if options.kernels else None
+    kernels = dict.fromkeys(["losses", "pool"], options.kernels) if options.kernels else None
     columns = COLUMNS.get(name, 6) if options.columns is None else options.columns
     module = operators.install(
-        ["losses", "regions"], architecture, count=True, dtypes=[w.dtype], kernels=kernels, tell=tell
+        ["losses", "pool", "regions"], architecture, count=True, dtypes=[w.dtype], kernels=kernels, tell=tell
     )
     slices = counted.DEVICES[options.device]["sms"]  # csrc/cuda/device.h
     check_ptx(module.kernels)

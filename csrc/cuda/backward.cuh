@@ -194,11 +194,12 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
 // no result.
 constexpr int kBackwardWaves = 6;
 
-// The gradients of the maps of one launch, of those pairs that takes(pair) accepts. slices: one for each
+// The gradients of the maps of one launch, but for pairs with the losses `without`. slices: one for each
 // multiprocessor.
-template <class X, class Takes>
-void run_backward(const std::vector<Pair>& pairs, const Masks& masks, const Upstream<Compute<X>>& upstream, int slices,
-                  Takes takes, cudaStream_t stream) {
+template <class X>
+void run_backward(const std::vector<Pair>& pairs, const Masks& masks, const Upstream<Compute<X>>& upstream, int without,
+                  int slices, cudaStream_t stream) {
+  const auto takes = [&](const Pair& pair) { return !(pair.losses & without); };
   int64_t channels = 1;
   for (const Pair& pair : pairs) channels = std::max(channels, takes(pair) ? pair.channels : 0);
   const BackwardParams<Compute<X>> params{
@@ -208,6 +209,12 @@ void run_backward(const std::vector<Pair>& pairs, const Masks& masks, const Upst
   const dim3 grid(params.pyramid.slices, static_cast<unsigned>(divide_up(channels, kPoolChannels)));
   launch(backward<X>, "backward", grid, kPoolThreads, bytes_of<PoolMemory<X>>(), stream, params);
 }
+
+// Compiled in ops/pool.cu alone, not again where the losses call it.
+extern template decltype(run_backward<double>) run_backward<double>;
+extern template decltype(run_backward<float>) run_backward<float>;
+extern template decltype(run_backward<__half>) run_backward<__half>;
+extern template decltype(run_backward<__nv_bfloat16>) run_backward<__nv_bfloat16>;
 
 // ----------------------------------------------------------------------------------------------------- with distances
 

@@ -248,8 +248,7 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
                           Exponential<X>::scale(options.distance_temperature),
                           Exponential<X>::scale(options.localization_temperature)};
   each_launch(pairs, [&](const std::vector<Pair>& part) {
-    run_backward<X>(
-        part, masks, given, options.slices, [](const Pair& pair) { return !(pair.losses & kDistance); }, stream);
+    run_backward<X>(part, masks, given, kDistance, options.slices, stream);
     DistanceBackwardParams<T> params{
         make_pyramid<DistanceBackwardEntry>(
             part, kBlockM<X>, options.slices, [](const Pair& pair) { return pair.losses & kDistance; }, distance_work,
@@ -289,9 +288,7 @@ void run_anchor_pool(const std::vector<Pair>& pairs, const Masks& masks, int sli
 // pairs: with gradients and anchor_gradient [masks, channels]; the students lend their shapes.
 template <class X>
 void run_anchor_pool_backward(const std::vector<Pair>& pairs, const Masks& masks, int slices, cudaStream_t stream) {
-  each_launch(pairs, [&](const std::vector<Pair>& part) {
-    run_backward<X>(part, masks, {}, slices, [](const Pair&) { return true; }, stream);
-  });
+  each_launch(pairs, [&](const std::vector<Pair>& part) { run_backward<X>(part, masks, {}, 0, slices, stream); });
 }
 
 }  // namespace sea

@@ -390,4 +390,10 @@ void run_pool(std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X
          kAnchorThreads, kReduceBytes, stream, finish);
 }
 
+// Compiled in ops/pool.cu alone, not again where the losses call it.
+extern template decltype(run_pool<double>) run_pool<double>;
+extern template decltype(run_pool<float>) run_pool<float>;
+extern template decltype(run_pool<__half>) run_pool<__half>;
+extern template decltype(run_pool<__nv_bfloat16>) run_pool<__nv_bfloat16>;
+
 }  // namespace sea

@@ -153,9 +153,9 @@ def test_sizes_of_what_is_saved(dtypes, detach, kernels):
 
 # -------------------------------------------------------------------------------------------------------- mutations
 
-MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator and the dtype that show it, and the edit
+MUTATIONS = {  # what is wrong: sources of cuda/ops that have it, the operator and the dtype that show it, and the edit
     "barrier: a tile is used before every thread's part of it has come": (
-        "losses",
+        ["losses", "pool"],
         EVERYTHING,
         F32,
         "cuda/mainloop.cuh",
@@ -164,7 +164,7 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator a
         "maps[1], kM, block.k) : tile[0];",
     ),
     "barrier: the teacher's softmax is used before it is there": (
-        "losses",
+        ["losses", "pool"],
         EVERYTHING,
         BF16,
         "cuda/distance_backward_few.cuh",
@@ -173,7 +173,7 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator a
         "    if (loop.side() == 0) {",
     ),
     "index: a tile of the wrong image": (
-        "losses",
+        ["losses", "pool"],
         EVERYTHING,
         BF16,
         "cuda/pyramid.cuh",
@@ -181,7 +181,7 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator a
         "image = static_cast<int>(at / per_image) * 0;",
     ),
     "mask: what is beyond the last pixel is written": (
-        "losses",
+        ["losses", "pool"],
         EVERYTHING,
         BF16,
         "cuda/tile.cuh",
@@ -189,7 +189,7 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator a
         "const int valid = part_of((tile.pixel_rows ? channels : count + 1) - share.column, kSize);",
     ),
     "operator, stride: the anchors of a level lie over those of the level before": (
-        "pool",
+        ["pool"],
         "anchor_pool",
         BF16,
         "cuda/ops/pool.cu",
@@ -197,7 +197,7 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator a
         "data<T>(anchors) + pair.level * pair.channels",
     ),
     "operator, size: the areas have one mask less than there are": (
-        "regions",
+        ["regions"],
         None,
         None,
         "cuda/ops/regions.cu",
@@ -205,7 +205,7 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator a
         "make({in.levels, in.masks() - 1}, ScalarType::Float, boxes)",
     ),
     "operator, device: memory is allocated before the device is the current one": (
-        "cosine",
+        ["cosine"],
         "anchor_cosine",
         BF16,
         "cuda/ops/cosine.cu",
@@ -218,11 +218,11 @@ MUTATIONS = {  # what is wrong: a source of cuda/ops that has it, the operator a
 
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
 def test_the_emulator_sees_mistakes(mutation, kernels):
-    source, variant, dtype, *edit = mutation
+    sources, variant, dtype, *edit = mutation
     # All anchors fit into one chunk: else the barriers around the next chunk would stand in for a missing one.
     regions = make_regions(levels=2, shapes=[(20, 28), (5, 5)], strides=[8, 40])
     try:
-        mutated = operators.install(sources=[source], edits=[edit])
+        mutated = operators.install(sources=sources, edits=[edit])
         failed = []
         for order in (0, 1):
             mutated.settings(seed=order)

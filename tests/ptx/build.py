@@ -93,14 +93,15 @@ class Build:
             bind = HERE.parent / "emulator" / "operators.cpp"
             objects.append(pool.submit(self.object, bind, host))
             texts = {}
+            known = set()
             for unit, future in zip(units, compiled):
                 wanted = kernels and kernels.get(unit.stem)
-                made = translate.split(future.result()[1].read_text())
-                if unknown := set(wanted or ()) - {short_name(name) for name in made}:
-                    raise BuildError(f"{unit.name} has no kernel {', '.join(unknown)}: {sorted(map(short_name, made))}")
-                for name, text in made.items():
-                    if not wanted or short_name(name) in wanted:
-                        texts.setdefault(name, text)  # of one that two units have, either
+                for name, text in translate.split(future.result()[1].read_text()).items():
+                    known.add(short_name(name))
+                    if wanted is None or short_name(name) in wanted:
+                        texts[name] = text
+            if unknown := set().union(*(kernels or {}).values()) - known:
+                raise BuildError(f"there is no kernel {', '.join(unknown)}: {', '.join(sorted(known))}")
             objects += [pool.submit(self.kernel, name, text, plain) for name, text in texts.items()]
             objects = [str(future.result()) for future in objects] + [str(future.result()[0]) for future in compiled]
         library = CACHE / f"operators-{digest(*objects)}.so"
@@ -126,6 +127,7 @@ class Build:
             for held in TYPES.values():
                 if held not in wanted and CSRC / "cuda" in file.parents:
                     text = text.replace(f"return f({held}())", 'throw std::runtime_error("built without this dtype")')
+                    text = re.sub(rf"^template .*<{held}>;\n", "", text, flags=re.M)
             target = folder / file.relative_to(CSRC)
             if not target.exists() or target.read_text() != text:
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,20 @@
-// The operators of anchor_pool: they turn tensors into pointers and allocate memory with torch.
+// The operators of anchor_pool: they turn tensors into pointers and allocate memory with torch. The kernels of pool.cuh
+// and backward.cuh without distances are compiled here, for the losses too.
 #include <cuda/losses.cuh>
 
 #include "tensors.h"
 
 namespace sea {
+
+template decltype(run_pool<double>) run_pool<double>;
+template decltype(run_pool<float>) run_pool<float>;
+template decltype(run_pool<__half>) run_pool<__half>;
+template decltype(run_pool<__nv_bfloat16>) run_pool<__nv_bfloat16>;
+template decltype(run_backward<double>) run_backward<double>;
+template decltype(run_backward<float>) run_backward<float>;
+template decltype(run_backward<__half>) run_backward<__half>;
+template decltype(run_backward<__nv_bfloat16>) run_backward<__nv_bfloat16>;
+
 namespace {
 
 Tensor anchor_pool(std::vector<Tensor> features, std::vector<Tensor> regions) {
