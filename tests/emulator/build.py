@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ CSRC = HERE.parent.parent / "csrc"
 CACHE = Path(os.environ.get("SEA_KERNELS_EMULATOR_CACHE", HERE.parent.parent / "build" / "emulator"))
 
 SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
+TYPES = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
@@ -56,13 +58,14 @@ def sanitizer_environment():
     return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
-def load(name, sources, sanitize=False, defines=(), edits=None, races=False, plain=()):
+def load(name, sources, sanitize=False, defines=(), edits=None, races=False, plain=(), dtypes=None):
     """The Python module `name` (PYBIND11_MODULE(name, ...)), built from sources: names in tests/emulator, or paths.
 
     edits: [(file in csrc, old, new)], applied to a copy of csrc; each `old` has to occur in its file exactly once.
     sanitize: with AddressSanitizer; the process needs sanitizer_environment(). Undefined behavior is always checked.
     races: with the detector of races (slower); not together with sanitize.
     plain: more sources, without kernels, which nothing has to watch.
+    dtypes: only kernels for maps of these, and for boxes of float32 (of float64 too if it is among them).
     """
     if sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         raise BuildError("sanitize=True needs a process started with build.sanitizer_environment()")
@@ -75,7 +78,7 @@ def load(name, sources, sanitize=False, defines=(), edits=None, races=False, pla
     flags += ["-DRACES"] if races else []
     sources = [HERE / source for source in sources]
     runtime = [HERE / f"{name}.cpp" for name in ["emulator", "memory", *(["races"] if races else [])]]
-    content = [*map(str, sources + runtime), *plain, *flags, *includes, repr(edits), sys.version]
+    content = [*map(str, sources + runtime), *plain, *flags, *includes, repr(edits), repr(dtypes), sys.version]
     for file in sorted(p for folder in (CSRC, HERE) for p in folder.rglob("*") if p.suffix in SUFFIXES):
         content += [str(file), file.read_text()]
     library = CACHE / f"{name}-{_hash(*content)}.so"
@@ -97,7 +100,7 @@ def load(name, sources, sanitize=False, defines=(), edits=None, races=False, pla
         with open(CACHE / "lock", "w") as lock:  # of several processes that want the same, one compiles it
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not library.exists():
-                _build(library, jobs, includes, link, edits)
+                _build(library, jobs, includes, link, edits, dtypes)
     # pybind11 gives the same module again for the same name.
     spec = importlib.util.spec_from_file_location(f"{library.stem}.{name}", library)
     module = importlib.util.module_from_spec(spec)
@@ -105,10 +108,22 @@ def load(name, sources, sanitize=False, defines=(), edits=None, races=False, pla
     return module
 
 
-def _build(library, jobs, includes, link, edits):
+def only_dtypes(file, dtypes):
+    """The text of a file in csrc without the kernels for maps of other dtypes, and for boxes of float64."""
+    text = file.read_text()
+    if "float64" not in dtypes:
+        text = text.replace("any_double ? f(double()) : f(float())", "f(float())")
+    for dtype, held in TYPES.items():
+        if dtype not in dtypes and CSRC / "cuda" in file.parents:
+            text = text.replace(f"return f({held}())", 'throw std::runtime_error("built without this dtype")')
+            text = re.sub(rf"^template .*<{held}>;\n", "", text, flags=re.M)
+    return text
+
+
+def _build(library, jobs, includes, link, edits, dtypes):
     """jobs: (source, its flags)"""
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
-        csrc = _edited(Path(work), edits) if edits else CSRC
+        csrc = _edited(Path(work), edits or [], dtypes) if edits or dtypes else CSRC
         includes = [*includes, f"-I{HERE}", f"-I{csrc}"]
 
         def compile_one(job):
@@ -136,8 +151,10 @@ def _object(source, flags, csrc, work):
     return target
 
 
-def _edited(work, edits):
+def _edited(work, edits, dtypes):
     csrc = Path(shutil.copytree(CSRC, work / "csrc"))
+    for file in [CSRC / "tensors.h", *(CSRC / "cuda" / "ops").iterdir()] if dtypes else []:
+        (csrc / file.relative_to(CSRC)).write_text(only_dtypes(file, dtypes))
     for file, old, new in edits:
         text = (csrc / file).read_text()
         if text.count(old) != 1:

@@ -199,7 +199,7 @@ MUTATIONS = {  # what is wrong: sources of cuda/ops that have it, the operator a
     "operator, size: the areas have one mask less than there are": (
         ["regions"],
         None,
-        None,
+        F32,
         "cuda/ops/regions.cu",
         "make({in.levels, in.masks()}, ScalarType::Float, boxes)",
         "make({in.levels, in.masks() - 1}, ScalarType::Float, boxes)",
@@ -222,7 +222,7 @@ def test_the_emulator_sees_mistakes(mutation, kernels):
     # All anchors fit into one chunk: else the barriers around the next chunk would stand in for a missing one.
     regions = make_regions(levels=2, shapes=[(20, 28), (5, 5)], strides=[8, 40])
     try:
-        mutated = operators.install(sources=sources, edits=[edit])
+        mutated = operators.install(sources=sources, edits=[edit], dtypes=[str(dtype).removeprefix("torch.")])
         failed = []
         for order in (0, 1):
             mutated.settings(seed=order)
@@ -233,7 +233,7 @@ def test_the_emulator_sees_mistakes(mutation, kernels):
                     check(variant, regions, dtype, channels=40, box_channels=24)
             except (AssertionError, RuntimeError) as error:
                 failed.append(error)
-        assert failed
+        assert failed and not any("built without this dtype" in str(error) for error in failed)
     finally:
         operators.install()
 

@@ -14,18 +14,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from emulator.build import BuildError, _pybind11
+from emulator.build import CSRC, BuildError, _pybind11, only_dtypes
 
 from . import translate
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-CSRC = ROOT / "csrc"
 CACHE = Path(os.environ.get("SEA_KERNELS_PTX_CACHE", ROOT / "build" / "ptx"))
 
 HOST = ["-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
 TRANSLATED = ["-std=c++17", *HOST, "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off", "-mavx2", "-mfma"]
-TYPES = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 
 def load(architecture=90, sources=None, count=False, dtypes=None, kernels=None, contract=False, tell=None):
@@ -119,16 +117,8 @@ class Build:
     def overlay(self, dtypes):
         """A folder with those files of csrc that choose dtypes, without the dtypes that are not wanted."""
         folder = CACHE / f"csrc-{'-'.join(sorted(dtypes))}"
-        wanted = [TYPES[dtype] for dtype in dtypes]
         for file in [CSRC / "tensors.h", *(CSRC / "cuda" / "ops").iterdir()]:
-            text = file.read_text()
-            if "float64" not in dtypes:  # neither to compute in, nor in boxes
-                text = text.replace("any_double ? f(double()) : f(float())", "f(float())")
-            for held in TYPES.values():
-                if held not in wanted and CSRC / "cuda" in file.parents:
-                    text = text.replace(f"return f({held}())", 'throw std::runtime_error("built without this dtype")')
-                    text = re.sub(rf"^template .*<{held}>;\n", "", text, flags=re.M)
-            target = folder / file.relative_to(CSRC)
+            text, target = only_dtypes(file, dtypes), folder / file.relative_to(CSRC)
             if not target.exists() or target.read_text() != text:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(text)
