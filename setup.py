@@ -120,8 +120,8 @@ def architectures(nvcc):
             continue
         built.append(name)
         number = match[1] + match[2]
-        # PTX takes longer to make than machine code from it, and no kernel needs what came after 10.0.
-        arch = "100" if "10.0" in names and int(match[1]) > 10 and not match[3] else number
+        # PTX takes longer to make than machine code from it, and no kernel needs what came after 9.0.
+        arch = "90" if "9.0" in names and int(match[1]) > 9 and not match[3] else number
         for code in ["sm", "compute"] if match[3] else ["sm"]:
             flags.append(f"-gencode=arch=compute_{arch},code={code}_{number}")
     if not built:

@@ -30,6 +30,7 @@ _MULTIPLY = {  # by a kernel's first template argument: the products that it mus
 }
 MATRIX_KERNELS = {
     "distance": _MULTIPLY,
+    "distance_few": {kind: _MULTIPLY[kind] for kind in ("__nv_bfloat16", "__half")},
     "distance_backward": _MULTIPLY,
     "distance_backward_few": {"__nv_bfloat16": ["F32", "F32.BF16"], "__half": ["F32"]},
 }

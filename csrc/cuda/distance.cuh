@@ -128,6 +128,7 @@ struct DistanceParams {
   T* moments;     // [slices + entries, masks, max_channels]; null: none
   double* terms;  // [slices + entries] of the distance loss, to be divided by the valid pixels of the level
   bool save;      // the pixels' softmax
+  int few;        // distance_few() handles launches with at most so many anchors; -1: none
 };
 
 // The divergence and the moments. Grid: slices, groups.
@@ -135,6 +136,7 @@ template <class X>
 __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constant__ DistanceParams<X> params) {
   using T = Compute<X>;
   MainLoop<X, DistanceEntry> loop(params.pyramid, params.masks, params.block, 2, false, false);
+  if (loop.count <= params.few) return;
   if (loop.own > 0 && loop.chunks > 1) return;  // the first group's block does all, as it reads back its own softmax
   const bool with_moments = params.moments && loop.chunks == 1;
   typename MainLoop<X, DistanceEntry>::Moments moments{};

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kMainThreads, 1)
     typename Loop::Cosines z;
     float inverse[2], shift[2];
     bool valid[2];
-    const WorkTile own = loop.of_half(loop.at, loop.first() / loop.kM);
+    const WorkTile& own = loop.at(loop.first() / loop.kM);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int u = loop.pixel(i);
@@ -80,13 +80,13 @@ __global__ void __launch_bounds__(kMainThreads, 1)
     const int channels = static_cast<int>(loop.entry().channels), column = threadIdx.x % kMaxBlockK;
     const int from = threadIdx.x / kMaxBlockK * kShare;
 #pragma unroll 1
-    for (int half = 0; half < loop.tiles; ++half) {
+    for (int half = 0; half < loop.tiles(); ++half) {
       if (half == 0)
         loop.template write_directions<0>(directions);
       else
         loop.template write_directions<1>(directions);
       __syncthreads();
-      const WorkTile at = loop.of_half(loop.at, half);
+      const WorkTile at = loop.at(half);
       const float* const factors = loop.memory.direct + half * loop.kM;
       const auto direct = [&](int u, const float (&x)[Packed<X>::kSize], float (&gradient)[Packed<X>::kSize]) {
         constexpr int kStep = Packed<X>::kSize;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMainThreads, 1)
                  loop.block.k, write);
     }
   };
-  loop.each_pair(work);
+  loop.each_tile_pair([&](bool entered) { loop.begin(entered); }, work, [] {});
 }
 
 }  // namespace sea

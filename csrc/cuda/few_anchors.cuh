@@ -1,6 +1,6 @@
 // The main loop of backward for 16-bit maps with few anchors: at most 63, since one of 64 rows is needed for h_r
 // (below), and at most 256 channels. A batch of 16 COCO images is about at this limit, smaller ones are below it.
-// mainloop.cuh is for everything else, and for forward, whose loss has to be as exact as float32.
+// Forward, whose loss has to be as exact as float32, has distance_few.cuh. mainloop.cuh is for everything else.
 //
 // All anchors and all channels of two tiles of pixels are in shared memory at once, and the next two tiles load
 // meanwhile. A warp has one side and 16 pixels, which it reads once. Their cosines with all anchors stay in its
@@ -14,11 +14,9 @@
 //   f . h_p is about f . d_p + (f . h_r) (1 + h_r . l_p).
 // For f . h_r, the last row of the units is h_r itself.
 #pragma once
-#include "mainloop.cuh"
+#include "tile_pairs.cuh"
 
 namespace sea {
-
-constexpr int kFewAnchors = 63;
 
 // For two columns of the products: `factor` times f . h_r is added, then `absent` as in MainMemory.
 struct ColumnPair {
@@ -35,6 +33,7 @@ struct FewMemory {
   float* out;            // [k, kM], in the place of exchange and coefficients: see direction()
   ColumnPair* columns;   // [2 sides, n / 2]
   float* direct;         // [2, kPixels] as in MainMemory
+  TilePair* pairs;       // [2 stages]
   TileMasks masks[2];
 
   __host__ __device__ FewMemory(Carver& carver, BlockShape block)
@@ -43,6 +42,7 @@ struct FewMemory {
         masks{{carver, kM, 128}, {carver, kM, 128}} {
     columns = carver.take<ColumnPair>(block.n);
     direct = carver.take<float>(2 * kPixels);
+    pairs = carver.take<TilePair>(2);
     const int64_t start = carver.used();
     exchange = carver.take<float>(kPixels * block.n);
     coefficients = carver.take<__half>(kPixels * kMaxBlockN);
@@ -51,55 +51,24 @@ struct FewMemory {
   }
 };
 
-// The block's shape if it fits into shared memory, else {0, 0}.
-template <class X>
-BlockShape choose_few_block(int64_t masks, int64_t channels) {
-  if (sizeof(X) > 2 || channels > kMaxBlockK) return {0, 0};
-  BlockShape block{static_cast<int>(std::min<int64_t>(round_up(masks, 16), kMaxBlockN)), kMaxBlockK};
-  while (block.k > 64 && block.k / 2 >= channels) block.k /= 2;
-  return bytes_of<FewMemory<X>>(block) <= shared_memory_limit() ? block : BlockShape{0, 0};
-}
-
 // All methods are called by all threads of the block. E derives from MainEntry.
 template <class X, class E>
-class FewAnchors {
+class FewAnchors : public TilePairs<X, E, FewMemory<X>> {
+  using Base = TilePairs<X, E, FewMemory<X>>;
+  using Base::each_step;
+
  public:
-  static constexpr int kM = kBlockM<X>, kPixels = 2 * kM;
+  using Base::at, Base::block, Base::count, Base::entry, Base::kM, Base::kPixels, Base::lane, Base::masks;
+  using Base::memory, Base::rows, Base::side, Base::tile, Base::warp;
   static constexpr int kWarpM = 16;  // pixels of a warp
-  static constexpr int kStepK = MainLoop<X, E>::kStepK, kTilesK = MainLoop<X, E>::kTilesK;
 
-  const Pyramid<E>& pyramid;
-  const Masks& masks;
-  const BlockShape block;
-  const int count, rows;  // anchors; rows of the units in use, a multiple of 16 and more than `count`
-  Carver carver;
-  FewMemory<X> memory;
-  WorkTile at[2];  // the second tile of a pair may be empty: `tiles` is 1 then
-  int tiles;
-
-  __device__ FewAnchors(const Pyramid<E>& pyramid_, const Masks& masks_, BlockShape block_, int count_)
-      : pyramid(pyramid_),
-        masks(masks_),
-        block(block_),
-        count(count_),
-        rows(static_cast<int>(round_up(count_, 16))),
-        carver(shared_memory()),
-        memory(carver, block_) {
+  __device__ FewAnchors(const Pyramid<E>& pyramid, const Masks& masks, BlockShape block, int count)
+      : Base(pyramid, masks, block, count) {
     memory.masks[0].count = memory.masks[1].count = (count + 31) / 32;
   }
 
-  __device__ int lane() const { return threadIdx.x % 32; }
-  __device__ int warp() const { return threadIdx.x / 32; }
-  __device__ int side() const { return warp() / 4; }
   __device__ int first() const { return warp() % 4 * kWarpM; }  // pixel of this warp; its lanes have two of them
   __device__ int pixel(int i) const { return first() + lane() / 4 + 8 * i; }
-  __device__ const E& entry() const { return pyramid.entries[at[0].entry]; }
-  // Chosen piece by piece, as in tile_of().
-  __device__ WorkTile of_half(const WorkTile (&pair)[2], int half) const {
-    WorkTile out = pair[0];
-    if (half) out.image = pair[1].image, out.first = pair[1].first, out.count = pair[1].count;
-    return out;
-  }
   __device__ bool valid(int u) const { return valid_bits<1>(u / kM, u % kM); }
   // Of the pixels u .. u + kStep - 1 of a tile, as bits.
   template <int kStep>
@@ -115,32 +84,12 @@ class FewAnchors {
     }
     return out;
   }
-  __device__ Tile<X> tile(int side, int half) const {
-    return make_tile(tile_data(stage_, side, half), entry().maps[side], kM, block.k);
-  }
 
-  // Calls work() for each pair of tiles of the block.
-  template <class Work>
-  __device__ void each_pair(Work work) {
-    int64_t t = first_tile(pyramid, blockIdx.x);
-    end_ = first_tile(pyramid, blockIdx.x + 1);
-    if (t == end_) return;
-    load(0, t);
-    for (bool entered = true; t < end_; stage_ = 1 - stage_) {
-      entered = entered || next_[0].entry != at[0].entry;
-      at[0] = next_[0];
-      at[1] = next_[1];
-      tiles = next_tiles_;
-      if (entered) load_units();
-      entered = false;
-      memory.masks[0].template load<0>(masks, entry(), at[0]);
-      memory.masks[1].template load<1>(masks, entry(), at[1]);
-      copy_async_wait<0>();
-      __syncthreads();
-      t += tiles;
-      if (t < end_) load(1 - stage_, t);
-      work();
-    }
+  // What a pair of tiles needs beside its pixels. A barrier has to follow.
+  __device__ void begin(bool entered) {
+    if (entered) load_units();
+    memory.masks[0].template load<0>(masks, entry(), at(0));
+    memory.masks[1].template load<1>(masks, entry(), at(1));
   }
 
   // [j][i]: the cosine of pixel(i / 2) with the anchor 8 j + 2 (lane % 4) + i % 2.
@@ -152,7 +101,7 @@ class FewAnchors {
     const Tile<X> own = tile(side(), first() / kM);
     const int lane = thread_index() % 32;
     const unsigned low = lane / 8 % 2 * 8, high = lane / 16 * 8;
-    const auto read = [&](auto blocks) { each_step([&](int k) { blocks.load(x[k], k / 4 * 64, k % 4 * 16); }); };
+    const auto read = [&](auto blocks) { this->each_step([&](int k) { blocks.load(x[k], k / 4 * 64, k % 4 * 16); }); };
     if (own.pixel_rows)
       read(Blocks<false, X>(own.matrix, first() % kM, low, high, lane));
     else
@@ -258,44 +207,7 @@ class FewAnchors {
   }
 
  private:
-  int stage_ = 0;
-  int64_t end_;
-  WorkTile next_[2];
-  int next_tiles_ = 1;
-
-  __device__ X* tile_data(int stage, int side, int half) const {
-    return memory.tiles + ((2 * stage + side) * 2 + half) * block.k * kM;
-  }
   __device__ Matrix<__half> units(int side) const { return {memory.units + side * block.n * block.k, block.k}; }
-
-  // The pair of tiles that begins with tile t. Both are of one entry.
-  __device__ void seek(int64_t t) {
-    next_[0] = of_half(next_, next_tiles_ - 1);
-    next_[0].tile = t - 1;
-    next_[0].seek(pyramid, t, kM);
-    next_[1] = next_[0];
-    const int32_t i = next_[0].entry;
-    const int64_t end = i + 1 < pyramid.count ? pyramid.entries[i + 1].first_tile : pyramid.tiles;
-    next_tiles_ = t + 1 < min(end, end_) ? 2 : 1;
-    if (next_tiles_ == 2)
-      next_[1].seek(pyramid, t + 1, kM);
-    else
-      next_[1].count = 0;
-  }
-
-  __device__ void load(int stage, int64_t t) {
-    seek(t);
-    const E& e = pyramid.entries[next_[0].entry];
-    constexpr int kThreads = kMainThreads / 2;
-    const int side = thread_index() / kThreads;
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      const WorkTile next = of_half(next_, half);
-      load_tile(tile_data(stage, side, half), e.maps[side], next.image, next.first, next.count, kM, 0,
-                static_cast<int>(e.channels), block.k, kThreads);
-    }
-    copy_async_commit();
-  }
 
   // d_p and what goes with it. Each warp handles one row at a time.
   __device__ void load_units() {
@@ -341,17 +253,6 @@ class FewAnchors {
 
   // The channels of the warp's pixels: 16 k .. + 15 in x[k], as the left operand of multiply_add().
   using Steps = uint32_t[kMaxBlockK / 16][4];
-
-  // Calls f(k) for the steps of 16 channels.
-  template <class F>
-  __device__ void each_step(F f) const {
-    constexpr int kTogether = 4;  // for fewer branches; block.k is a multiple of 64
-#pragma unroll
-    for (int k = 0; k < kMaxBlockK / 16; k += kTogether)
-      if (16 * k < block.k)
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) f(k + i);
-  }
 
   // The products with the rows 16 m .. of the units.
   template <int kCount>

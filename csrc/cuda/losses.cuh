@@ -7,6 +7,7 @@
 // The forward operators are pool, compare, or both. All maps go through each launch together, kMaxEntries at most.
 #pragma once
 #include "distance_backward_few.cuh"
+#include "distance_few.cuh"
 
 namespace sea {
 
@@ -199,12 +200,24 @@ void forward_launch(std::vector<Pair> pairs, const Masks& masks, const LossOptio
   T* sums = scratch.take<T>(gradient ? (distances.slices + distances.count) * masks.masks * distances.max_channels : 0);
   if (scratch.counts()) return;
   if (distances.count > 0) {
-    const BlockShape block = choose_block<X>(masks.masks, distances.max_channels);
-    const T scale = Exponential<X>::scale(options.distance_temperature);
-    const int64_t groups = gradient ? divide_up(distances.max_channels, block.k) : 1;
-    launch(distance<X>, "distance", dim3(distances.slices, static_cast<unsigned>(groups)), kMainThreads,
-           bytes_of<MainMemory<X>>(block), stream,
-           DistanceParams<X>{distances, masks, block, scale, gradient ? sums : nullptr, distance_terms, options.save});
+    DistanceParams<X> params{distances,
+                             masks,
+                             choose_few_block<X, DistanceFewMemory<X>>(masks.masks, distances.max_channels),
+                             Exponential<X>::scale(options.distance_temperature),
+                             gradient ? sums : nullptr,
+                             distance_terms,
+                             options.save};
+    params.few = params.block.n > 0 ? kFewAnchors : -1;
+    if constexpr (sizeof(X) == 2)
+      if (params.few > 0)
+        launch(distance_few<X>, "distance_few", dim3(distances.slices), kMainThreads,
+               bytes_of<DistanceFewMemory<X>>(params.block), stream, params);
+    if (masks.masks > params.few) {
+      params.block = choose_block<X>(masks.masks, distances.max_channels);
+      const int64_t groups = gradient ? divide_up(distances.max_channels, params.block.k) : 1;
+      launch(distance<X>, "distance", dim3(distances.slices, static_cast<unsigned>(groups)), kMainThreads,
+             bytes_of<MainMemory<X>>(params.block), stream, params);
+    }
     last.pyramid = make_pyramid<ProjectEntry>(pairs, kBlockM<X>, options.slices, has_distances, distance_work);
     last.distance = distance_terms;
     last.moments = sums;
@@ -258,7 +271,7 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
         given};
     const auto& pyramid = params.pyramid;
     if (pyramid.count == 0) return;
-    params.block = choose_few_block<X>(masks.masks, pyramid.max_channels);
+    params.block = choose_few_block<X, FewMemory<X>>(masks.masks, pyramid.max_channels);
     params.few = params.block.n > 0 ? kFewAnchors : -1;
     if constexpr (sizeof(X) == 2)
       if (params.few > 0)

@@ -1,5 +1,5 @@
-// The main loop of the kernels that compare pixels with anchors, but for few_anchors.cuh: tiles of pixels stream
-// through shared memory, and their cosines with the unit anchors are matrix products.
+// The main loop of the kernels that compare pixels with anchors, but for those of few anchors (tile_pairs.cuh): tiles
+// of pixels stream through shared memory, and their cosines with the unit anchors are matrix products.
 //
 // In the terms of a matrix product, M is pixels, N anchors and K channels. A thread block has one slice of the tiles,
 // each of block M pixels. The unit anchors of the current map stay in shared memory, block N anchors and block K
@@ -92,14 +92,33 @@ struct MainEntry : Entry {
       : Entry(pair), maps{TileMap(pair.student), TileMap(pair.teacher)}, units(pair.units) {}
 };
 
+constexpr int kMainWarps = kMainThreads / 32;
+// A warp's channels in products with all channels of a block: 16 of every kStepK.
+constexpr int kStepK = 16 * kMainWarps, kTilesK = kMaxBlockK / kStepK;
+
+// Writes the block's moments (anchors 16 m .. + 15, channels 16 warp + kStepK n .. + 15) and sets them to zero.
+template <class T>
+__device__ inline void write_moments(T (&moments)[kMaxBlockN / 16][kTilesK][2][4],
+                                     T* out,  // [rows, columns], rows `pitch` apart
+                                     int64_t pitch, int rows, int columns) {
+  const int first = 16 * (thread_index() / 32);
+#pragma unroll
+  for (int m = 0; m < kMaxBlockN / 16; ++m)
+#pragma unroll
+    for (int n = 0; n < kTilesK; ++n)
+      each(moments[m][n], [&](int row, int column, T& value) {
+        const int p = 16 * m + row, c = first + kStepK * n + column;
+        if (p < rows && c < columns) out[p * pitch + c] = value;
+        value = 0;
+      });
+}
+
 // All methods are called by all threads of the block. E derives from MainEntry.
 template <class X, class E>
 class MainLoop {
  public:
   using T = Compute<X>;
-  static constexpr int kWarps = kMainThreads / 32;
-  static constexpr int kM = kBlockM<X>, kRowTiles = kM / 16, kLanes = kMainThreads / kM;
-  static constexpr int kStepK = 16 * kWarps, kTilesK = kMaxBlockK / kStepK;  // a warp's channels: 16 of every kStepK
+  static constexpr int kWarps = kMainWarps, kM = kBlockM<X>, kRowTiles = kM / 16, kLanes = kMainThreads / kM;
   // For work that is done pixel by pixel, kLanes neighboring threads share a pixel. For 16-bit types a warp has every
   // other one of 8 pixels, because neighbors share banks in the cosines and coefficients.
   __device__ int pixel() const {
@@ -241,7 +260,7 @@ class MainLoop {
     });
   }
 
-  // moments[m][n] += coefficients (anchors 16 m .. + 15) times the student's tile (channels 16 warp + kStepK n .. + 15)
+  // moments[m][n] += coefficients (anchors 16 m .. + 15) times the student's tile (channels as in write_moments())
   using Moments = T[kMaxBlockN / 16][kTilesK][2][4];
   __device__ void add_moments(Moments& moments, int rows) {
     Operand<Wide<X>, kParts<X>, true> left;
@@ -258,18 +277,8 @@ class MainLoop {
   __device__ void write_moments(Moments& moments,
                                 T* out,  // [masks, max_channels]
                                 int64_t p0) {
-    const int channels = own_channels(), first = 16 * warp();
-#pragma unroll
-    for (int m = 0; m < kMaxBlockN / 16; ++m)
-#pragma unroll
-      for (int n = 0; n < kTilesK; ++n)
-        each(moments[m][n], [&](int row, int column, T& value) {
-          const int64_t p = p0 + 16 * m + row;
-          const int c = first + kStepK * n + column;
-          if (16 * m + row < block.n && p < count && c < channels)
-            out[p * pyramid.max_channels + own_channel() + c] = value;
-          value = 0;
-        });
+    sea::write_moments(moments, out + p0 * pyramid.max_channels + own_channel(), pyramid.max_channels,
+                       part_of(count - p0, block.n), own_channels());
   }
 
   // Sets pixels that are not valid to zero in the student's tile: what is multiplied by zero must be finite.

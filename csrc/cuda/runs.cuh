@@ -18,6 +18,13 @@ __device__ inline int present_masks(const Masks& masks) {
   return 1 + 2 * present;
 }
 
+// Which pixels of a tile of 32 are in a mask, as bits.
+__device__ inline uint32_t valid_pixels(const Masks& masks, const Entry& entry, const WorkTile& at) {
+  if (at.count == 0) return 0;
+  const int64_t word = entry.first_run + at.image * divide_up(entry.image(), 32) + at.first / 32;
+  return (masks.runs ? masks.runs[word].valid : 0) >> at.first % 32 & ~0u >> (32 - at.count);
+}
+
 // The runs of a tile, listed in shared memory.
 struct TileMasks {
   uint32_t* inner;        // [pixels / 32, rounded up] a bit a pixel: it lies inside the image

@@ -63,8 +63,22 @@ def test_any_order_of_threads_gives_the_same_bits(dtype, order, kernels):
 def test_shares_of_any_size(slices, kernels):
     """Blocks with one tile each, blocks that see several pairs and images."""
     kernels.settings(slices=slices)
-    check(EVERYTHING, make_regions(levels=4, number=9), channels=33, box_channels=17, sets=2)
+    for dtype in (F32, BF16):
+        check(EVERYTHING, make_regions(levels=4, number=9), dtype, channels=33, box_channels=17, sets=2)
     check("anchor_cosine", make_regions(levels=3), channels=33)
+
+
+@pytest.mark.parametrize(
+    "limit, num_classes, few, general", [(227, 20, 1, 0), (227, 80, 1, 1), (163, 20, 0, 1)], ids=str
+)
+def test_which_kernels_compute_the_distances(limit, num_classes, few, general, kernels):
+    """Those for few anchors, where shared memory has room; also the general ones where there may be many anchors."""
+    kernels.settings(shared_memory_limit=limit << 10)
+    regions = make_regions(levels=1, number=40, num_classes=num_classes, shapes=[(5, 7)], strides=[32])
+    run(EVERYTHING, make_inputs(regions, 200, 24, dtype=BF16), regions)
+    launches = kernels.launches()
+    for kernel in ("distance", "distance_backward"):
+        assert (launches.get(f"{kernel}_few", 0), launches.get(kernel, 0)) == (few, general)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -162,6 +176,15 @@ MUTATIONS = {  # what is wrong: sources of cuda/ops that have it, the operator a
         """maps[1], kM, block.k) : tile[0];
     __syncthreads();""",
         "maps[1], kM, block.k) : tile[0];",
+    ),
+    "barrier: cosines are used before every warp has written its own": (
+        ["losses", "pool"],
+        EVERYTHING,
+        BF16,
+        "cuda/distance_few.cuh",
+        """    __syncthreads();
+    const int u = loop.pixel();""",
+        "    const int u = loop.pixel();",
     ),
     "barrier: the teacher's softmax is used before it is there": (
         ["losses", "pool"],

@@ -56,7 +56,7 @@ def test_a_trap_is_an_error():
 
 def test_the_committed_table_has_the_kernels_of_a_step():
     kernels = first_look.counted("W1")  # what .ci/run compares with
-    assert {"pool", "distance", "backward", "distance_backward_few"} <= set(kernels)
+    assert {"pool", "distance_few", "backward", "distance_backward_few"} <= set(kernels)
     assert all(kernels[name]["tiles"] > 0 for name in count_work.DEAL_OUT_TILES & set(kernels))
 
 
