@@ -212,6 +212,12 @@ class Summary:
         return [name for x, name in self.outcomes if x == outcome]
 
 
+def own_group():
+    os.setpgrp()  # not a session: what a machine ends with the call must include it
+    # A shell starts its background processes with SIGINT ignored; a shell that begins so cannot trap it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Running:
     """A step that has begun, in a process group of its own."""
 
@@ -225,7 +231,7 @@ class Running:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                preexec_fn=os.setpgrp,  # not a session: what a machine ends with the call must include it
+                preexec_fn=own_group,
             )
 
     def signal(self, number):

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -125,6 +126,7 @@ def run(check, folder, *steps, seconds=60, rehearse=False):
 
 def test_a_step_that_fails_or_hangs_costs_no_other(check, folder, monkeypatch):
     monkeypatch.setattr(check, "GRACE", 5.0)  # a busy machine may need seconds to run the trap
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
     summary = run(
         check,
         folder,
@@ -133,6 +135,7 @@ def test_a_step_that_fails_or_hangs_costs_no_other(check, folder, monkeypatch):
         sh(check, "asked", "trap 'echo asked; exit 0' INT; while true; do sleep 0.01; done", seconds=12),
         sh(check, "shown", "echo one; echo two", 60, check.ALONE, shown=True),
     )
+    signal.signal(signal.SIGINT, before)
     assert sorted(summary.names("FAILED")) == ["asked", "broken", "hangs"] and summary.names("ok") == ["shown"]
     text = (folder / "out" / "summary.txt").read_text()
     assert "broken: 0 s, exit status 3\nso\n" in text and "hangs: not done in" in text and text.endswith("one\ntwo\n")
