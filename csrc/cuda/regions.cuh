@@ -307,6 +307,7 @@ __global__ void __launch_bounds__(kTileThreads) rasterize_tiles(const __grid_con
     };
     int listed = 0;
     const auto mark_listed = [&] {
+#pragma unroll 1
       for (int i = 0; i < listed; ++i) {
         const TileBox box = memory.boxes[i];
         if (!(box.rows >> row & 1)) continue;
