@@ -128,7 +128,7 @@ struct DistanceParams {
   T* moments;     // [slices + entries, masks, max_channels]; null: none
   double* terms;  // [slices + entries] of the distance loss, to be divided by the valid pixels of the level
   bool save;      // the pixels' softmax
-  int few;        // distance_few() handles launches with at most so many anchors; -1: none
+  int few;        // distance_few() handles launches with up to this many anchors; -1: none
 };
 
 // The divergence and the moments. Grid: slices, groups.

@@ -1,10 +1,11 @@
-// distance() for 16-bit maps with few anchors: at most 63, and at most 256 channels, as in few_anchors.cuh. The loss
-// has to be as exact as float32, so unit anchors have two parts, rounded and rest (see mma.cuh).
+// distance() for 16-bit maps with at most 63 anchors and 256 channels. The loss has to be as exact as float32, so unit
+// anchors have two parts, rounded and rest (see mma.cuh). The coefficients of the moments, from which only a gradient
+// follows, have one; distance() gives them two.
 //
-// A warp has one side and 16 anchors, and multiplies these with all pixels of two tiles. It keeps the rests of its
-// anchors in registers until the map ends. The rounded parts of all anchors are in shared memory, which has no room for
-// both parts beside two stages of two tiles. So each warp reads a tile once for both parts, and each part of an anchor
-// is read by one warp only.
+// Each warp takes one side and 16 anchors, and multiplies them by all pixels of two tiles. Shared memory has no room
+// for both parts of the anchors next to two stages of two tiles. It holds the rounded parts of all anchors; each warp
+// keeps the rests of its own anchors in registers until the map ends. A warp reads each block of pixels once for both
+// parts, and only one warp reads each anchor.
 #pragma once
 #include "distance.cuh"
 #include "tile_pairs.cuh"
@@ -16,17 +17,17 @@ struct DistanceFewMemory {
   static constexpr int kM = kBlockM<X>, kPixels = 2 * kM;
   X* units;               // [2 sides, n, k] rounded parts
   X* tiles;               // [2 stages, 2 sides, 2 tiles, k * kM]
-  float* cosines;         // [2 sides, kPixels, kMaxBlockN] see cosine_pair(); then the teacher's exponentials
-  Wide<X>* coefficients;  // [kPixels, 2 * kMaxBlockN], each pixel's in the place of its student's cosines
-  X* rest;                // [n, k] of the unit anchors of one side, in the place of the cosines
+  float* cosines;         // [2 sides, kPixels, kMaxBlockN] as in cosine_pair(); then the teacher's exponentials
+  Wide<X>* coefficients;  // [kPixels, 2 * kMaxBlockN] half of each row, in the place of the pixel's student cosines
+  X* rest;                // [n, k] the rests of one side's unit anchors while they load, in the place of the cosines
   float* inverse_norm;    // [2 sides, kPixels]
   float* absent;          // [kMaxBlockN] as in MainMemory
   double* scratch;        // [32]
-  double* terms;          // [kPixels] each pixel's part of the loss, of all tiles of the map so far
+  double* terms;          // [kPixels] the loss at each position of a pair, summed over the map's pairs so far
   uint32_t* valid;        // [2 stages, 2 tiles] a bit a pixel: it is in a mask
   TilePair* pairs;        // [2 stages]
 
-  // First what has a constant address, which takes no register.
+  // Pieces at constant offsets come first: their addresses take no register.
   __host__ __device__ DistanceFewMemory(Carver& carver, BlockShape block) {
     inverse_norm = carver.take<float>(2 * kPixels);
     absent = carver.take<float>(kMaxBlockN);
@@ -63,13 +64,13 @@ class DistanceFew : public TilePairs<X, DistanceEntry, DistanceFewMemory<X>> {
   __device__ bool leads() const { return thread_index() % kLanes == 0; }
   __device__ bool valid(int u) const { return memory.valid[2 * stage() + u / kM] >> u % kM & 1; }
 
-  // What a pair of tiles needs beside its pixels. A barrier has to follow.
+  // Loads what a pair of tiles needs besides its pixels. A barrier has to follow.
   __device__ void begin(bool entered, Rests& rests) const {
     if (entered) load_units(rests);
     if (threadIdx.x < 2u) memory.valid[2 * stage() + threadIdx.x] = valid_pixels(masks, entry(), at(threadIdx.x));
   }
 
-  // The cosines of all pixels, times `scale`, to memory. A barrier has to follow.
+  // Writes the cosines of all pixels, times `scale`, to shared memory. A barrier has to follow.
   __device__ void write_cosines(const Rests& rests, float scale) const {
     float products[kRowTiles][2][4] = {}, squares[2][4] = {};
     const bool there = row() < rows, pixel_rows = entry().maps[side()].pixel_rows;
@@ -97,12 +98,13 @@ class DistanceFew : public TilePairs<X, DistanceEntry, DistanceFewMemory<X>> {
       });
   }
 
-  // Of two neighboring anchors. Without bank conflicts where 4 lanes have 2 anchors each of 8 pixels.
+  // The cosines of pixel u with anchors p and p + 1. No bank conflicts where groups of 4 lanes access 2 anchors each of
+  // 8 neighboring pixels.
   __device__ Packed<float, 2>* cosine_pair(int side, int u, int p) const {
     return reinterpret_cast<Packed<float, 2>*>(memory.cosines + (side * kPixels + u) * kMaxBlockN + (p ^ u % 8 * 8));
   }
 
-  // Calls f(p, k) for the pairs of anchors of a thread: p and p + 1.
+  // Calls f(p, k) for this thread's k-th pair of anchors, p and p + 1.
   static constexpr int kOwnPairs = kMaxBlockN / (2 * kLanes);
   template <class F>
   __device__ void each_anchor_pair(F f) const {
@@ -116,8 +118,8 @@ class DistanceFew : public TilePairs<X, DistanceEntry, DistanceFewMemory<X>> {
     return {memory.coefficients + half * kM * 2 * kMaxBlockN, 2 * kMaxBlockN};
   }
 
-  // Sets this thread's pixel to zero in the student's tile if it is not valid: what is multiplied by zero must be
-  // finite.
+  // If this thread's pixel is not valid, sets it to zero in the student's tile: its coefficients are 0, and 0 times NaN
+  // or infinity would be NaN.
   __device__ void clear_invalid_pixel() const {
     if (valid(pixel())) return;
     const Tile<X> own = tile(0, pixel() / kM);
@@ -147,7 +149,7 @@ class DistanceFew : public TilePairs<X, DistanceEntry, DistanceFewMemory<X>> {
     if (threadIdx.x < kMaxBlockN)
       memory.absent[threadIdx.x] =
           thread_index() < count && masks.area[e.level * masks.masks + threadIdx.x] > 0 ? 0.f : kAbsent;
-    const auto copy = [&](X* to, int part) {  // parts: those of the student, then of the teacher
+    const auto copy = [&](X* to, int part) {  // 0, 1: the student's rounded and rest; 2, 3: the teacher's
       const X* source = static_cast<const X*>(e.units) + part * masks.masks * e.pitch();
       copy_rows<16>(Matrix<X>{to, block.k}, kMainThreads, rows, source, e.pitch(), part_of(masks.masks, rows),
                     part_of(e.pitch(), block.k));
@@ -172,11 +174,12 @@ class DistanceFew : public TilePairs<X, DistanceEntry, DistanceFewMemory<X>> {
             static_cast<unsigned>(lane / 8 % 2 * 8), lane};
   }
 
-  // The first of the pixels of products[m]. Each warp begins with other ones, whose squares it sums up.
+  // The first pixel of products[m]. Each warp of a side starts at a different pixel, and sums up the squares of its
+  // first 16.
   __device__ int own_pixel(int m) const { return (warp() + m) % kRowTiles * 16; }
 
-  // products[m] += the pixels from own_pixel(m) on times the warp's anchors, if kThere; squares: as in
-  // multiply_by_itself(), of the first pixels.
+  // If kThere: products[m] += 16 pixels from own_pixel(m) on, times the warp's anchors. squares: as in
+  // multiply_by_itself(), of the 16 pixels of m = 0.
   template <bool kTransposed, bool kThere>
   __device__ void multiply_units(float (&products)[kRowTiles][2][4], float (&squares)[2][4], const Rests& rests) const {
     const int lane = thread_index() % 32;
@@ -210,6 +213,7 @@ class DistanceFew : public TilePairs<X, DistanceEntry, DistanceFewMemory<X>> {
   }
 };
 
+// The divergence and the moments as in distance(), if there are at most kFewAnchors anchors; otherwise returns at once.
 // Grid: slices.
 template <class X>
 __global__ void __launch_bounds__(kMainThreads, 1) distance_few(const __grid_constant__ DistanceParams<X> params) {
@@ -242,7 +246,7 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance_few(const __grid_con
       Packed<float, 2>& teacher = *loop.cosine_pair(1, u, p);
       Packed<float, 2> values = teacher;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {  // from here on, the exponentials take the places of the cosines
+      for (int i = 0; i < 2; ++i) {  // from here on, the exponentials replace the cosines
         const auto terms = softmax.add(student[k].x[i], values.x[i], 1.f);
         student[k].x[i] = terms.student;
         values.x[i] = terms.teacher;
@@ -261,7 +265,7 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance_few(const __grid_con
     loop.clear_invalid_pixel();
     const float inverse = valid ? loop.memory.inverse_norm[u] : 0.f;
     const float student_factor = inverse / softmax.student_sum, teacher_factor = inverse / softmax.teacher_sum;
-    __syncwarp();  // the lanes of a pixel have read its cosines
+    __syncwarp();  // all lanes of a pixel have read its cosines, which the coefficients overwrite
     loop.each_anchor_pair([&](int p, int k) {
       const Packed<float, 2> teacher = *loop.cosine_pair(1, u, p);
       float values[2];

@@ -1,24 +1,23 @@
-// The main loop of backward for 16-bit maps with few anchors: at most 63, since one of 64 rows is needed for h_r
-// (below), and at most 256 channels. A batch of 16 COCO images is about at this limit, smaller ones are below it.
-// Forward, whose loss has to be as exact as float32, has distance_few.cuh. mainloop.cuh is for everything else.
+// The main loop of backward for 16-bit maps with at most 63 anchors (of 64 rows, one is needed for h_r, below) and at
+// most 256 channels. A batch of 16 COCO images is close to this limit; smaller batches stay below it. Forward, whose
+// loss has to be as exact as float32, uses distance_few.cuh. Everything else uses mainloop.cuh.
 //
-// All anchors and all channels of two tiles of pixels are in shared memory at once, and the next two tiles load
-// meanwhile. A warp has one side and 16 pixels, which it reads once. Their cosines with all anchors stay in its
-// registers. Only the teacher's softmax goes through shared memory, to the warp with the student's side of these
-// pixels.
+// Shared memory holds all anchors, and all channels of two tiles, while the next two tiles load. Each warp takes one
+// side and 16 pixels and reads them once. Their cosines with all anchors stay in its registers; of these, only the
+// teacher's softmax is passed on, to the warp with the same pixels of the student.
 //
 // The coefficients e_p of a pixel add up to 0, so directions do not change if one vector is subtracted from all unit
 // anchors h_p. The products are those of d_p = h_p - h_r, where r is the first anchor that is present at this level:
 // float16 is exact enough for them without a second part. Rounding d_p loses l_p. Pixels point roughly along h_r, so
 // for a unit pixel f, f . l_p is about (f . h_r) (h_r . l_p), and with the rounded d_p
 //   f . h_p is about f . d_p + (f . h_r) (1 + h_r . l_p).
-// For f . h_r, the last row of the units is h_r itself.
+// To get f . h_r, row `rows` - 1 of the units is h_r itself.
 #pragma once
 #include "tile_pairs.cuh"
 
 namespace sea {
 
-// For two columns of the products: `factor` times f . h_r is added, then `absent` as in MainMemory.
+// For two columns of the products: `factor` times f . h_r is added, and after scaling `absent` as in MainMemory.
 struct ColumnPair {
   float factor[2], absent[2];
 };
@@ -26,7 +25,7 @@ struct ColumnPair {
 template <class X>
 struct FewMemory {
   static constexpr int kM = kBlockM<X>, kPixels = 2 * kM;
-  __half* units;         // [2 sides, n, k] d_p; the last row is h_r
+  __half* units;         // [2 sides, n, k] d_p; row `rows` - 1 is h_r
   X* tiles;              // [2 stages, 2 sides, 2 tiles, k * kM]
   float* exchange;       // [kPixels, n] from the teacher's warps to the student's, as their lanes hold it
   __half* coefficients;  // [kPixels, kMaxBlockN]
@@ -85,7 +84,7 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X>> {
     return out;
   }
 
-  // What a pair of tiles needs beside its pixels. A barrier has to follow.
+  // Loads what a pair of tiles needs besides its pixels. A barrier has to follow.
   __device__ void begin(bool entered) {
     if (entered) load_units();
     memory.masks[0].template load<0>(masks, entry(), at(0));

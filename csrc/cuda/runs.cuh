@@ -18,7 +18,7 @@ __device__ inline int present_masks(const Masks& masks) {
   return 1 + 2 * present;
 }
 
-// Which pixels of a tile of 32 are in a mask, as bits.
+// Which pixels of a tile are in a mask, as bits. The tile lies within 32 pixels whose first is a multiple of 32.
 __device__ inline uint32_t valid_pixels(const Masks& masks, const Entry& entry, const WorkTile& at) {
   if (at.count == 0) return 0;
   const int64_t word = entry.first_run + at.image * divide_up(entry.image(), 32) + at.first / 32;

@@ -1,5 +1,5 @@
-// A block's walk over its tiles, two at a time, for the kernels of few anchors: while a pair is worked on, the next one
-// loads. Both tiles of a pair are of one map; the second one may be missing.
+// How a block walks over its tiles, two at a time, in the kernels for few anchors. While it works on one pair, the next
+// pair loads. Both tiles of a pair belong to the same map; the second may be missing.
 #pragma once
 #include "mainloop.cuh"
 
@@ -7,10 +7,10 @@ namespace sea {
 
 constexpr int kFewAnchors = 63;
 
-// In shared memory, since matrix products need the registers.
+// Kept in shared memory, because the matrix products need the registers.
 struct TilePair {
-  WorkTile tile[2];
-  int tiles;  // 1 or 2
+  WorkTile tile[2];  // if there is no second tile, its count is 0
+  int tiles;         // 1 or 2
 };
 
 // The block's shape if a kernel of few anchors can run, else {0, 0}.
@@ -22,7 +22,7 @@ BlockShape choose_few_block(int64_t masks, int64_t channels) {
   return bytes_of<Memory>(block) <= shared_memory_limit() ? block : BlockShape{0, 0};
 }
 
-// All methods are called by all threads of the block. E derives from MainEntry. Memory has
+// All threads of the block call each_tile_pair(). E derives from MainEntry. Memory has
 //   X* tiles;         // [2 stages, 2 sides, 2 tiles, k * kM]
 //   TilePair* pairs;  // [2 stages]
 template <class X, class E, class Memory>
@@ -33,7 +33,8 @@ class TilePairs {
   const Pyramid<E>& pyramid;
   const Masks& masks;
   const BlockShape block;
-  const int count, rows;  // anchors; rows of the units in use, a multiple of 16 and more than `count`
+  // Anchors, an odd number: 1 + 2 * categories. rows: `count` rounded up to a multiple of 16, so at least one is spare.
+  const int count, rows;
   Carver carver;
   Memory memory;
 
@@ -57,8 +58,9 @@ class TilePairs {
     return make_tile(tile_data(stage_, side, half), entry().maps[side], kM, block.k);
   }
 
-  // Calls for each pair of tiles begin(whether it is the first one of its map), then work(); and leave() after the last
-  // one of each map. Between begin() and work() is a barrier; work() has at least one.
+  // For each pair of tiles, calls begin(whether it is the block's first pair of its map), waits at a barrier, and calls
+  // work(). Calls leave() after the block's last pair of each map. work() must contain a barrier: thread 0 stores where
+  // the next pair lies before it, and all threads read that after it.
   template <class Begin, class Work, class Leave>
   __device__ void each_tile_pair(Begin begin, Work work, Leave leave) {
     int64_t t = first_tile(pyramid, blockIdx.x);
@@ -79,7 +81,7 @@ class TilePairs {
   }
 
  protected:
-  // Calls f(k) for the steps of 16 channels.
+  // Calls f(k) for every 16 channels of the block: channels 16 k .. + 15.
   template <class F>
   __device__ void each_step(F f) const {
     constexpr int kTogether = 4;  // for fewer branches; block.k is a multiple of 64
@@ -97,8 +99,8 @@ class TilePairs {
     return memory.tiles + ((2 * stage + side) * 2 + half) * block.k * kM;
   }
 
-  // Begins to load the tiles t and t + 1, the second one only if it is of the same map and before `end`. last: the tile
-  // before t.
+  // Starts to load tile t, and tile t + 1 if it belongs to the same map and comes before `end`; otherwise fills the
+  // second tile with zeros. last: the tile before t, or {}.
   __device__ void load(int stage, WorkTile last, int64_t t, int64_t end) {
     constexpr int kThreads = kMainThreads / 2;
     const int side = thread_index() / kThreads;

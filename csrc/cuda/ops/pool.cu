@@ -1,5 +1,5 @@
-// The operators of anchor_pool: they turn tensors into pointers and allocate memory with torch. The kernels of pool.cuh
-// and backward.cuh without distances are compiled here, for the losses too.
+// The operators of anchor_pool: they turn tensors into pointers and allocate memory with torch. run_pool() and
+// run_backward(), which the losses use too, are compiled here and only here.
 #include <cuda/losses.cuh>
 
 #include "tensors.h"
