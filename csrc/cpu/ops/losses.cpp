@@ -47,8 +47,8 @@ void pool_and_localize(const Set& set, const Masks& masks, Levels levels, T temp
   }
 }
 
-// Blocks of 8 tiles, larger ones where the partial sums of the anchors' gradient would take more than a sixteenth of
-// the map. Block::level is an index into `levels`.
+// Blocks of about 8 tiles, or of up to 96 where the partial sums of the anchors' gradient would take more than a
+// sixteenth of the map. Block::level is an index into `levels`.
 template <class T>
 std::vector<Block> make_distance_blocks(const std::vector<Distance<T>>& levels) {
   std::vector<Block> blocks;
