@@ -187,9 +187,7 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
               teacher[k].x[i] = terms.teacher;
             }
           });
-          softmax.student_sum = sum_over_lanes<loop.kLanes>(softmax.student_sum);
-          softmax.teacher_sum = sum_over_lanes<loop.kLanes>(softmax.teacher_sum);
-          softmax.difference = sum_over_lanes<loop.kLanes>(softmax.difference);
+          softmax.template add_lanes<loop.kLanes>();
           if (loop.lane() == 0) softmax.write(state + pixel, loop.kM);
           if (with_moments) {
             const T inverse = loop.valid(pixel) ? loop.memory.inverse_norm[pixel] : T(0);

@@ -51,7 +51,7 @@ class DistanceFew : public TilePairs<X, DistanceEntry, DistanceFewMemory<X>> {
   using Base = TilePairs<X, DistanceEntry, DistanceFewMemory<X>>;
 
  public:
-  using Base::at, Base::block, Base::count, Base::entry, Base::kM, Base::kPixels, Base::lane, Base::masks;
+  using Base::at, Base::block, Base::count, Base::entry, Base::kM, Base::kPixels, Base::masks;
   using Base::memory, Base::rows, Base::side, Base::stage, Base::tile, Base::tiles, Base::warp, Base::Base;
   static constexpr int kRowTiles = kPixels / 16, kLanes = kMainThreads / kPixels;
 
@@ -83,7 +83,7 @@ class DistanceFew : public TilePairs<X, DistanceEntry, DistanceFewMemory<X>> {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         memory.inverse_norm[side() * kPixels + own_pixel(0) + 8 * i + g] =
-            inverse_or_zero(sqrtf(g % 2 ? squares[i][2 * i + 1] : squares[i][2 * i]));
+            inverse_or_zero(sqrtf(square_of(squares, i, g)));
     __syncthreads();
     if (!there) return;
 #pragma unroll
@@ -179,7 +179,7 @@ class DistanceFew : public TilePairs<X, DistanceEntry, DistanceFewMemory<X>> {
   __device__ int own_pixel(int m) const { return (warp() + m) % kRowTiles * 16; }
 
   // If kThere: products[m] += 16 pixels from own_pixel(m) on, times the warp's anchors. squares: as in
-  // multiply_by_itself(), of the 16 pixels of m = 0.
+  // square_add(), of the 16 pixels of m = 0.
   template <bool kTransposed, bool kThere>
   __device__ void multiply_units(float (&products)[kRowTiles][2][4], float (&squares)[2][4], const Rests& rests) const {
     const int lane = thread_index() % 32;
@@ -197,13 +197,9 @@ class DistanceFew : public TilePairs<X, DistanceEntry, DistanceFewMemory<X>> {
       for (int m = 0; m < (kThere ? kRowTiles : 1); ++m) {
         uint32_t a[4];
         a_blocks[m].load(a, k / 4 * 64, k % 4 * 16);
+        if (m == 0) square_add(squares, a, X());
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (m == 0) {
-            const uint32_t same[2] = {a[h], a[h + 2]};
-            multiply_add(squares[h], a, same, X());
-          }
-          if (!kThere) continue;
+        for (int h = 0; h < (kThere ? 2 : 0); ++h) {
           const uint32_t rounded[2] = {b[2 * h], b[2 * h + 1]}, rest[2] = {rests[k][2 * h], rests[k][2 * h + 1]};
           multiply_add(products[m][h], a, rounded, X());
           multiply_add(products[m][h], a, rest, X());
@@ -253,9 +249,7 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance_few(const __grid_con
       }
       teacher = values;
     });
-    softmax.student_sum = sum_over_lanes<Loop::kLanes>(softmax.student_sum);
-    softmax.teacher_sum = sum_over_lanes<Loop::kLanes>(softmax.teacher_sum);
-    softmax.difference = sum_over_lanes<Loop::kLanes>(softmax.difference);
+    softmax.template add_lanes<Loop::kLanes>();
     if (valid && loop.leads()) {
       loop.memory.terms[u] += softmax.divergence(1);
       if (params.save)

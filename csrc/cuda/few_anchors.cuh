@@ -275,19 +275,11 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X>> {
   // 1 / |F| of pixel(0) and pixel(1): the diagonal of the products of the pixels with themselves.
   __device__ void find_inverse(float (&inverse)[2], const Steps& x) const {
     float squares[2][4] = {};
-    each_step([&](int k) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t same[2] = {x[k][h], x[k][h + 2]};
-        multiply_add(squares[h], x[k], same, X());
-      }
-    });
+    each_step([&](int k) { square_add(squares, x[k], X()); });
     const int g = lane() / 4, source = (lane() & ~3) | g / 2;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float square = g % 2 ? squares[i][2 * i + 1] : squares[i][2 * i];
-      inverse[i] = inverse_or_zero(sqrtf(__shfl_sync(kAllLanes, square, source)));
-    }
+    for (int i = 0; i < 2; ++i)
+      inverse[i] = inverse_or_zero(sqrtf(__shfl_sync(kAllLanes, square_of(squares, i, g), source)));
   }
 };
 

@@ -438,8 +438,7 @@ class MainLoop {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-          for (int h = 0; h < 2; ++h)
-            out[16 * m + 8 * h + row] = row % 2 ? squares[m][h][2 * h + 1] : squares[m][h][2 * h];
+          for (int h = 0; h < 2; ++h) out[16 * m + 8 * h + row] = square_of(squares[m], h, row);
     } else {
 #pragma unroll
       for (int side = 0; side < 2; ++side) memory.squares[side * kMainThreads + threadIdx.x] = squares[side];

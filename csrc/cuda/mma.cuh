@@ -225,9 +225,24 @@ __device__ inline void multiply(T (&products)[kRows][kColumns][2][4], const Oper
   }
 }
 
-// squares[m][h] += the products of a tile's pixels 16 m .. + 15 with its pixels 16 m + 8 h .. + 7, over the channels
-// first .. first + inner - 1, multiples of 16. Only the squares count: row 8 h + i at column i. With g = lane / 4 and
-// t = lane % 4, the lane with t == g / 2 has that of i = g, as element 2 h + g % 2.
+// squares[h] += the products of 16 pixels with pixels 8 h .. + 7 of themselves, over 16 channels. a: the pixels, as the
+// left operand of multiply_add(). Only the squares count, see square_of().
+template <class X>
+__device__ inline void square_add(float (&squares)[2][4], const uint32_t (&a)[4], X type) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t same[2] = {a[h], a[h + 2]};
+    multiply_add(squares[h], a, same, type);
+  }
+}
+
+// The square of pixel 8 h + g, where g = lane / 4 and lane % 4 == g / 2; other lanes do not have it.
+__device__ inline float square_of(const float (&squares)[2][4], int h, int g) {
+  return g % 2 ? squares[h][2 * h + 1] : squares[h][2 * h];
+}
+
+// squares[m] as in square_add(), of a tile's pixels 16 m .. + 15, over the channels first .. first + inner - 1,
+// multiples of 16.
 template <bool kTransposed, int kRows, class X>
 __device__ inline void multiply_by_itself(float (&squares)[kRows][2][4], const Matrix<X>& pixels, int first,
                                           int inner) {
@@ -238,11 +253,7 @@ __device__ inline void multiply_by_itself(float (&squares)[kRows][2][4], const M
     for (int m = 0; m < kRows; ++m) {
       uint32_t a[4];
       Blocks<kTransposed, X>(pixels, 16 * m, lane / 8 % 2 * 8, lane / 16 * 8, lane).load(a, 0, k);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t same[2] = {a[h], a[h + 2]};
-        multiply_add(squares[m][h], a, same, X());
-      }
+      square_add(squares[m], a, X());
     }
 }
 

@@ -65,6 +65,14 @@ struct OnlineSoftmax {
     return terms;
   }
 
+  // The sums of kLanes neighboring lanes, which have the same shifts.
+  template <int kLanes>
+  __device__ void add_lanes() {
+    student_sum = sum_over_lanes<kLanes>(student_sum);
+    teacher_sum = sum_over_lanes<kLanes>(teacher_sum);
+    difference = sum_over_lanes<kLanes>(difference);
+  }
+
   // Raises the shifts to the maxima of the pixels from .. to - 1 of one channel, without those beyond the image.
   __device__ void rescale(const Tile<X>& student, const Tile<X>& teacher, const TileMasks& masks, int from, int to,
                           int channel, T scale) {

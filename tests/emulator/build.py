@@ -108,16 +108,17 @@ def load(name, sources, sanitize=False, defines=(), edits=None, races=False, pla
     return module
 
 
-def only_dtypes(file, dtypes):
-    """The text of a file in csrc without the kernels for maps of other dtypes, and for boxes of float64."""
-    text = file.read_text()
-    if "float64" not in dtypes:
-        text = text.replace("any_double ? f(double()) : f(float())", "f(float())")
-    for dtype, held in TYPES.items():
-        if dtype not in dtypes and CSRC / "cuda" in file.parents:
-            text = text.replace(f"return f({held}())", 'throw std::runtime_error("built without this dtype")')
-            text = re.sub(rf"^template .*<{held}>;\n", "", text, flags=re.M)
-    return text
+def only_dtypes(dtypes):
+    """Files in csrc, and their texts without the kernels for maps of other dtypes, and for boxes of float64."""
+    for file in [CSRC / "tensors.h", *(CSRC / "cuda" / "ops").iterdir()]:
+        text = file.read_text()
+        if "float64" not in dtypes:
+            text = text.replace("any_double ? f(double()) : f(float())", "f(float())")
+        for dtype, held in TYPES.items():
+            if dtype not in dtypes and CSRC / "cuda" in file.parents:
+                text = text.replace(f"return f({held}())", 'throw std::runtime_error("built without this dtype")')
+                text = re.sub(rf"^template .*<{held}>;\n", "", text, flags=re.M)
+        yield file.relative_to(CSRC), text
 
 
 def _build(library, jobs, includes, link, edits, dtypes):
@@ -153,8 +154,8 @@ def _object(source, flags, csrc, work):
 
 def _edited(work, edits, dtypes):
     csrc = Path(shutil.copytree(CSRC, work / "csrc"))
-    for file in [CSRC / "tensors.h", *(CSRC / "cuda" / "ops").iterdir()] if dtypes else []:
-        (csrc / file.relative_to(CSRC)).write_text(only_dtypes(file, dtypes))
+    for file, text in only_dtypes(dtypes) if dtypes else []:
+        (csrc / file).write_text(text)
     for file, old, new in edits:
         text = (csrc / file).read_text()
         if text.count(old) != 1:

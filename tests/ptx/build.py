@@ -117,8 +117,8 @@ class Build:
     def overlay(self, dtypes):
         """A folder with those files of csrc that choose dtypes, without the dtypes that are not wanted."""
         folder = CACHE / f"csrc-{'-'.join(sorted(dtypes))}"
-        for file in [CSRC / "tensors.h", *(CSRC / "cuda" / "ops").iterdir()]:
-            text, target = only_dtypes(file, dtypes), folder / file.relative_to(CSRC)
+        for file, text in only_dtypes(dtypes):
+            target = folder / file
             if not target.exists() or target.read_text() != text:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(text)
