@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   const int64_t begin = first_tile(pyramid, blockIdx.x), end = first_tile(pyramid, blockIdx.x + 1);
   const auto channels_of = [&](const Entry& entry) { return part_of(entry.channels - c0, kPoolChannels); };
   const int column = threadIdx.x % kPoolChannels, half = threadIdx.x / kPoolChannels;  // as in pool()
-  WorkTile next{}, at{};
+  WorkTile next, at;
   const auto reads = [&](const Entry& entry) { return params.upstream.localization && entry.losses & kLocalization; };
   const auto load = [&](int64_t tile, int stage) {
     next.seek(pyramid, tile, kPixels);
@@ -162,13 +162,13 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   Sources<T> sources;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int stage = static_cast<int>(tile - begin) % 2;
+    at = next;
     if (tile + 1 < end) {
       load(tile + 1, 1 - stage);
       copy_async_wait<1>();
     } else {
       copy_async_wait<0>();
     }
-    at.seek(pyramid, tile, kPixels);
     const BackwardEntry& entry = pyramid.entries[at.entry];
     if (sources.of != &entry) sources = Sources<T>(params.upstream, params.masks, entry, entry.saved);
     memory.masks.load(params.masks, entry, at);

@@ -70,31 +70,35 @@ class Blocks {
   uint32_t start_, chunk_ = 0;  // start_: a shared address in bytes
 };
 
-// Where a lane finds its elements along the inner dimension of a matrix of float32: t, t + 4, t + 8, ...
+// Where a lane finds its elements along the inner dimension of a matrix of float32. Of every 8, tensor cores take
+// t and t + 4; here these are 2t and 2t + 1 if t < 2, else 2t + 1 and 2t. Both operands have this order, so the product
+// is the same, and the lanes of a warp read from different banks, whether the matrix is transposed or not.
 template <bool kTransposed, class X>
 class Cells {
  public:
   __device__ Cells(const Matrix<X>& matrix, unsigned first, unsigned g, int t) : pitch_(matrix.pitch) {
     const unsigned outer = first + g;
     if constexpr (kTransposed) {
-      start_[0] = matrix.at(t, outer);
-      start_[1] = matrix.at(t + 4, outer);  // swizzles repeat every 8 rows
+      start_[0] = matrix.at(2 * t + t / 2, outer);
+      start_[1] = matrix.at(2 * t + 1 - t / 2, outer);  // swizzles repeat every 8 rows
     } else {
-      start_[0] = matrix.data + outer * pitch_ + t;
-      swizzle_ = matrix.swizzle(g);  // all outer indices of this lane are 8 apart
+      start_[0] = matrix.data + outer * pitch_ + (2 * t + t / 2) % 4;
+      start_[1] = matrix.data + outer * pitch_ + (2 * t + 1 - t / 2) % 4;
+      chunk_ = t / 2 ^ matrix.swizzle(g);  // all outer indices of this lane are 8 apart
     }
   }
 
-  // The element t + 4 j + step + base; j: 0 or 1. step is a multiple of 8; base as in Blocks.
+  // The j-th (0 or 1) of the lane's elements among the 8 from base + step on. step is a multiple of 8; base as in
+  // Blocks.
   __device__ X load(unsigned base, unsigned step, int j) const {
     if constexpr (kTransposed)
       return start_[j][(base + step) * pitch_];
     else
-      return start_[0][base + ((step / 4 + j) ^ swizzle_) * 4];
+      return start_[j][base + (step / 4 ^ chunk_) * 4];
   }
 
  private:
-  unsigned pitch_, swizzle_ = 0;
+  unsigned pitch_, chunk_ = 0;
   const X* start_[2];
 };
 

@@ -19,6 +19,8 @@ constexpr int kPoolChannels = 128, kPoolThreads = 2 * kPoolChannels;
 constexpr int kPoolBlocks = 3;     // of a multiprocessor
 constexpr int kPoolListed = 1024;  // masks of the runs of a tile
 template <class X>
+constexpr int kPoolMasks = sizeof(X) == 2 ? 256 : 0;  // of a tile, listed at once
+template <class X>
 constexpr int kPoolPixels = 128 / sizeof(X);
 
 // The sum of those elements whose bits are set. The others may be NaN.
@@ -41,66 +43,94 @@ __device__ inline T sum_set(uint32_t bits, const T (&x)[kCount]) {
   return sum;
 }
 
+// The masks that a tile of 16-bit pixels meets, and which of its pixels each of them has. One warp lists them for all.
+struct MaskPixels {
+  uint2* pixels;   // [room] a bit a pixel
+  int32_t* masks;  // [room] -1: none
+  int32_t* found;  // [2] how many are listed, rounded up to a multiple of 8; the first word of masks that is not listed
+  int room;        // a multiple of 32
+
+  __host__ __device__ MaskPixels(Carver& carver, int room_)
+      : pixels(carver.take<uint2>(room_)),
+        masks(carver.take<int32_t>(room_)),
+        found(carver.take<int32_t>(2)),
+        room(room_) {}
+
+  // Lists the masks of the words from `word` on, as far as there is room. count: pixels of the tile. All lanes of one
+  // warp call it; a barrier has to follow.
+  __device__ void list(const TileMasks& tile, int count, int word) const {
+    const int lane = thread_index() % 32;
+    int listed = 0;
+    for (; word < tile.count && listed <= room - 32; ++word) {
+      const uint32_t* words = tile.words + word * tile.stride + lane;
+      uint32_t bits[2] = {lane < count ? words[0] : 0, 32 + lane < count ? words[32] : 0};  // of a pixel each
+      if (!__any_sync(kAllLanes, bits[0] | bits[1])) continue;
+      transpose(bits[0], lane);
+      transpose(bits[1], lane);
+      const bool mine = bits[0] | bits[1];  // now of the mask 32 word + lane
+      const uint32_t all = __ballot_sync(kAllLanes, mine);
+      const int at = listed + __popc(all & ((1u << lane) - 1));
+      if (mine) pixels[at] = make_uint2(bits[0], bits[1]), masks[at] = 32 * word + lane;
+      listed += __popc(all);
+    }
+    const int end = (listed + 7) / 8 * 8;
+    if (listed + lane < end) pixels[listed + lane] = make_uint2(0, 0), masks[listed + lane] = -1;
+    if (lane == 0) found[0] = end, found[1] = word;
+  }
+
+ private:
+  // Makes row `lane` of a matrix of 32 x 32 bits its column `lane`.
+  static __device__ void transpose(uint32_t& row, int lane) {
+    uint32_t left = 0x0000FFFF;  // the columns of the left half of each block
+#pragma unroll
+    for (int width = 16; width > 0; width /= 2, left ^= left << width) {
+      const uint32_t other = __shfl_xor_sync(kAllLanes, row, width);
+      row = lane & width ? (row & ~left) | (other >> width & left) : (row & left) | (other << width & ~left);
+    }
+  }
+};
+
 // Adds the tiles of a 16-bit map, the student's and the teacher's, to the sums of their masks. A warp has 16 channels.
 template <class X>
 class MaskSums {
  public:
-  // sum(side, mask): [channels] the sums of a mask; of one table alone, the student's less the teacher's. All lanes
-  // call it.
-  template <class Sum>
-  __device__ MaskSums(const Tile<X> (&tiles)[2], int sides, int tables, const TileMasks& masks, const WorkTile& at,
-                      int first, int channels, Sum sum) {
+  // sums: [tables, masks, channels] from channel `first` on, with these steps; of one table alone, those of the student
+  // less the teacher. All lanes call it.
+  __device__ MaskSums(const Tile<X> (&tiles)[2], int sides, int tables, const MaskPixels& list, int first, int channels,
+                      float* sums, int64_t table_step, int mask_step) {
     static_assert(kPoolPixels<X> == 64);
-    if ((masks.valid[0] | masks.valid[1]) == 0) return;
-    int w = -1;
-    uint32_t words[2], rest = 0;  // the masks 32 w .. + 31 of the pixels `lane` and 32 + lane; those not yet taken
-    for (bool more = true; more;) {
-      pixels_[0] = pixels_[1] = 0;
-      masks_[0] = masks_[1] = -1;
+    const int listed = list.found[0];
 #pragma unroll 1
-      for (int k = 0; k < 8; ++k) {
-        while (rest == 0 && ++w < masks.count) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            words[i] = 32 * i + lane_ < at.count ? masks.words[w * masks.stride + 32 * i + lane_] : 0;
-          rest = __reduce_or_sync(kAllLanes, words[0] | words[1]);
-        }
-        more = rest != 0;
-        if (!more && k == 0) return;
-        if (!more) break;
-        const int bit = __ffs(static_cast<int>(rest)) - 1;
-        rest &= rest - 1;
-        const uint32_t found[2] = {__ballot_sync(kAllLanes, words[0] >> bit & 1),
-                                   __ballot_sync(kAllLanes, words[1] >> bit & 1)};
-        if (lane_ / 4 == k) pixels_[0] = found[0], pixels_[1] = found[1];
-        if (lane_ % 4 == k / 2) (k % 2 ? masks_[1] : masks_[0]) = 32 * w + bit;
-      }
+    for (int i = 0; i < listed; i += 8) {
+      const uint2 pixels = list.pixels[i + lane_ / 4];
+      pixels_[0] = pixels.x, pixels_[1] = pixels.y;
+      const int masks[2] = {list.masks[i + lane_ % 4 * 2], list.masks[i + lane_ % 4 * 2 + 1]};
       const auto put = [&](int table, int mask, int row, float value) {
-        const int channel = first + row;
-        if (mask >= 0 && channel < channels) atomicAdd(sum(table, mask) + channel, value);
+        if (mask >= 0 && first + row < channels)
+          atomicAdd(sums + table * table_step + static_cast<int64_t>(mask) * mask_step + row, value);
       };
-      float sums[2][4] = {};
-      multiply(sums, tiles, sides, first);
+      float parts[2][4] = {};
+      multiply(parts, tiles, sides, first);
       float all = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        all += sums[0][i] + sums[1][i];
-        if (tables == 1) sums[0][i] -= sums[1][i];
+      for (int k = 0; k < 4; ++k) {
+        all += parts[0][k] + parts[1][k];
+        if (tables == 1) parts[0][k] -= parts[1][k];
       }
       if (__all_sync(kAllLanes, fabsf(all) < INFINITY)) {
 #pragma unroll
         for (int table = 0; table < 2; ++table) {
           if (table == tables) break;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) put(table, masks_[i % 2], lane_ / 4 + i / 2 * 8, sums[table][i]);
+          for (int k = 0; k < 4; ++k) put(table, masks[k % 2], lane_ / 4 + k / 2 * 8, parts[table][k]);
         }
       } else {  // without products, in which a value that is not finite shows in all masks
 #pragma unroll 1
-        for (int i = 0; i < 4 * sides; ++i) {
-          const int side = i / 4, row = lane_ / 4 + i / 2 % 2 * 8, column = lane_ % 4 * 2 + i % 2;
+        for (int k = 0; k < 4 * sides; ++k) {
+          const int side = k / 4, row = lane_ / 4 + k / 2 % 2 * 8, column = lane_ % 4 * 2 + k % 2;
           const float one = add_each(tiles, side, first + row, column);
           const bool minus = side == tables;
-          put(minus ? 0 : side, i % 2 ? masks_[1] : masks_[0], row, minus ? -one : one);
+          put(minus ? 0 : side, k % 2 ? masks[1] : masks[0], row, minus ? -one : one);
         }
       }
     }
@@ -108,8 +138,7 @@ class MaskSums {
 
  private:
   const int lane_ = thread_index() % 32;
-  uint32_t pixels_[2];  // as bits, those of mask lane / 4 of up to 8: this lane's column of the right operand
-  int masks_[2];        // of the columns of its results; -1: none
+  uint32_t pixels_[2];  // as bits, those of mask lane / 4 of 8: this lane's column of the right operand
 
   // Ones or zeros.
   static __device__ uint32_t pair(uint32_t bits) {
@@ -157,11 +186,13 @@ struct PoolMemory {
   X* tiles;                                                     // [2 stages, 2 sides, kTile]
   Compute<X>* softmax;                                          // [OnlineSoftmax<X>::kSize, kPoolChannels]
   TileMasks masks;
+  MaskPixels list;  // of pool() alone
 
   __host__ __device__ explicit PoolMemory(Carver& carver)
       : tiles(carver.take<X>(4 * kTile)),
         softmax(carver.take<Compute<X>>(OnlineSoftmax<X>::kSize * kPoolChannels)),
-        masks(carver, kPoolPixels<X>, kPoolListed) {}
+        masks(carver, kPoolPixels<X>, kPoolListed),
+        list(carver, kPoolMasks<X>) {}
   __device__ X* tile(int stage, int side) const { return tiles + (2 * stage + side) * kTile; }
 };
 
@@ -206,7 +237,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   const int64_t max_channels = pyramid.max_channels;
 
   const auto channels_of = [&](const Entry& entry) { return part_of(entry.channels - c0, kPoolChannels); };
-  WorkTile next{}, at{};
+  WorkTile next, at;
   const auto load = [&](int64_t tile, int stage) {
     next.seek(pyramid, tile, kPixels);
     const PoolEntry& entry = pyramid.entries[next.entry];
@@ -221,7 +252,8 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   int entry_index = -1;
   int image = -1;
   T* sums = nullptr;  // [entry.sides, masks, max_channels] of this slice and the current entry, from channel c0 on
-  const auto sum_of = [&](int side, int mask) { return sums + (side * params.masks.masks + mask) * max_channels; };
+  const int64_t table = params.masks.masks * max_channels;
+  const auto sum_of = [&](int side, int mask) { return sums + side * table + mask * max_channels; };
   const auto leave_image = [&] {
     const Entry& entry = pyramid.entries[entry_index];
     if (!(entry.losses & kLocalization)) return;
@@ -242,8 +274,8 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   if (begin < end) load(begin, 0);
   int stage = 0;
   for (int64_t tile = begin; tile < end; ++tile, stage = 1 - stage) {
+    at = next;
     if (tile + 1 < end) load(tile + 1, 1 - stage);
-    at.seek(pyramid, tile, kPixels);
     if (image >= 0 && (entry_index != at.entry || image != at.image)) leave_image();
     const PoolEntry& entry = pyramid.entries[at.entry];
     const bool mine = channel < channels_of(entry);
@@ -261,42 +293,49 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
       copy_async_wait<1>();
     else
       copy_async_wait<0>();
-    __syncthreads();
     X* const data[2] = {memory.tile(stage, 0), memory.tile(stage, 1)};
-    const auto work = [&](const Tile<X>(&tiles)[2]) {
-      if (entry.losses & kLocalization && mine) {
-        constexpr int kHalf = kPixels / 2;
-        const int from = half * kHalf, to = min(at.count, from + kHalf);
-        softmax.rescale(tiles[0], tiles[1], masks, from, to, channel, params.scale);
-        for (int u = from; u < to; u += kStep) {
-          T x[2][kStep];
-          read_pixels(tiles[0], channel, u, x[0]);
-          read_pixels(tiles[1], channel, u, x[1]);
-          each_set<kStep>(masks.inside<kStep>(u), [&](int k) { softmax.add(x[0][k], x[1][k], params.scale); });
+    bool again = false;  // for masks for which there was no room in the list
+    do {
+      if (sizeof(X) == 2 && pools && threadIdx.x / 32 == 1)
+        memory.list.list(masks, at.count, again ? memory.list.found[1] : 0);
+      __syncthreads();
+      const auto work = [&](const Tile<X>(&tiles)[2]) {
+        if (entry.losses & kLocalization && mine && !again) {
+          constexpr int kHalf = kPixels / 2;
+          const int from = half * kHalf, to = min(at.count, from + kHalf);
+          softmax.rescale(tiles[0], tiles[1], masks, from, to, channel, params.scale);
+          for (int u = from; u < to; u += kStep) {
+            T x[2][kStep];
+            read_pixels(tiles[0], channel, u, x[0]);
+            read_pixels(tiles[1], channel, u, x[1]);
+            each_set<kStep>(masks.inside<kStep>(u), [&](int k) { softmax.add(x[0][k], x[1][k], params.scale); });
+          }
         }
-      }
-      if constexpr (sizeof(X) == 2) {
-        const int first = thread_index() / 32 * 16, channels = channels_of(entry);
-        if (pools && first < channels)
-          MaskSums<X>(tiles, params.sides, entry.sides, masks, at, first, channels, sum_of);
-      } else if (pools && mine && half < entry.sides) {
-        const Tile<X> own = tile_of(tiles, half);
-        RunCursor runs(masks);
-        T sum = 0;
-        for (int u = 0; u < at.count; u += kStep) {
-          T x[kStep];
-          read_pixels(own, channel, u, x);
-          runs.advance<kStep>(
-              u, [&](uint32_t pixels) { sum += sum_set(pixels, x); },
-              [&](int run) {
-                masks.each(run, [&](int mask) { atomicAdd(sum_of(half, mask) + channel, sum); });
-                sum = 0;
-              });
+        if constexpr (sizeof(X) == 2) {
+          const int first = thread_index() / 32 * 16, channels = channels_of(entry);
+          if (pools && first < channels)
+            MaskSums<X>(tiles, params.sides, entry.sides, memory.list, first, channels, sums + first, table,
+                        static_cast<int>(max_channels));
+        } else if (pools && mine && half < entry.sides) {
+          const Tile<X> own = tile_of(tiles, half);
+          RunCursor runs(masks);
+          T sum = 0;
+          for (int u = 0; u < at.count; u += kStep) {
+            T x[kStep];
+            read_pixels(own, channel, u, x);
+            runs.advance<kStep>(
+                u, [&](uint32_t pixels) { sum += sum_set(pixels, x); },
+                [&](int run) {
+                  masks.each(run, [&](int mask) { atomicAdd(sum_of(half, mask) + channel, sum); });
+                  sum = 0;
+                });
+          }
         }
-      }
-    };
-    with_tiles(data, entry.maps[0].pixel_rows, entry.maps[1].pixel_rows, kPixels, kPoolChannels, work);
-    __syncthreads();
+      };
+      with_tiles(data, entry.maps[0].pixel_rows, entry.maps[1].pixel_rows, kPixels, kPoolChannels, work);
+      again = sizeof(X) == 2 && pools && memory.list.found[1] < masks.count;
+      __syncthreads();
+    } while (again);
   }
   if (entry_index >= 0) leave_image();
 }

@@ -26,6 +26,14 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Stores 16 aligned bytes at once to shared memory. The compiler would often split the store, and the lanes of a warp,
+// a row each, would then meet in the same banks.
+__device__ inline void store_shared(void* to, const uint32_t (&words)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // 2^x, off by 2 units of the last place at most; results that are not normal are 0.
 __device__ inline float exp2_approximate(float x) {
   float result;

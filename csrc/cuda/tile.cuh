@@ -245,7 +245,6 @@ __device__ inline void load_tile(X* data,  // [width, pixels] or [pixels, width]
   constexpr int kSize = Packed<X>::kSize;
   const auto load = [&](int rows, int columns, int valid_rows, int valid_columns, int64_t stride, int64_t start) {
     const Matrix<X> matrix{data, columns};
-    const auto chunk = [&](int row, int column) { return reinterpret_cast<Packed<X>*>(matrix.at(row, column)); };
     const bool same = map.unit && map.dtype == kDtype<X>;
     if (same && map.aligned >= 4 && (valid_columns * static_cast<int>(sizeof(X)) & (map.aligned - 1)) == 0) {
       const X* source = static_cast<const X*>(map.data) + start;
@@ -273,7 +272,7 @@ __device__ inline void load_tile(X* data,  // [width, pixels] or [pixels, width]
               chunks[i] = load_unaligned<kWhole>(from, row + i * share.step < valid_rows ? valid : 0);
 #pragma unroll
             for (int i = 0; i < kBatch; ++i)
-              if (row + i * share.step < rows) *chunk(row + i * share.step, share.column) = chunks[i];
+              if (row + i * share.step < rows) store_packed(matrix.at(row + i * share.step, share.column), chunks[i]);
           }
         };
         if (valid == 0 || valid == kSize)

@@ -65,7 +65,7 @@ __device__ inline uint32_t bits_of(Pair pair) {
   return reinterpret_cast<uint32_t&>(pair);
 }
 
-// Loads and stores of all 16 bytes at once, into and from registers.
+// Loads and stores of all 16 bytes at once, into and from registers; stores are to shared memory.
 template <class X>
 __device__ inline Packed<X> load_packed(const X* from) {
   const uint4 bits = *reinterpret_cast<const uint4*>(from);
@@ -75,7 +75,7 @@ __device__ inline Packed<X> load_packed(const X* from) {
 }
 template <class X>
 __device__ inline void store_packed(X* to, const Packed<X>& packed) {
-  *reinterpret_cast<uint4*>(to) = make_uint4(packed.words[0], packed.words[1], packed.words[2], packed.words[3]);
+  store_shared(to, packed.words);
 }
 
 template <class X, class T, int kCount>

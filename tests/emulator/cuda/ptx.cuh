@@ -10,6 +10,10 @@ using emulator::copy_async_commit;
 using emulator::shared_address;
 using emulator::shared_memory;
 
+inline void store_shared(void* to, const uint32_t (&words)[4]) {
+  *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 inline float exp2_approximate(float x) { return x < -126 ? 0 : exp2f(x); }
 
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
