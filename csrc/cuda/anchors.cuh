@@ -47,6 +47,10 @@ struct SumsEntry : Entry {
   __device__ int64_t table(int64_t slice) const { return first_sum + slice * sides; }
 };
 
+// The sums of 16-bit maps are twice as large, since pool() multiplies by 2 more cheaply than by 1.
+template <class X>
+constexpr int kSumScale = sizeof(X) == 2 ? 2 : 1;
+
 // Assigns tables to every entry. For each slice two (student, teacher); one if there are no teachers (student), or if
 // the maps are of 16 bits and have no distance loss (student less teacher); none if nothing is pooled. Returns their
 // number.
@@ -66,10 +70,11 @@ int64_t place_sums(Pyramid<E>& pyramid, bool teachers) {
 
 // Writes the means of entry `i` over one mask to entry.anchors. Entries without anchors[1] get the student's minus the
 // teacher's. The output may be the memory of the first of the sums. All threads call it.
-template <class T, class E>
+template <class X, class E>
 __device__ inline void write_means(const Pyramid<E>& pyramid, int64_t i, const Masks& masks,
-                                   const T* sums,  // [tables, masks, max_channels]
+                                   const Compute<X>* sums,  // [tables, masks, max_channels]
                                    int64_t mask) {
+  using T = Compute<X>;
   const E& entry = pyramid.entries[i];
   const float area = masks.area[entry.level * masks.masks + mask];
   const SliceRange range = area > 0 ? slices_of(pyramid, i) : SliceRange{0, -1};
@@ -79,7 +84,7 @@ __device__ inline void write_means(const Pyramid<E>& pyramid, int64_t i, const M
     T sum = 0;
 #pragma unroll 8  // for so many loads under way at once
     for (int64_t s = 0; s <= range.last - range.first; ++s) sum += first[s * step + side * side_step + channel];
-    return sum / max(static_cast<T>(area), T(1));
+    return sum / (kSumScale<X> * max(static_cast<T>(area), T(1)));
   };
   T* out[2] = {static_cast<T*>(entry.anchors[0]), static_cast<T*>(entry.anchors[1])};  // [masks, anchor_pitch]
   for (int64_t c = threadIdx.x; c < entry.channels; c += blockDim.x) {

@@ -3,7 +3,7 @@
 // pool(): a block takes one slice of the tiles, for kPoolChannels channels. It adds what a tile has of each mask in
 // global memory. Only one warp adds to a sum, and a barrier stands between tiles, so the order of additions is always
 // the same. No thread reads the sums, so none waits for them. Of 16-bit maps, what a tile has is a matrix product of
-// its pixels with ones and zeros, which say in which masks a pixel is. Of other maps, each channel has a thread for
+// its pixels with twos and zeros, which say in which masks a pixel is. Of other maps, each channel has a thread for
 // each side, which sums runs of pixels with the same masks. For the softmax, each channel has two threads, with half of
 // the pixels each.
 //
@@ -45,7 +45,7 @@ __device__ inline T sum_set(uint32_t bits, const T (&x)[kCount]) {
 
 // The masks that a tile of 16-bit pixels meets, and which of its pixels each of them has. One warp lists them for all.
 struct MaskPixels {
-  uint2* pixels;   // [room] a bit a pixel
+  uint2* pixels;   // [room] a bit a pixel, of 32 pixels each: those at even places, then those at odd ones
   int32_t* masks;  // [room] -1: none
   int32_t* found;  // [2] how many are listed, rounded up to a multiple of 8; the first word of masks that is not listed
   int room;        // a multiple of 32
@@ -62,8 +62,9 @@ struct MaskPixels {
     const int lane = thread_index() % 32;
     int listed = 0;
     for (; word < tile.count && listed <= room - 32; ++word) {
-      const uint32_t* words = tile.words + word * tile.stride + lane;
-      uint32_t bits[2] = {lane < count ? words[0] : 0, 32 + lane < count ? words[32] : 0};  // of a pixel each
+      const int pixel = pixel_of(lane);
+      const uint32_t* words = tile.words + word * tile.stride + pixel;
+      uint32_t bits[2] = {pixel < count ? words[0] : 0, 32 + pixel < count ? words[32] : 0};  // of a pixel each
       if (!__any_sync(kAllLanes, bits[0] | bits[1])) continue;
       transpose(bits[0], lane);
       transpose(bits[1], lane);
@@ -77,6 +78,9 @@ struct MaskPixels {
     if (listed + lane < end) pixels[listed + lane] = make_uint2(0, 0), masks[listed + lane] = -1;
     if (lane == 0) found[0] = end, found[1] = word;
   }
+
+  // Which of its 32 pixels a bit stands for.
+  static __device__ int pixel_of(int bit) { return bit % 16 * 2 + bit / 16; }
 
  private:
   // Makes row `lane` of a matrix of 32 x 32 bits its column `lane`.
@@ -94,8 +98,8 @@ struct MaskPixels {
 template <class X>
 class MaskSums {
  public:
-  // sums: [tables, masks, channels] from channel `first` on, with these steps; of one table alone, those of the student
-  // less the teacher. All lanes call it.
+  // sums: [tables, masks, channels] from channel `first` on, with these steps, times kSumScale<X>; of one table alone,
+  // those of the student less the teacher. All lanes call it.
   __device__ MaskSums(const Tile<X> (&tiles)[2], int sides, int tables, const MaskPixels& list, int first, int channels,
                       float* sums, int64_t table_step, int mask_step) {
     static_assert(kPoolPixels<X> == 64);
@@ -140,17 +144,13 @@ class MaskSums {
   const int lane_ = thread_index() % 32;
   uint32_t pixels_[2];  // as bits, those of mask lane / 4 of 8: this lane's column of the right operand
 
-  // Ones or zeros.
-  static __device__ uint32_t pair(uint32_t bits) {
-    const uint32_t one = std::is_same_v<X, __half> ? 0x3C00 : 0x3F80;
-    return (bits & 1) * one | (bits >> 1 & 1) * (one << 16);
-  }
-
   __device__ void multiply(float (&sums)[2][4], const Tile<X> (&tiles)[2], int sides, int first) const {
 #pragma unroll 2
     for (int k = 0; k < kPoolPixels<X>; k += 16) {  // all at once would spill registers
-      const uint32_t bits = (k < 32 ? pixels_[0] : pixels_[1]) >> lane_ % 4 * 2;
-      const uint32_t chosen[2] = {pair(bits >> k % 32), pair(bits >> (k % 32 + 8))};
+      // A pixel's bit becomes a 2, which has a single bit in both types.
+      static_assert(kSumScale<X> == 2);
+      const uint32_t bits = (k < 32 ? pixels_[0] : pixels_[1]) >> lane_ % 4;
+      const uint32_t chosen[2] = {bits << (14 - k % 32 / 2) & 0x40004000, bits << (10 - k % 32 / 2) & 0x40004000};
       const int low = lane_ / 8 % 2 * 8, high = lane_ / 16 * 8;
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
@@ -165,7 +165,7 @@ class MaskSums {
     }
   }
 
-  // The sum of a channel's pixels that are in the mask of that column. All lanes call it.
+  // The sum of a channel's pixels that are in the mask of that column, times kSumScale<X>. All lanes call it.
   __device__ float add_each(const Tile<X> (&tiles)[2], int side, int channel, int column) const {
     const Tile<X> tile = tile_of(tiles, side);
     float sum = 0;
@@ -173,9 +173,9 @@ class MaskSums {
     for (int half = 0; half < 2; ++half) {
       uint32_t bits = __shfl_sync(kAllLanes, half ? pixels_[1] : pixels_[0], 4 * column);
       for (; bits != 0; bits &= bits - 1)
-        sum += widen(*tile.at(channel, 32 * half + __ffs(static_cast<int>(bits)) - 1));
+        sum += widen(*tile.at(channel, 32 * half + MaskPixels::pixel_of(__ffs(static_cast<int>(bits)) - 1)));
     }
-    return sum;
+    return kSumScale<X> * sum;
   }
 };
 
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(kAnchorThreads)
   const int64_t block = static_cast<int64_t>(blockIdx.x) - params.masks.masks;
   if (block < 0) {
     if (entry.losses & (kAnchor | kDistance))
-      write_means(params.pyramid, blockIdx.y, params.masks, params.sums, blockIdx.x);
+      write_means<X>(params.pyramid, blockIdx.y, params.masks, params.sums, blockIdx.x);
   } else if (entry.losses & kLocalization) {
     const int64_t blocks = divide_up(params.pyramid.max_channels, kAnchorThreads);
     merge_softmax<X>(params.pyramid, blockIdx.y, params.softmax, params.scale, kPoolPixels<X>, block / blocks,

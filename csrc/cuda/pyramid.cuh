@@ -84,14 +84,15 @@ struct Pyramid {
 
 // ------------------------------------------------------------------------------------------------------ tile scheduler
 
-// Where a slice's share of all work begins. Of several waves, each has half of the remaining work, and the last
-// one all of it: where a block ends early, the next one begins, and later ones are smaller.
+// Where a slice's share of all work begins. Each of several waves has less work than the one before, the last one the
+// least: where a block ends early, the next one begins, and later ones are smaller.
 template <class E>
 __host__ __device__ inline int64_t work_before(const Pyramid<E>& pyramid, int64_t slice) {
-  const int64_t in_wave = pyramid.slices / pyramid.waves, wave = slice / in_wave;
-  if (wave == pyramid.waves) return pyramid.work;
-  const int64_t left = pyramid.work >> wave, share = wave + 1 == pyramid.waves ? left : left - (left >> 1);
-  return pyramid.work - left + slice % in_wave * share / in_wave;
+  const int64_t waves = pyramid.waves, in_wave = pyramid.slices / waves, wave = slice / in_wave;
+  // Their shares are as n, n - 1, .. 1.
+  const auto left = [&](int64_t rest) { return pyramid.work * (rest * (rest + 1)) / (waves * (waves + 1)); };
+  const int64_t from = left(waves - wave), share = from - left(waves - wave - 1);
+  return pyramid.work - from + slice % in_wave * share / in_wave;
 }
 
 // A slice has the tiles whose work begins within its share of all work.
