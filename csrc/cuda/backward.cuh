@@ -203,7 +203,7 @@ void run_backward(const std::vector<Pair>& pairs, const Masks& masks, const Upst
   int64_t channels = 1;
   for (const Pair& pair : pairs) channels = std::max(channels, takes(pair) ? pair.channels : 0);
   const BackwardParams<Compute<X>> params{
-      make_pyramid<BackwardEntry>(pairs, kPoolPixels<X>, pool_slices<X>(slices, channels), takes, pool_work,
+      make_pyramid<BackwardEntry>(pairs, kPoolPixels<X>, pool_slices<X>(slices, channels), takes, pool_work<X>,
                                   kBackwardWaves),
       masks, upstream};
   const dim3 grid(params.pyramid.slices, static_cast<unsigned>(divide_up(channels, kPoolChannels)));

@@ -68,8 +68,10 @@ struct DistanceEntry : MainEntry {
 };
 
 // What the kernels of the distances do for the tiles of a pair.
-inline TileWork distance_work(const Pair& pair) {
-  const double tile = static_cast<double>(pair.channels + 64) * moving_cost(pair.student, 1.2, 1.6);
+template <class X>
+TileWork distance_work(const Pair& pair) {
+  const double moving = sizeof(X) == 2 ? moving_cost(pair.student, 1.4, 1.6) : 1;
+  const double tile = static_cast<double>(pair.channels + 64) * moving;
   return {static_cast<int32_t>(tile), 256};
 }
 

@@ -178,7 +178,8 @@ void forward_launch(std::vector<Pair> pairs, const Masks& masks, const LossOptio
       pair.localization_terms = std::exchange(localization_terms, localization_terms + last.localization_blocks);
   }
   const auto has_distances = [&](const Pair& pair) { return compares && pair.losses & kDistance; };
-  const auto distances = make_pyramid<DistanceEntry>(pairs, kBlockM<X>, options.slices, has_distances, distance_work);
+  const auto distances =
+      make_pyramid<DistanceEntry>(pairs, kBlockM<X>, options.slices, has_distances, distance_work<X>);
   double* distance_terms = scratch.take<double>(distances.slices + distances.count);
 
   const int64_t start = scratch.used();
@@ -218,7 +219,7 @@ void forward_launch(std::vector<Pair> pairs, const Masks& masks, const LossOptio
       launch(distance<X>, "distance", dim3(distances.slices, static_cast<unsigned>(groups)), kMainThreads,
              bytes_of<MainMemory<X>>(params.block), stream, params);
     }
-    last.pyramid = make_pyramid<ProjectEntry>(pairs, kBlockM<X>, options.slices, has_distances, distance_work);
+    last.pyramid = make_pyramid<ProjectEntry>(pairs, kBlockM<X>, options.slices, has_distances, distance_work<X>);
     last.distance = distance_terms;
     last.moments = sums;
     last.inverse_temperature = static_cast<T>(1 / options.distance_temperature);
@@ -264,8 +265,8 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
     run_backward<X>(part, masks, given, kDistance, options.slices, stream);
     DistanceBackwardParams<T> params{
         make_pyramid<DistanceBackwardEntry>(
-            part, kBlockM<X>, options.slices, [](const Pair& pair) { return pair.losses & kDistance; }, distance_work,
-            kBackwardWaves),
+            part, kBlockM<X>, options.slices, [](const Pair& pair) { return pair.losses & kDistance; },
+            distance_work<X>, kBackwardWaves),
         masks,
         {},
         given};

@@ -196,10 +196,12 @@ struct PoolMemory {
   __device__ X* tile(int stage, int side) const { return tiles + (2 * stage + side) * kTile; }
 };
 
-// What pool() and backward() do for the tiles of a pair.
-inline TileWork pool_work(const Pair& pair) {
-  const double tile = (pair.losses & kLocalization ? 7 : 4) * moving_cost(pair.student, 1.5, 2);
-  return {static_cast<int32_t>(tile * static_cast<double>(pair.channels)), static_cast<int32_t>(24 * pair.channels)};
+// What pool() and backward() do for the tiles of a pair, in tenths of what pool() does for one without a softmax.
+template <class X>
+TileWork pool_work(const Pair& pair) {
+  const double softmax = pair.losses & kLocalization ? (sizeof(X) == 2 ? 10 : 16) : 0;
+  const double tile = softmax + 10 * moving_cost(pair.student, 1.3, 1.7);
+  return {static_cast<int32_t>(tile * static_cast<double>(pair.channels)), static_cast<int32_t>(10 * pair.channels)};
 }
 
 struct PoolEntry : SumsEntry {
@@ -402,7 +404,7 @@ void run_pool(std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X
   int64_t channels = 1;
   for (const Pair& pair : pairs) channels = std::max(channels, pair.channels);
   slices = pool_slices<X>(slices, channels);
-  PoolParams<T> params{make_pyramid<PoolEntry>(pairs, kPoolPixels<X>, slices, all, pool_work), masks, sides, scale};
+  PoolParams<T> params{make_pyramid<PoolEntry>(pairs, kPoolPixels<X>, slices, all, pool_work<X>), masks, sides, scale};
   auto& pyramid = params.pyramid;
   const int64_t table = masks.masks * pyramid.max_channels, tables = place_sums<X>(pyramid, sides == 2);
   const bool softmax = std::any_of(pairs.begin(), pairs.end(), [](const Pair& p) { return p.losses & kLocalization; });
@@ -419,8 +421,8 @@ void run_pool(std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X
         pairs[i].anchors[side] = params.sums + (first + side) * table;
       pairs[i].anchor_pitch = pyramid.max_channels;
     }
-  PoolFinishParams<T> finish{make_pyramid<PoolFinishEntry>(pairs, kPoolPixels<X>, slices, all, pool_work), masks, scale,
-                             params.sums, params.softmax};
+  PoolFinishParams<T> finish{make_pyramid<PoolFinishEntry>(pairs, kPoolPixels<X>, slices, all, pool_work<X>), masks,
+                             scale, params.sums, params.softmax};
   place_sums<X>(finish.pyramid, sides == 2);
   const dim3 grid(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.max_channels, kPoolChannels)));
   launch(pool<X>, "pool", grid, kPoolThreads, bytes_of<PoolMemory<X>>(), stream, params);
