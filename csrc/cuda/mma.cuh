@@ -70,20 +70,20 @@ class Blocks {
   uint32_t start_, chunk_ = 0;  // start_: a shared address in bytes
 };
 
-// Where a lane finds its elements along the inner dimension of a matrix of float32. Of every 8, tensor cores take
-// t and t + 4; here these are 2t and 2t + 1 if t < 2, else 2t + 1 and 2t. Both operands have this order, so the product
-// is the same, and the lanes of a warp read from different banks, whether the matrix is transposed or not.
+// Where a lane finds its elements along the inner dimension of a matrix of float32. Of every 8, tensor cores want
+// t and t + 4. Here these are 2t and 2t + 1 if t is 0 or 3, and 2t + 1 and 2t if it is 1 or 2. Both operands have this
+// order, so the product is the same, and the lanes of a warp read from different banks, however the matrix lies.
 template <bool kTransposed, class X>
 class Cells {
  public:
   __device__ Cells(const Matrix<X>& matrix, unsigned first, unsigned g, int t) : pitch_(matrix.pitch) {
-    const unsigned outer = first + g;
+    const unsigned outer = first + g, inner[2] = {2 * t + (t ^ t / 2) % 2u, 2 * t + 1 - (t ^ t / 2) % 2u};
     if constexpr (kTransposed) {
-      start_[0] = matrix.at(2 * t + t / 2, outer);
-      start_[1] = matrix.at(2 * t + 1 - t / 2, outer);  // swizzles repeat every 8 rows
+      start_[0] = matrix.at(inner[0], outer);
+      start_[1] = matrix.at(inner[1], outer);  // swizzles repeat every 8 rows
     } else {
-      start_[0] = matrix.data + outer * pitch_ + (2 * t + t / 2) % 4;
-      start_[1] = matrix.data + outer * pitch_ + (2 * t + 1 - t / 2) % 4;
+      start_[0] = matrix.data + outer * pitch_ + inner[0] % 4;
+      start_[1] = matrix.data + outer * pitch_ + inner[1] % 4;
       chunk_ = t / 2 ^ matrix.swizzle(g);  // all outer indices of this lane are 8 apart
     }
   }
