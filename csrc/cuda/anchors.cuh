@@ -47,7 +47,8 @@ struct SumsEntry : Entry {
   __device__ int64_t table(int64_t slice) const { return first_sum + slice * sides; }
 };
 
-// The sums of 16-bit maps are twice as large, since pool() multiplies by 2 more cheaply than by 1.
+// The sums of 16-bit maps are twice as large, since pool() multiplies by 2 more cheaply than by 1. So they overflow at
+// half of the largest float32, which only bfloat16 maps can reach.
 template <class X>
 constexpr int kSumScale = sizeof(X) == 2 ? 2 : 1;
 
