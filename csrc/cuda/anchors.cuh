@@ -47,8 +47,8 @@ struct SumsEntry : Entry {
   __device__ int64_t table(int64_t slice) const { return first_sum + slice * sides; }
 };
 
-// The sums of 16-bit maps are twice as large, since pool() multiplies by 2 more cheaply than by 1. So they overflow at
-// half of the largest float32, which only bfloat16 maps can reach.
+// pool() stores twice the sums of 16-bit maps, since a factor of 2 is cheaper there than 1. Sums above half of the
+// largest float32 overflow; only bfloat16 maps can reach that.
 template <class X>
 constexpr int kSumScale = sizeof(X) == 2 ? 2 : 1;
 
@@ -73,7 +73,7 @@ int64_t place_sums(Pyramid<E>& pyramid, bool teachers) {
 // teacher's. The output may be the memory of the first of the sums. All threads call it.
 template <class X, class E>
 __device__ inline void write_means(const Pyramid<E>& pyramid, int64_t i, const Masks& masks,
-                                   const Compute<X>* sums,  // [tables, masks, max_channels]
+                                   const Compute<X>* sums,  // [tables, masks, max_channels], times kSumScale
                                    int64_t mask) {
   using T = Compute<X>;
   const E& entry = pyramid.entries[i];

@@ -70,9 +70,9 @@ class Blocks {
   uint32_t start_, chunk_ = 0;  // start_: a shared address in bytes
 };
 
-// Where a lane finds its elements along the inner dimension of a matrix of float32. Of every 8, tensor cores want
-// t and t + 4. Here these are 2t and 2t + 1 if t is 0 or 3, and 2t + 1 and 2t if it is 1 or 2. Both operands have this
-// order, so the product is the same, and the lanes of a warp read from different banks, however the matrix lies.
+// Where a lane finds its elements along the inner dimension of a matrix of float32. Tensor cores expect the elements t
+// and t + 4 of every 8. They get 2t and 2t + 1 instead, swapped if t is 1 or 2. Both operands have this order, so the
+// product is the same. It lets the lanes of a warp read from different banks, whether the matrix is transposed or not.
 template <bool kTransposed, class X>
 class Cells {
  public:
@@ -88,8 +88,7 @@ class Cells {
     }
   }
 
-  // The j-th (0 or 1) of the lane's elements among the 8 from base + step on. step is a multiple of 8; base as in
-  // Blocks.
+  // The lane's element j (0 or 1) of the 8 that start at base + step. step is a multiple of 8; base as in Blocks.
   __device__ X load(unsigned base, unsigned step, int j) const {
     if constexpr (kTransposed)
       return start_[j][(base + step) * pitch_];

@@ -2,10 +2,10 @@
 //
 // pool(): a block takes one slice of the tiles, for kPoolChannels channels. It adds what a tile has of each mask in
 // global memory. Only one warp adds to a sum, and a barrier stands between tiles, so the order of additions is always
-// the same. No thread reads the sums, so none waits for them. Of 16-bit maps, what a tile has is a matrix product of
-// its pixels with twos and zeros, which say in which masks a pixel is. Of other maps, each channel has a thread for
-// each side, which sums runs of pixels with the same masks. For the softmax, each channel has two threads, with half of
-// the pixels each.
+// the same. No thread reads the sums, so none waits for them. For 16-bit maps, one warp lists which pixels of the tile
+// each mask has. A matrix product of the pixels with twos (in the mask) and zeros then gives twice the tile's sums, and
+// pool_finish() divides by 2. For other maps, each channel has a thread for each side, which sums runs of pixels with
+// the same masks. For the softmax, each channel has two threads, with half of the pixels each.
 //
 // pool_finish() adds up the slices: the means one mask at a time, the softmax 256 channels at a time.
 #pragma once
@@ -19,7 +19,7 @@ constexpr int kPoolChannels = 128, kPoolThreads = 2 * kPoolChannels;
 constexpr int kPoolBlocks = 3;     // of a multiprocessor
 constexpr int kPoolListed = 1024;  // masks of the runs of a tile
 template <class X>
-constexpr int kPoolMasks = sizeof(X) == 2 ? 256 : 0;  // of a tile, listed at once
+constexpr int kPoolMasks = sizeof(X) == 2 ? 256 : 0;  // how many masks of a tile fit in the list
 template <class X>
 constexpr int kPoolPixels = 128 / sizeof(X);
 
@@ -45,9 +45,9 @@ __device__ inline T sum_set(uint32_t bits, const T (&x)[kCount]) {
 
 // The masks that a tile of 16-bit pixels meets, and which of its pixels each of them has. One warp lists them for all.
 struct MaskPixels {
-  uint2* pixels;   // [room] a bit a pixel, of 32 pixels each: those at even places, then those at odd ones
-  int32_t* masks;  // [room] -1: none
-  int32_t* found;  // [2] how many are listed, rounded up to a multiple of 8; the first word of masks that is not listed
+  uint2* pixels;   // [room] a bit for each pixel: 0 .. 31 in x, 32 .. 63 in y; in each, even pixels before odd ones
+  int32_t* masks;  // [room] index of each listed mask; -1: padding
+  int32_t* found;  // [2] length of the list, padded to a multiple of 8; the next word of the bitmasks to list
   int room;        // a multiple of 32
 
   __host__ __device__ MaskPixels(Carver& carver, int room_)
@@ -56,19 +56,20 @@ struct MaskPixels {
         found(carver.take<int32_t>(2)),
         room(room_) {}
 
-  // Lists the masks of the words from `word` on, as far as there is room. count: pixels of the tile. All lanes of one
-  // warp call it; a barrier has to follow.
+  // Lists the masks in the bitmasks' words from `word` on, while there is room for a whole word. count: pixels of the
+  // tile. All lanes of one warp call it; a barrier has to follow.
   __device__ void list(const TileMasks& tile, int count, int word) const {
     const int lane = thread_index() % 32;
     int listed = 0;
     for (; word < tile.count && listed <= room - 32; ++word) {
       const int pixel = pixel_of(lane);
       const uint32_t* words = tile.words + word * tile.stride + pixel;
-      uint32_t bits[2] = {pixel < count ? words[0] : 0, 32 + pixel < count ? words[32] : 0};  // of a pixel each
+      uint32_t bits[2] = {pixel < count ? words[0] : 0,
+                          32 + pixel < count ? words[32] : 0};  // 32 masks of a pixel each
       if (!__any_sync(kAllLanes, bits[0] | bits[1])) continue;
       transpose(bits[0], lane);
       transpose(bits[1], lane);
-      const bool mine = bits[0] | bits[1];  // now of the mask 32 word + lane
+      const bool mine = bits[0] | bits[1];  // they are now the pixels of mask 32 word + lane
       const uint32_t all = __ballot_sync(kAllLanes, mine);
       const int at = listed + __popc(all & ((1u << lane) - 1));
       if (mine) pixels[at] = make_uint2(bits[0], bits[1]), masks[at] = 32 * word + lane;
@@ -79,11 +80,11 @@ struct MaskPixels {
     if (lane == 0) found[0] = end, found[1] = word;
   }
 
-  // Which of its 32 pixels a bit stands for.
+  // The pixel (0 .. 31) that a bit stands for.
   static __device__ int pixel_of(int bit) { return bit % 16 * 2 + bit / 16; }
 
  private:
-  // Makes row `lane` of a matrix of 32 x 32 bits its column `lane`.
+  // Transposes a matrix of 32 x 32 bits. Each lane passes its row and gets its column.
   static __device__ void transpose(uint32_t& row, int lane) {
     uint32_t left = 0x0000FFFF;  // the columns of the left half of each block
 #pragma unroll
@@ -98,8 +99,9 @@ struct MaskPixels {
 template <class X>
 class MaskSums {
  public:
-  // sums: [tables, masks, channels] from channel `first` on, with these steps, times kSumScale<X>; of one table alone,
-  // those of the student less the teacher. All lanes call it.
+  // sums: [tables, masks, channels], which starts at channel `first` and has the strides table_step, mask_step and 1.
+  // It holds kSumScale<X> times the sums; where two sides have one table, those of the student less the teacher. All
+  // lanes call it.
   __device__ MaskSums(const Tile<X> (&tiles)[2], int sides, int tables, const MaskPixels& list, int first, int channels,
                       float* sums, int64_t table_step, int mask_step) {
     static_assert(kPoolPixels<X> == 64);
@@ -142,7 +144,7 @@ class MaskSums {
 
  private:
   const int lane_ = thread_index() % 32;
-  uint32_t pixels_[2];  // as bits, those of mask lane / 4 of 8: this lane's column of the right operand
+  uint32_t pixels_[2];  // those of mask lane / 4 of the 8 at hand, as bits: this lane's column of the right operand
 
   __device__ void multiply(float (&sums)[2][4], const Tile<X> (&tiles)[2], int sides, int first) const {
 #pragma unroll 2
@@ -186,7 +188,7 @@ struct PoolMemory {
   X* tiles;                                                     // [2 stages, 2 sides, kTile]
   Compute<X>* softmax;                                          // [OnlineSoftmax<X>::kSize, kPoolChannels]
   TileMasks masks;
-  MaskPixels list;  // of pool() alone
+  MaskPixels list;  // only pool() uses it
 
   __host__ __device__ explicit PoolMemory(Carver& carver)
       : tiles(carver.take<X>(4 * kTile)),
@@ -196,7 +198,8 @@ struct PoolMemory {
   __device__ X* tile(int stage, int side) const { return tiles + (2 * stage + side) * kTile; }
 };
 
-// What pool() and backward() do for the tiles of a pair, in tenths of what pool() does for one without a softmax.
+// The estimated work of pool() and backward(). Unit: a tenth of pool()'s work for one channel of an aligned tile
+// without a softmax.
 template <class X>
 TileWork pool_work(const Pair& pair) {
   const double softmax = pair.losses & kLocalization ? (sizeof(X) == 2 ? 10 : 16) : 0;
@@ -217,7 +220,7 @@ struct PoolParams {
   Masks masks;
   int sides;   // 1: the students alone
   T scale;     // of the localization's Exponential
-  T* sums;     // [tables, masks, max_channels]
+  T* sums;     // [tables, masks, max_channels], times kSumScale
   T* softmax;  // [slices + entries * batch, 5, max_channels] OnlineSoftmax
 };
 
@@ -296,13 +299,12 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     else
       copy_async_wait<0>();
     X* const data[2] = {memory.tile(stage, 0), memory.tile(stage, 1)};
-    bool again = false;  // for masks for which there was no room in the list
+    int word = 0;  // where the list goes on; past 0 only for masks that did not fit in the list before
     do {
-      if (sizeof(X) == 2 && pools && threadIdx.x / 32 == 1)
-        memory.list.list(masks, at.count, again ? memory.list.found[1] : 0);
+      if (sizeof(X) == 2 && pools && threadIdx.x / 32 == 1) memory.list.list(masks, at.count, word);
       __syncthreads();
       const auto work = [&](const Tile<X>(&tiles)[2]) {
-        if (entry.losses & kLocalization && mine && !again) {
+        if (entry.losses & kLocalization && mine && word == 0) {
           constexpr int kHalf = kPixels / 2;
           const int from = half * kHalf, to = min(at.count, from + kHalf);
           softmax.rescale(tiles[0], tiles[1], masks, from, to, channel, params.scale);
@@ -335,9 +337,9 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
         }
       };
       with_tiles(data, entry.maps[0].pixel_rows, entry.maps[1].pixel_rows, kPixels, kPoolChannels, work);
-      again = sizeof(X) == 2 && pools && memory.list.found[1] < masks.count;
+      word = sizeof(X) == 2 && pools ? memory.list.found[1] : masks.count;
       __syncthreads();
-    } while (again);
+    } while (word < masks.count);
   }
   if (entry_index >= 0) leave_image();
 }

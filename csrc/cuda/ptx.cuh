@@ -26,8 +26,8 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Stores 16 aligned bytes at once to shared memory. The compiler would often split the store, and the lanes of a warp,
-// a row each, would then meet in the same banks.
+// Stores 16 aligned bytes at once to shared memory. The compiler often splits such a store, and then lanes that write a
+// row each have bank conflicts.
 __device__ inline void store_shared(void* to, const uint32_t (&words)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(words[0]), "r"(words[1]),
                "r"(words[2]), "r"(words[3])

@@ -84,12 +84,12 @@ struct Pyramid {
 
 // ------------------------------------------------------------------------------------------------------ tile scheduler
 
-// Where a slice's share of all work begins. Each of several waves has less work than the one before, the last one the
-// least: where a block ends early, the next one begins, and later ones are smaller.
+// Where a slice's share of all work begins. Each wave has less work than the one before. When a block ends, the next
+// one takes its place, and later blocks are smaller, so all multiprocessors finish at about the same time.
 template <class E>
 __host__ __device__ inline int64_t work_before(const Pyramid<E>& pyramid, int64_t slice) {
   const int64_t waves = pyramid.waves, in_wave = pyramid.slices / waves, wave = slice / in_wave;
-  // Their shares are as n, n - 1, .. 1.
+  // Their shares are in the ratio n : n - 1 : .. : 1. left(k): the work of the last k waves.
   const auto left = [&](int64_t rest) { return pyramid.work * (rest * (rest + 1)) / (waves * (waves + 1)); };
   const int64_t from = left(waves - wave), share = from - left(waves - wave - 1);
   return pyramid.work - from + slice % in_wave * share / in_wave;

@@ -65,7 +65,7 @@ __device__ inline uint32_t bits_of(Pair pair) {
   return reinterpret_cast<uint32_t&>(pair);
 }
 
-// Loads and stores of all 16 bytes at once, into and from registers; stores are to shared memory.
+// Load and store all 16 bytes at once. store_packed() writes to shared memory only.
 template <class X>
 __device__ inline Packed<X> load_packed(const X* from) {
   const uint4 bits = *reinterpret_cast<const uint4*>(from);
