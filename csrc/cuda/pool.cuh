@@ -75,7 +75,7 @@ struct MaskPixels {
       if (mine) pixels[at] = make_uint2(bits[0], bits[1]), masks[at] = 32 * word + lane;
       listed += __popc(all);
     }
-    const int end = (listed + 7) / 8 * 8;
+    const int end = static_cast<int>(round_up(listed, 8));
     if (listed + lane < end) pixels[listed + lane] = make_uint2(0, 0), masks[listed + lane] = -1;
     if (lane == 0) found[0] = end, found[1] = word;
   }
@@ -99,11 +99,11 @@ struct MaskPixels {
 template <class X>
 class MaskSums {
  public:
-  // sums: [tables, masks, channels], which starts at channel `first` and has the strides table_step, mask_step and 1.
-  // It holds kSumScale<X> times the sums; where two sides have one table, those of the student less the teacher. All
-  // lanes call it.
+  // sum(table, mask): [channels] kSumScale<X> times the sums of a mask; where two sides have one table, those of the
+  // student less the teacher. All lanes call it.
+  template <class Sum>
   __device__ MaskSums(const Tile<X> (&tiles)[2], int sides, int tables, const MaskPixels& list, int first, int channels,
-                      float* sums, int64_t table_step, int mask_step) {
+                      Sum sum) {
     static_assert(kPoolPixels<X> == 64);
     const int listed = list.found[0];
 #pragma unroll 1
@@ -112,8 +112,7 @@ class MaskSums {
       pixels_[0] = pixels.x, pixels_[1] = pixels.y;
       const int masks[2] = {list.masks[i + lane_ % 4 * 2], list.masks[i + lane_ % 4 * 2 + 1]};
       const auto put = [&](int table, int mask, int row, float value) {
-        if (mask >= 0 && first + row < channels)
-          atomicAdd(sums + table * table_step + static_cast<int64_t>(mask) * mask_step + row, value);
+        if (mask >= 0 && first + row < channels) atomicAdd(sum(table, mask) + first + row, value);
       };
       float parts[2][4] = {};
       multiply(parts, tiles, sides, first);
@@ -284,7 +283,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     if (image >= 0 && (entry_index != at.entry || image != at.image)) leave_image();
     const PoolEntry& entry = pyramid.entries[at.entry];
     const bool mine = channel < channels_of(entry);
-    const bool pools = entry.losses & (kAnchor | kDistance);
+    const bool pools = entry.losses & (kAnchor | kDistance), lists = pools && sizeof(X) == 2;
     const bool entered = entry_index != at.entry;
     entry_index = at.entry;
     image = at.image;
@@ -301,7 +300,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     X* const data[2] = {memory.tile(stage, 0), memory.tile(stage, 1)};
     int word = 0;  // where the list goes on; past 0 only for masks that did not fit in the list before
     do {
-      if (sizeof(X) == 2 && pools && threadIdx.x / 32 == 1) memory.list.list(masks, at.count, word);
+      if (lists && threadIdx.x / 32 == 1) memory.list.list(masks, at.count, word);
       __syncthreads();
       const auto work = [&](const Tile<X>(&tiles)[2]) {
         if (entry.losses & kLocalization && mine && word == 0) {
@@ -317,9 +316,8 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
         }
         if constexpr (sizeof(X) == 2) {
           const int first = thread_index() / 32 * 16, channels = channels_of(entry);
-          if (pools && first < channels)
-            MaskSums<X>(tiles, params.sides, entry.sides, memory.list, first, channels, sums + first, table,
-                        static_cast<int>(max_channels));
+          if (lists && first < channels)
+            MaskSums<X>(tiles, params.sides, entry.sides, memory.list, first, channels, sum_of);
         } else if (pools && mine && half < entry.sides) {
           const Tile<X> own = tile_of(tiles, half);
           RunCursor runs(masks);
@@ -337,7 +335,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
         }
       };
       with_tiles(data, entry.maps[0].pixel_rows, entry.maps[1].pixel_rows, kPixels, kPoolChannels, work);
-      word = sizeof(X) == 2 && pools ? memory.list.found[1] : masks.count;
+      word = lists ? memory.list.found[1] : masks.count;
       __syncthreads();
     } while (word < masks.count);
   }
