@@ -126,6 +126,7 @@ def count(name, w, options, tell):
     regions = make_regions(w, w.choose_boxes())
     tell(f"{name}: forward")
     losses = sk.sea_loss(student[0], teacher[0], student[1], teacher[1], regions)
+    peak = module.peak_bytes() + sum(x.nbytes for x in regions.tensors())
     tell(f"{name}: backward")
     torch.autograd.grad(sum(losses), flat)
     operators.uninstall()
@@ -145,6 +146,8 @@ def count(name, w, options, tell):
         "anchors": 1 + 2 * int((regions.classes >= 0).sum()),
         "rows": regions.area.shape[1],
         "shapes": w.level_shapes,
+        "peak_bytes": peak,  # in forward, of the losses and the regions
+        "student_bytes": 2 * w.branch_bytes,
     }
     tell(f"{name}: counted; machine code" if not options.no_sass else f"{name}: counted")
     return counted.make(

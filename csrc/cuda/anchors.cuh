@@ -37,10 +37,12 @@ __device__ inline int nonempty_masks(const Masks& masks, int level) {
 
 // ---------------------------------------------------------------------------------------------------- means from sums
 
-// An entry of pool(): every slice adds up the pixels of each mask, in tables of its own.
+// An entry of pool(): every slice adds up the pixels of each mask, in tables of its own, and has a softmax for each
+// strip of an image that it meets.
 struct SumsEntry : Entry {
-  int64_t first_sum;  // table first_sum + slice * sides is a slice's first one
-  int32_t sides;      // its tables: student and teacher; or the student's alone, or the difference; or none
+  int64_t first_sum;      // table first_sum + slice * sides is a slice's first one
+  int64_t first_softmax;  // first_softmax + slice + strip is unique for every slice and strip that meet
+  int32_t sides;          // its tables: student and teacher; or the student's alone, or the difference; or none
 
   explicit SumsEntry(const Pair& pair) : Entry(pair) {}
   SumsEntry() = default;
@@ -52,25 +54,32 @@ struct SumsEntry : Entry {
 template <class X>
 constexpr int kSumScale = sizeof(X) == 2 ? 2 : 1;
 
-// Assigns tables to every entry. For each slice two (student, teacher); one if there are no teachers (student), or if
-// the maps are of 16 bits and have no distance loss (student less teacher); none if nothing is pooled. Returns their
-// number.
+// How many tables of sums there are, and how many softmaxes.
+struct SumsSize {
+  int64_t tables = 0, softmaxes = 0;
+};
+
+// Assigns their places to every entry. For each slice two tables (student, teacher); one if there are no teachers
+// (student), or if the maps are of 16 bits and have no distance loss (student less teacher); none if nothing is pooled.
 template <class X, class E>
-int64_t place_sums(Pyramid<E>& pyramid, bool teachers) {
-  int64_t tables = 0;
+SumsSize place_sums(Pyramid<E>& pyramid, bool teachers) {
+  SumsSize out;
   for (int32_t i = 0; i < pyramid.count; ++i) {
     E& entry = pyramid.entries[i];
     const bool apart = teachers && (entry.losses & kDistance || sizeof(X) > 2);
     entry.sides = !(entry.losses & (kAnchor | kDistance)) ? 0 : apart ? 2 : 1;
     const SliceRange range = slices_of(pyramid, i);
-    entry.first_sum = tables - range.first * entry.sides;
-    tables += std::max<int64_t>(1, range.last - range.first + 1) * entry.sides;  // one for the means of an empty map
+    const int64_t slices = range.last - range.first + 1;
+    entry.first_sum = out.tables - range.first * entry.sides;
+    out.tables += slices * entry.sides;
+    entry.first_softmax = out.softmaxes - range.first;
+    if (entry.losses & kLocalization) out.softmaxes += slices + entry.strips();
   }
-  return tables;
+  return out;
 }
 
 // Writes the means of entry `i` over one mask to entry.anchors. Entries without anchors[1] get the student's minus the
-// teacher's. The output may be the memory of the first of the sums. All threads call it.
+// teacher's. All threads call it.
 template <class X, class E>
 __device__ inline void write_means(const Pyramid<E>& pyramid, int64_t i, const Masks& masks,
                                    const Compute<X>* sums,  // [tables, masks, max_channels], times kSumScale

@@ -53,13 +53,15 @@ struct LossOptions {
 //     of each pair with distances its pixels' softmax.
 //   gradients: of each pair with distances that of the student's anchors.
 //   softmax: of each pair with localization that of its channels.
+// terms, which stay in C++, are numbers of doubles: of each pair with localization its terms of the loss.
 struct LossSizes {
-  int64_t anchors = 0, saved = 0, gradients = 0, softmax = 0;
+  int64_t anchors = 0, saved = 0, gradients = 0, softmax = 0, terms = 0;
 };
 
 template <class T>
 struct LossMemory {
   T *anchors = nullptr, *saved = nullptr, *gradients = nullptr, *softmax = nullptr;
+  double* terms = nullptr;
 };
 
 // Points the pairs to their shares of memory. If the memory is null, its elements are only counted. Without
@@ -84,7 +86,10 @@ LossSizes lay_out(std::vector<Pair>& pairs, int64_t levels, int64_t masks, bool 
     if (pair.losses & kDistance) pair.units = take(memory.saved, sizes.saved, 2 * table);
     if (pair.losses & kAnchor) pair.difference = take(memory.saved, sizes.saved, table);
     if (pair.losses & kDistance) pair.anchor_gradient = take(memory.gradients, sizes.gradients, table);
-    if (pair.losses & kLocalization) pair.softmax = take(memory.softmax, sizes.softmax, 4 * pair.batch * pair.channels);
+    if (pair.losses & kLocalization) {
+      pair.softmax = take(memory.softmax, sizes.softmax, 4 * pair.batch * pair.channels);
+      pair.localization_terms = take(memory.terms, sizes.terms, pair.batch * divide_up(pair.channels, kAnchorThreads));
+    }
   }
   for (Pair& pair : pairs)
     if (pair.losses & kDistance && for_backward)
@@ -99,16 +104,15 @@ struct FinishParams {
   using T = Compute<X>;
   Masks masks;
   // Terms of the losses. The first tables hold those of the pairs that take part, in their order.
-  const double* anchor;        // [anchor_count, masks]
-  const double* localization;  // [localization_count, localization_blocks]
-  const double* distance;      // [slices + entries] of the pyramid
-  int32_t anchor_count, localization_count;
-  int64_t localization_blocks;    // batch * blocks of channels
-  T* losses[3];                   // [] anchor, distance, localization; null: not asked for
-  bool add;                       // to what is there already
-  Pyramid<ProjectEntry> pyramid;  // of the distances
-  const T* moments;               // [slices + entries, masks, max_channels]; null: none
-  T inverse_temperature;          // of the distances
+  const double* anchor;                      // [anchor_count, masks]
+  const double* localization;                // [localization_count]
+  const double* distance;                    // [slices + entries] of the pyramid
+  int64_t anchor_count, localization_count;  // pairs, terms
+  T* losses[3];                              // [] anchor, distance, localization; null: not asked for
+  bool add;                                  // to what is there already
+  Pyramid<ProjectEntry> pyramid;             // of the distances
+  const T* moments;                          // [slices + entries, masks, max_channels]; null: none
+  T inverse_temperature;                     // of the distances
 };
 
 // The losses as the sums of their terms. All threads of the block call it.
@@ -123,8 +127,7 @@ __device__ inline void sum_losses(const FinishParams<X>& params) {
     for (int64_t s = range.first + threadIdx.x % 32; s <= range.last && pixels > 0; s += 32)
       sum[1] += params.distance[s + i] / pixels;
   }
-  for (int64_t i = threadIdx.x; i < params.localization_count * params.localization_blocks; i += kAnchorThreads)
-    sum[2] += params.localization[i];
+  for (int64_t i = threadIdx.x; i < params.localization_count; i += kAnchorThreads) sum[2] += params.localization[i];
   for (int i = 0; i < 3; ++i) {
     const double total = sum_over_block(sum[i], reinterpret_cast<double*>(shared_memory()));
     if (threadIdx.x == 0 && params.losses[i])
@@ -148,64 +151,68 @@ __global__ void __launch_bounds__(kAnchorThreads) finish(const __grid_constant__
   }
 }
 
-// Which steps of the forward pass an operator runs.
-enum class Steps { pool, compare, both };
-
-// The forward pass of the pairs of one launch. losses: anchor, distance, localization, added to what they are if `add`.
-// A counting Carver launches nothing.
+// The first half of the forward pass: pools the pairs' anchors and softmax, and finds the localization's terms. A
+// counting Carver launches nothing.
 template <class X>
-void forward_launch(std::vector<Pair> pairs, const Masks& masks, const LossOptions& options, Steps steps,
+void run_loss_pool(const std::vector<Pair>& pairs, const Masks& masks, const LossOptions& options, Carver& scratch,
+                   cudaStream_t stream) {
+  each_launch(pairs, [&](std::vector<Pair> part) {
+    scratch.rewind(0);
+    run_pool<X>(part, masks, 2, Exponential<X>::scale(options.localization_temperature), options.slices, scratch,
+                stream);
+  });
+}
+
+// The localization loss alone, from the terms of all pairs.
+template <class X>
+void run_localization(const Masks& masks, const double* terms, int64_t count, Compute<X>* loss, cudaStream_t stream) {
+  FinishParams<X> params{masks};
+  params.localization = terms;
+  params.localization_count = count;
+  params.losses[2] = loss;
+  launch(finish<X>, "finish", dim3(1), kAnchorThreads, kReduceBytes, stream, params);
+}
+
+// The second half for the pairs of one launch. losses: anchor, distance, localization; null: not asked for.
+template <class X>
+void compare_launch(std::vector<Pair> pairs, const Masks& masks, const LossOptions& options,
                     Compute<X>* const (&losses)[3], bool add, Carver& scratch, cudaStream_t stream) {
   using T = Compute<X>;
-  const bool pools = steps != Steps::compare, compares = steps != Steps::pool;
   FinishParams<X> last{masks};
-  int64_t max_channels = 0;
   for (Pair& pair : pairs) {
-    max_channels = std::max(max_channels, pair.channels);
-    last.anchor_count += compares && pair.losses & kAnchor;
-    last.localization_count += pools && pair.losses & kLocalization;
-    if (compares && pair.losses & kDistance) pair.inverse_norm = scratch.take<T>(masks.masks);
+    last.anchor_count += pair.losses & kAnchor ? 1 : 0;
+    if (pair.losses & kDistance) pair.inverse_norm = scratch.take<T>(masks.masks);
+    if (!losses[2] || !(pair.losses & kLocalization)) continue;
+    if (last.localization_count == 0) last.localization = pair.localization_terms;
+    last.localization_count += pair.batch * divide_up(pair.channels, kAnchorThreads);
   }
-  last.localization_blocks = pairs[0].batch * divide_up(max_channels, kAnchorThreads);
   double* anchor_terms = scratch.take<double>(last.anchor_count * masks.masks);
-  double* localization_terms = scratch.take<double>(last.localization_count * last.localization_blocks);
   last.anchor = anchor_terms;
-  last.localization = localization_terms;
-  for (Pair& pair : pairs) {
-    if (scratch.counts()) break;
-    if (compares && pair.losses & kAnchor) pair.anchor_terms = std::exchange(anchor_terms, anchor_terms + masks.masks);
-    if (pools && pair.losses & kLocalization)
-      pair.localization_terms = std::exchange(localization_terms, localization_terms + last.localization_blocks);
-  }
-  const auto has_distances = [&](const Pair& pair) { return compares && pair.losses & kDistance; };
+  for (Pair& pair : pairs)
+    if (pair.losses & kAnchor && !scratch.counts())
+      pair.anchor_terms = std::exchange(anchor_terms, anchor_terms + masks.masks);
+  const auto has_distances = [](const Pair& pair) { return pair.losses & kDistance; };
   const auto distances =
       make_pyramid<DistanceEntry>(pairs, kBlockM<X>, options.slices, has_distances, distance_work<X>);
   double* distance_terms = scratch.take<double>(distances.slices + distances.count);
-
-  const int64_t start = scratch.used();
-  if (pools)
-    run_pool<X>(pairs, masks, 2, Exponential<X>::scale(options.localization_temperature), options.slices, scratch,
-                stream);
-  if (compares && !scratch.counts()) {
-    const CompareParams params{
-        make_pyramid<CompareEntry>(
-            pairs, kPoolPixels<X>, options.slices, [](const Pair& pair) { return pair.losses & (kAnchor | kDistance); },
-            [](const Pair&) { return TileWork{}; }),
-        masks};
-    launch(compare<X>, "compare", dim3(static_cast<unsigned>(masks.masks), params.pyramid.count), kAnchorThreads,
-           kReduceBytes, stream, params);
-  }
-  scratch.rewind(start);  // the moments come after it on the stream, so they may take its place
-
   const bool gradient = distances.count > 0 && options.anchor_gradient;
-  T* sums = scratch.take<T>(gradient ? (distances.slices + distances.count) * masks.masks * distances.max_channels : 0);
+  T* moments =
+      scratch.take<T>(gradient ? (distances.slices + distances.count) * masks.masks * distances.max_channels : 0);
   if (scratch.counts()) return;
+
+  const CompareParams compared{
+      make_pyramid<CompareEntry>(
+          pairs, kPoolPixels<X>, options.slices, [](const Pair& pair) { return pair.losses & (kAnchor | kDistance); },
+          [](const Pair&) { return TileWork{}; }),
+      masks};
+  launch(compare<X>, "compare", dim3(static_cast<unsigned>(masks.masks), compared.pyramid.count), kAnchorThreads,
+         kReduceBytes, stream, compared);
   if (distances.count > 0) {
     DistanceParams<X> params{distances,
                              masks,
                              choose_few_block<X, DistanceFewMemory<X>>(masks.masks, distances.max_channels),
                              Exponential<X>::scale(options.distance_temperature),
-                             gradient ? sums : nullptr,
+                             gradient ? moments : nullptr,
                              distance_terms,
                              options.save};
     params.few = params.block.n > 0 ? kFewAnchors : -1;
@@ -221,7 +228,7 @@ void forward_launch(std::vector<Pair> pairs, const Masks& masks, const LossOptio
     }
     last.pyramid = make_pyramid<ProjectEntry>(pairs, kBlockM<X>, options.slices, has_distances, distance_work<X>);
     last.distance = distance_terms;
-    last.moments = sums;
+    last.moments = moments;
     last.inverse_temperature = static_cast<T>(1 / options.distance_temperature);
   }
   std::copy(losses, losses + 3, last.losses);
@@ -230,14 +237,15 @@ void forward_launch(std::vector<Pair> pairs, const Masks& masks, const LossOptio
   launch(finish<X>, "finish", dim3(static_cast<unsigned>(blocks)), kAnchorThreads, kReduceBytes, stream, last);
 }
 
-// Runs the steps, or with a counting Carver finds the bytes of scratch that they need. pairs: as lay_out() leaves them.
+// The second half of the forward pass: compares the anchors, and the pixels with them. A counting Carver launches
+// nothing.
 template <class X>
-void run_forward(const std::vector<Pair>& pairs, const Masks& masks, const LossOptions& options, Steps steps,
-                 Compute<X>* const (&losses)[3], Carver& scratch, cudaStream_t stream) {
+void run_loss_compare(const std::vector<Pair>& pairs, const Masks& masks, const LossOptions& options,
+                      Compute<X>* const (&losses)[3], Carver& scratch, cudaStream_t stream) {
   bool add = false;
   each_launch(pairs, [&](const std::vector<Pair>& part) {
     scratch.rewind(0);
-    forward_launch<X>(part, masks, options, steps, losses, add, scratch, stream);
+    compare_launch<X>(part, masks, options, losses, add, scratch, stream);
     add = true;
   });
 }

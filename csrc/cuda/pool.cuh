@@ -220,7 +220,7 @@ struct PoolParams {
   int sides;   // 1: the students alone
   T scale;     // of the localization's Exponential
   T* sums;     // [tables, masks, max_channels], times kSumScale
-  T* softmax;  // [slices + entries * batch, 5, max_channels] OnlineSoftmax
+  T* softmax;  // [softmaxes, 5, max_channels] OnlineSoftmax
 };
 
 // Grid: slices, blocks of channels.
@@ -253,13 +253,12 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   };
 
   OnlineSoftmax<X> softmax;
-  int entry_index = -1;
-  int image = -1;
+  int entry_index = -1, strip = -1;
   T* sums = nullptr;  // [entry.sides, masks, max_channels] of this slice and the current entry, from channel c0 on
   const int64_t table = params.masks.masks * max_channels;
   const auto sum_of = [&](int side, int mask) { return sums + side * table + mask * max_channels; };
-  const auto leave_image = [&] {
-    const Entry& entry = pyramid.entries[entry_index];
+  const auto leave_strip = [&] {
+    const PoolEntry& entry = pyramid.entries[entry_index];
     if (!(entry.losses & kLocalization)) return;
     if (half == 1) softmax.write(memory.softmax + channel, kPoolChannels);
     __syncthreads();
@@ -267,9 +266,8 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
       OnlineSoftmax<X> other;
       other.read(memory.softmax + channel, kPoolChannels);
       softmax.merge(other);
-      softmax.write(params.softmax +
-                        (slice + entry_index * pyramid.batch + image) * OnlineSoftmax<X>::kSize * max_channels + c0 +
-                        channel,
+      softmax.write(params.softmax + (entry.first_softmax + slice + strip) * OnlineSoftmax<X>::kSize * max_channels +
+                        c0 + channel,
                     max_channels);
     }
     softmax = {};
@@ -280,13 +278,14 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
   for (int64_t tile = begin; tile < end; ++tile, stage = 1 - stage) {
     at = next;
     if (tile + 1 < end) load(tile + 1, 1 - stage);
-    if (image >= 0 && (entry_index != at.entry || image != at.image)) leave_image();
     const PoolEntry& entry = pyramid.entries[at.entry];
+    const int of_strip = at.first / kStrip * static_cast<int>(entry.batch) + at.image;
+    if (strip >= 0 && (entry_index != at.entry || strip != of_strip)) leave_strip();
     const bool mine = channel < channels_of(entry);
     const bool pools = entry.losses & (kAnchor | kDistance), lists = pools && sizeof(X) == 2;
     const bool entered = entry_index != at.entry;
     entry_index = at.entry;
-    image = at.image;
+    strip = of_strip;
     if (entered && pools) {
       sums = params.sums + entry.table(slice) * params.masks.masks * max_channels + c0;
       if (mine && half < entry.sides)
@@ -339,7 +338,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
       __syncthreads();
     } while (word < masks.count);
   }
-  if (entry_index >= 0) leave_image();
+  if (strip >= 0) leave_strip();
 }
 
 struct PoolFinishEntry : SumsEntry {
@@ -394,11 +393,11 @@ int pool_slices(int multiprocessors, int64_t channels) {
   return static_cast<int>(std::max<int64_t>(1, room * multiprocessors / divide_up(channels, kPoolChannels)));
 }
 
-// Pools the maps of one launch, of both sides or of the students. The means go to the pairs' anchors; pairs without any
-// get them where the sums were. scale: of the localization's Exponential. A counting Carver launches nothing.
+// Pools the maps of one launch, of both sides or of the students. The means go to the pairs' anchors. scale: of the
+// localization's Exponential. A counting Carver launches nothing.
 template <class X>
-void run_pool(std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X> scale, int slices, Carver& scratch,
-              cudaStream_t stream) {
+void run_pool(const std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X> scale, int slices,
+              Carver& scratch, cudaStream_t stream) {
   using T = Compute<X>;
   const auto all = [](const Pair&) { return true; };
   int64_t channels = 1;
@@ -406,27 +405,16 @@ void run_pool(std::vector<Pair>& pairs, const Masks& masks, int sides, Compute<X
   slices = pool_slices<X>(slices, channels);
   PoolParams<T> params{make_pyramid<PoolEntry>(pairs, kPoolPixels<X>, slices, all, pool_work<X>), masks, sides, scale};
   auto& pyramid = params.pyramid;
-  const int64_t table = masks.masks * pyramid.max_channels, tables = place_sums<X>(pyramid, sides == 2);
-  const bool softmax = std::any_of(pairs.begin(), pairs.end(), [](const Pair& p) { return p.losses & kLocalization; });
-  params.sums = scratch.take<T>(tables * table);
-  params.softmax = scratch.take<T>(
-      softmax ? (pyramid.slices + pyramid.count * pyramid.batch) * OnlineSoftmax<X>::kSize * pyramid.max_channels : 0);
+  const SumsSize size = place_sums<X>(pyramid, sides == 2);
+  params.sums = scratch.take<T>(size.tables * masks.masks * pyramid.max_channels);
+  params.softmax = scratch.take<T>(size.softmaxes * OnlineSoftmax<X>::kSize * pyramid.max_channels);
   if (scratch.counts()) return;
-  for (size_t i = 0; i < pairs.size(); ++i)
-    if (pairs[i].losses & (kAnchor | kDistance) && !pairs[i].anchors[0]) {
-      const PoolEntry& entry = pyramid.entries[i];
-      const int64_t first =
-          entry.first_sum + slice_of(pyramid, static_cast<int64_t>(i), entry.first_tile) * entry.sides;
-      for (int side = 0; side < (entry.losses & kDistance ? 2 : 1); ++side)
-        pairs[i].anchors[side] = params.sums + (first + side) * table;
-      pairs[i].anchor_pitch = pyramid.max_channels;
-    }
   PoolFinishParams<T> finish{make_pyramid<PoolFinishEntry>(pairs, kPoolPixels<X>, slices, all, pool_work<X>), masks,
                              scale, params.sums, params.softmax};
   place_sums<X>(finish.pyramid, sides == 2);
   const dim3 grid(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.max_channels, kPoolChannels)));
   launch(pool<X>, "pool", grid, kPoolThreads, bytes_of<PoolMemory<X>>(), stream, params);
-  const int64_t blocks = softmax ? pyramid.batch * divide_up(pyramid.max_channels, kAnchorThreads) : 0;
+  const int64_t blocks = size.softmaxes > 0 ? pyramid.batch * divide_up(pyramid.max_channels, kAnchorThreads) : 0;
   launch(pool_finish<X>, "pool_finish", dim3(static_cast<unsigned>(masks.masks + blocks), pyramid.count),
          kAnchorThreads, kReduceBytes, stream, finish);
 }

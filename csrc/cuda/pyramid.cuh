@@ -28,6 +28,10 @@ struct Masks {
   int32_t capacity, masks;    // masks = 1 + 2 * capacity; 0: there are no regions
 };
 
+// The images of a map take turns in the order of tiles, a strip of so many pixels each. So each block has tiles of
+// several images, and one image with many boxes does not hold up a few blocks. A multiple of every kernel's tile.
+constexpr int kStrip = 1024;
+
 // One map of a launch: its shape and its place in the order of tiles. The tables of all kernels have entries that
 // derive from this.
 struct Entry {
@@ -41,6 +45,7 @@ struct Entry {
   int32_t losses;  // flags
 
   __host__ __device__ int64_t image() const { return height * width; }
+  __host__ __device__ int64_t strips() const { return divide_up(image(), kStrip) * batch; }
   __host__ __device__ int64_t pitch() const { return round_up(channels, 8); }  // of rows in the tables of anchors
 };
 
@@ -71,7 +76,7 @@ struct TileWork {
   int32_t tile = 1, first = 0;
 };
 
-// The maps that one launch covers. Their tiles, map by map and image by image, are divided into `slices`, one for each
+// The maps that one launch covers. Their tiles, map by map and strip by strip, are divided into `slices`, one for each
 // block. Those of a wave have equal work. A block stores its sums for an entry at index slice + entry, which is unique
 // for every slice and entry that meet.
 constexpr int kMaxEntries = 48;
@@ -146,22 +151,27 @@ struct WorkTile {
   __device__ void seek(const Pyramid<E>& pyramid, int64_t to, int tile_pixels) {
     const bool next = count > 0 && to == tile + 1;
     if (next) {
+      const Entry& e = pyramid.entries[entry];
+      const int strip = first / kStrip * kStrip;
       first += count;
-      if (first == pyramid.entries[entry].image()) {
-        first = 0;
-        ++image;
+      if (first == strip + kStrip || first == e.image()) {
+        if (++image < e.batch)
+          first = strip;
+        else
+          image = 0;
       }
     }
     const int before = entry;
     while (entry + 1 < pyramid.count && to >= pyramid.entries[entry + 1].first_tile) ++entry;
     const Entry& e = pyramid.entries[entry];
     const int pixels = static_cast<int>(e.image());
-    if (next && entry != before) image = 0;
+    if (next && entry != before) image = first = 0;
     if (!next && to != tile) {
-      const unsigned at = static_cast<unsigned>(to - e.first_tile);
-      const int per_image = (pixels + tile_pixels - 1) / tile_pixels;
-      image = static_cast<int>(at / per_image);
-      first = static_cast<int>(at % per_image) * tile_pixels;
+      const unsigned at = static_cast<unsigned>(to - e.first_tile), whole = kStrip / tile_pixels;
+      const unsigned in_row = whole * static_cast<unsigned>(e.batch), row = at / in_row;  // a strip of every image
+      const unsigned tiles = min(whole, (pixels + tile_pixels - 1) / tile_pixels - row * whole);  // of each strip
+      image = static_cast<int>((at - row * in_row) / tiles);
+      first = static_cast<int>(row * whole + (at - row * in_row) % tiles) * tile_pixels;
     }
     tile = to;
     count = pixels - first < tile_pixels ? pixels - first : tile_pixels;

@@ -170,11 +170,12 @@ struct SavedSoftmax {
   }
 };
 
-// For a block's share of the channels of one image of entry `i`: the softmax of all its slices, to be saved, and the
-// sum of its terms of the localization loss. E has softmax and localization_terms, as in Pair. All threads call it.
+// For a block's share of the channels of one image of entry `i`: the softmax of all its strips and their slices, to be
+// saved, and the sum of its terms of the localization loss. E has first_softmax, as SumsEntry, and softmax and
+// localization_terms, as Pair. All threads call it.
 template <class X, class E>
 __device__ inline void merge_softmax(const Pyramid<E>& pyramid, int64_t i,
-                                     const Compute<X>* slices,  // [slices + entries * batch, 5, max_channels]
+                                     const Compute<X>* slices,  // [softmaxes, 5, max_channels]
                                      Compute<X> scale, int tile_pixels, int64_t image, int64_t block,
                                      double* scratch) {  // [32] in shared memory
   using T = Compute<X>;
@@ -183,13 +184,18 @@ __device__ inline void merge_softmax(const Pyramid<E>& pyramid, int64_t i,
   double term = 0;
   if (channel < entry.channels) {
     OnlineSoftmax<X> all;
-    const int64_t tiles = divide_up(entry.image(), tile_pixels), tile = entry.first_tile + image * tiles;
-    const SliceRange range = slices_of(pyramid, i, tile, tile + tiles);
-    for (int64_t s = range.first; s <= range.last; ++s) {
-      OnlineSoftmax<X> one;
-      one.read(slices + (s + i * pyramid.batch + image) * OnlineSoftmax<X>::kSize * pyramid.max_channels + channel,
-               pyramid.max_channels);
-      all.merge(one);
+    int64_t left = divide_up(entry.image(), tile_pixels), row = entry.first_tile;  // tiles; a strip of every image
+    for (int64_t strip = image; left > 0; strip += entry.batch) {
+      const int64_t tiles = left < kStrip / tile_pixels ? left : kStrip / tile_pixels, tile = row + image * tiles;
+      const SliceRange range = slices_of(pyramid, i, tile, tile + tiles);
+      for (int64_t s = range.first; s <= range.last; ++s) {
+        OnlineSoftmax<X> one;
+        one.read(slices + (entry.first_softmax + s + strip) * OnlineSoftmax<X>::kSize * pyramid.max_channels + channel,
+                 pyramid.max_channels);
+        all.merge(one);
+      }
+      left -= tiles;
+      row += tiles * entry.batch;
     }
     SavedSoftmax<X>{all.student_shift, 1 / all.student_sum, all.teacher_shift, 1 / all.teacher_sum}.write(
         static_cast<T*>(entry.softmax), count, image * entry.channels + channel);
@@ -197,7 +203,8 @@ __device__ inline void merge_softmax(const Pyramid<E>& pyramid, int64_t i,
     if (!all.empty()) term = all.divergence(scale) * temperature * temperature / static_cast<double>(count);
   }
   term = sum_over_block(term, scratch);
-  if (threadIdx.x == 0) entry.localization_terms[image * divide_up(pyramid.max_channels, blockDim.x) + block] = term;
+  if (threadIdx.x == 0 && block * blockDim.x < entry.channels)
+    entry.localization_terms[image * divide_up(entry.channels, blockDim.x) + block] = term;
 }
 
 }  // namespace sea

@@ -28,6 +28,7 @@ struct Allocation {
 std::mutex& operators = *new std::mutex;                              // locked while one runs
 std::mutex& mutex = *new std::mutex;                                  // of the list
 std::vector<Allocation>& allocations = *new std::vector<Allocation>;  // since the running operator began
+size_t live, most;                                                    // bytes of these that are not released
 
 void fill_guard(unsigned char* guard) {
   for (size_t i = 0; i < kGuardBytes; ++i) guard[i] = kGuard[i % 2];
@@ -48,6 +49,8 @@ void* allocate(size_t bytes) {
   fill_guard(begin + bytes);
   const std::lock_guard<std::mutex> lock(mutex);
   allocations.push_back({begin, bytes, false});
+  live += bytes;
+  most = std::max(most, live);
   return begin;
 }
 
@@ -56,12 +59,21 @@ void release(void* memory) {
   for (Allocation& allocation : allocations)
     if (allocation.begin == memory) {
       allocation.released = true;
+      live -= allocation.bytes;
       return;
     }
   free_all(static_cast<unsigned char*>(memory));
 }
 
-RunningOperator::RunningOperator() { operators.lock(); }
+size_t peak_bytes() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return most;
+}
+
+RunningOperator::RunningOperator() {
+  operators.lock();
+  live = most = 0;
+}
 
 void RunningOperator::check() const {
   if (kAddressSanitizer) return;  // which has the guards poisoned

@@ -15,4 +15,5 @@ PYBIND11_MODULE(operators, module) {
     }
   });
   module.def("uninstall", [] { installed.clear(); });
+  module.def("peak_bytes", &emulator::peak_bytes);
 }

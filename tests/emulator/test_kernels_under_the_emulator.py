@@ -68,6 +68,16 @@ def test_shares_of_any_size(slices, kernels):
     check("anchor_cosine", make_regions(levels=3), channels=33)
 
 
+@pytest.mark.parametrize("slices", [1, 2, 7, 1000])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_images_of_several_strips(batch, slices, kernels):
+    """Images take turns in the order of tiles: blocks that leave an image and come back, and last strips of any size."""
+    kernels.settings(slices=slices)
+    shapes = {"shapes": [(45, 50), (32, 32), (31, 33)], "strides": [4, 7, 7]}  # 2250, 1024 and 1023 pixels
+    for dtype in (F32, BF16):
+        check(EVERYTHING, make_regions(number=9, batch=batch, **shapes), dtype, channels=9, box_channels=5)
+
+
 @pytest.mark.parametrize(
     "limit, num_classes, few, general", [(227, 20, 1, 0), (227, 80, 1, 1), (163, 20, 0, 1)], ids=str
 )
@@ -163,6 +173,22 @@ def test_sizes_of_what_is_saved(dtypes, detach, kernels):
         for wrong in (sizes[i] - 1, sizes[i] + 1):
             with pytest.raises(RuntimeError, match=r"_elements is -?\d+; expected "):
                 torch.ops.sea_kernels.sea_loss(*given, *sizes[:i], wrong, *sizes[i + 1 :])
+
+
+def test_pooling_frees_its_memory_before_what_is_saved_is_allocated(kernels):
+    regions, losses = make_regions(number=300, num_classes=300, levels=2), [7]
+    maps = [cases.make_maps(regions.level_shapes, channels=64, seed=seed, dtype=BF16) for seed in (0, 1)]
+    call = *maps, losses, regions.tensors()
+    sizes = sizes_of_saved.elements(*maps, losses, regions.area.shape[1], False)
+    tables = 2 * 2 * regions.area.shape[1] * 64  # of anchors
+    torch.ops.sea_kernels.sea_loss_pool(*call, 1.0, tables, sizes[2])
+    pool = kernels.peak_bytes()
+    anchors = torch.zeros(tables)
+    torch.ops.sea_kernels.sea_loss_compare(*call, anchors, 0.1, *sizes[:2])
+    compare = kernels.peak_bytes() + anchors.nbytes
+    torch.ops.sea_kernels.sea_loss(*call, 0.1, 1.0, *sizes)
+    small = 4 * sizes[2] + 4096  # the channels' softmax, the losses and their terms
+    assert max(pool, compare) <= kernels.peak_bytes() <= max(pool, compare) + small < pool + 4 * sizes[0]
 
 
 # -------------------------------------------------------------------------------------------------------- mutations

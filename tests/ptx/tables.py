@@ -20,6 +20,8 @@ def show(report, most_lines=10):
     about, kernels = report["about"], report["kernels"]
     device = DEVICES[report["device"]]
     print(about["text"], "|", about["anchors"], "anchors |", report["device"])
+    share = about["peak_bytes"] / about["student_bytes"]
+    print(f"Memory: at most {about['peak_bytes'] / 1e6:.1f} MB in forward, {100 * share:.2f}% of the student's maps")
     show_instructions(kernels)
     show_memory(kernels)
     sums = show_bounds(kernels)

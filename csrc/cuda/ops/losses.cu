@@ -6,13 +6,7 @@
 namespace sea {
 namespace {
 
-// A tensor of the number of elements that Python computed, or an empty one, with 0 elements, where it is not saved.
-Tensor make_saved(const char* name, int64_t elements, int64_t needed, ScalarType type, const Tensor& like) {
-  check_elements(name, elements, needed, true);
-  return make({elements}, type, like);
-}
-
-// The arguments of all operators, and the tensors that the forward operators allocate.
+// The arguments of all operators.
 struct Call {
   const std::vector<Tensor>&student, &teacher;
   const std::vector<int64_t>& losses;
@@ -25,65 +19,89 @@ struct Call {
   int64_t levels() const { return static_cast<int64_t>(student.size() / losses.size()); }
 };
 
-struct Outputs {
-  Tensor anchor, distance, localization;  // []
-  Tensor saved, gradients, softmax;
+// What pooling leaves for the rest of the forward pass.
+struct Pooled {
+  Tensor anchors;  // of all maps
+  Tensor softmax;  // for backward; empty where softmax_elements is 0
+  Tensor terms;    // of the localization loss
 };
 
-// The steps of the forward pass. anchors: those of all maps, written by Steps::pool and read by Steps::compare.
 template <class X>
-Outputs forward(const Call& call, Steps steps, double distance_temperature, double localization_temperature,
-                LossSizes elements, const Tensor* anchors) {
+Pooled pool(const Call& call, double localization_temperature, int64_t softmax_elements) {
+  using T = Compute<X>;
+  const ScalarType type = kScalarType<T>;
+  const OnDevice on(call.like());
+  std::vector<Pair> pairs = call.pairs();
+  const LossSizes needed = lay_out<X>(pairs, call.levels(), call.masks.masks, false);
+  check_elements("softmax_elements", softmax_elements, needed.softmax, true);
+  const Pooled out{make({needed.anchors}, type, call.like()), make({softmax_elements}, type, call.like()),
+                   make({needed.terms}, ScalarType::Double, call.like())};
+  const Tensor softmax = softmax_elements > 0 ? out.softmax : make({needed.softmax}, type, call.like());
+  lay_out<X>(pairs, call.levels(), call.masks.masks, false,
+             {data<T>(out.anchors), nullptr, nullptr, data<T>(softmax), data<double>(out.terms)});
+  const LossOptions options{1, localization_temperature, false, false, slices()};
+  with_scratch(call.like(),
+               [&](Carver& scratch) { run_loss_pool<X>(pairs, call.masks, options, scratch, on.stream()); });
+  return out;
+}
+
+// The sizes that compare() needs. Throws if those given are others.
+template <class X>
+LossSizes check_saved(const Call& call, int64_t saved_elements, int64_t gradient_elements) {
+  std::vector<Pair> pairs = call.pairs();
+  const LossSizes needed = lay_out<X>(pairs, call.levels(), call.masks.masks, saved_elements > 0);
+  check_elements("saved_elements", saved_elements, needed.saved, true);
+  // Where there are several chunks of anchors, the gradient needs the pixels' softmax from what is saved.
+  if (saved_elements == 0) check_elements("gradient_elements without saved_elements", gradient_elements, 0, false);
+  check_elements("gradient_elements", gradient_elements, needed.gradients, true);
+  return needed;
+}
+
+struct Compared {
+  Tensor anchor, distance, localization;  // []
+  Tensor saved, gradients;
+};
+
+// terms: null if the localization loss is not asked for.
+template <class X>
+Compared compare(const Call& call, const Tensor& anchors, const Tensor* terms, double distance_temperature,
+                 int64_t saved_elements, int64_t gradient_elements) {
   using T = Compute<X>;
   const ScalarType type = kScalarType<T>;
   const Tensor& like = call.like();
   const OnDevice on(like);
-  const bool save = elements.saved > 0;
-  const LossOptions options{distance_temperature, localization_temperature, save, elements.gradients > 0, slices()};
+  const bool save = saved_elements > 0;
+  const LossSizes needed = check_saved<X>(call, saved_elements, gradient_elements);
+  check_elements("anchors.numel()", anchors.numel(), needed.anchors, false);
+  const Compared out{make({}, type, like), make({}, type, like), make({}, type, like),
+                     make({saved_elements}, type, like), make({gradient_elements}, type, like)};
+  // What is not saved is still needed until the call ends.
+  const Tensor saved = save ? out.saved : make({needed.saved}, type, like);
   std::vector<Pair> pairs = call.pairs();
-  const LossSizes needed = lay_out<X>(pairs, call.levels(), call.masks.masks, save);
-  if (anchors) check_elements("anchors.numel()", anchors->numel(), needed.anchors, false);
-  // Where there are several chunks of anchors, the gradient needs the pixels' softmax from what is saved.
-  if (!save) check_elements("gradient_elements without saved_elements", elements.gradients, 0, false);
-  const auto empty = [&] { return make({0}, type, like); };
-  const Outputs out{
-      make({}, type, like),
-      make({}, type, like),
-      make({}, type, like),
-      steps == Steps::pool ? empty() : make_saved("saved_elements", elements.saved, needed.saved, type, like),
-      steps == Steps::pool ? empty()
-                           : make_saved("gradient_elements", elements.gradients, needed.gradients, type, like),
-      steps == Steps::compare ? empty() : make_saved("softmax_elements", elements.softmax, needed.softmax, type, like)};
-  // Tensors that are not saved are still needed until the call ends.
-  const Tensor own_saved = steps != Steps::pool && !save ? make({needed.saved}, type, like) : out.saved;
-  const Tensor own_softmax =
-      steps != Steps::compare && elements.softmax == 0 ? make({needed.softmax}, type, like) : out.softmax;
-  LossMemory<T> memory;
-  if (anchors) memory.anchors = data<T>(*anchors);
-  if (steps != Steps::pool) memory.saved = data<T>(own_saved);
-  if (elements.gradients > 0) memory.gradients = data<T>(out.gradients);
-  if (steps != Steps::compare) memory.softmax = data<T>(own_softmax);
-  lay_out<X>(pairs, call.levels(), call.masks.masks, save, memory);
-  with_scratch(like, [&](Carver& scratch) {
-    run_forward<X>(
-        pairs, call.masks, options, steps,
-        {steps == Steps::pool ? nullptr : data<T>(out.anchor), steps == Steps::pool ? nullptr : data<T>(out.distance),
-         steps == Steps::compare ? nullptr : data<T>(out.localization)},
-        scratch, on.stream());
-  });
+  lay_out<X>(pairs, call.levels(), call.masks.masks, save,
+             {data<T>(anchors), data<T>(saved), gradient_elements > 0 ? data<T>(out.gradients) : nullptr, nullptr,
+              terms ? data<double>(*terms) : nullptr});
+  const LossOptions options{distance_temperature, 1, save, gradient_elements > 0, slices()};
+  T* const losses[3] = {data<T>(out.anchor), data<T>(out.distance), terms ? data<T>(out.localization) : nullptr};
+  with_scratch(like,
+               [&](Carver& scratch) { run_loss_compare<X>(pairs, call.masks, options, losses, scratch, on.stream()); });
   return out;
 }
 
+// The memory of pooling is freed before what is saved for backward is allocated.
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sea_loss(
     std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<int64_t> losses, std::vector<Tensor> regions,
     double distance_temperature, double localization_temperature, int64_t saved_elements, int64_t gradient_elements,
     int64_t softmax_elements) {
   const Call call{student, teacher, losses, make_masks(regions, student)};
   return with_held_type(student, teacher, [&](auto zero) {
-    const Outputs out = forward<decltype(zero)>(call, Steps::both, distance_temperature, localization_temperature,
-                                                {0, saved_elements, gradient_elements, softmax_elements}, nullptr);
+    using X = decltype(zero);
+    check_saved<X>(call, saved_elements, gradient_elements);
+    const Pooled pooled = pool<X>(call, localization_temperature, softmax_elements);
+    const Compared out =
+        compare<X>(call, pooled.anchors, &pooled.terms, distance_temperature, saved_elements, gradient_elements);
     return std::make_tuple(out.anchor, out.distance, out.localization,
-                           std::vector<Tensor>{out.saved, out.gradients, out.softmax});
+                           std::vector<Tensor>{out.saved, out.gradients, pooled.softmax});
   });
 }
 
@@ -94,14 +112,16 @@ std::tuple<Tensor, Tensor, Tensor> sea_loss_pool(std::vector<Tensor> student, st
   const Call call{student, teacher, losses, make_masks(regions, student)};
   return with_held_type(student, teacher, [&](auto zero) {
     using X = decltype(zero);
+    using T = Compute<X>;
     std::vector<Pair> pairs = call.pairs();
     const int64_t needed = lay_out<X>(pairs, call.levels(), call.masks.masks, false).anchors;
     check_elements("anchor_elements", anchor_elements, needed, false);
+    const Pooled pooled = pool<X>(call, localization_temperature, softmax_elements);
     const OnDevice on(call.like());
-    const Tensor anchors = make({anchor_elements}, kScalarType<Compute<X>>, call.like());
-    const Outputs out =
-        forward<X>(call, Steps::pool, 1, localization_temperature, {0, 0, 0, softmax_elements}, &anchors);
-    return std::make_tuple(anchors, out.localization, out.softmax);
+    const Tensor localization = make({}, kScalarType<T>, call.like());
+    run_localization<X>(call.masks, data<double>(pooled.terms), pooled.terms.numel(), data<T>(localization),
+                        on.stream());
+    return std::make_tuple(pooled.anchors, localization, pooled.softmax);
   });
 }
 
@@ -111,8 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sea_loss_compare(std::vector<Tensor> 
                                                             int64_t saved_elements, int64_t gradient_elements) {
   const Call call{student, teacher, losses, make_masks(regions, student)};
   return with_held_type(student, teacher, [&](auto zero) {
-    const Outputs out = forward<decltype(zero)>(call, Steps::compare, distance_temperature, 1,
-                                                {0, saved_elements, gradient_elements, 0}, &anchors);
+    const Compared out =
+        compare<decltype(zero)>(call, anchors, nullptr, distance_temperature, saved_elements, gradient_elements);
     return std::make_tuple(out.anchor, out.distance, out.saved, out.gradients);
   });
 }
