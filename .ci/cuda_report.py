@@ -33,6 +33,7 @@ MATRIX_KERNELS = {
     "distance_few": {kind: _MULTIPLY[kind] for kind in ("__nv_bfloat16", "__half")},
     "distance_backward": _MULTIPLY,
     "distance_backward_few": {"__nv_bfloat16": ["F32", "F32.BF16"], "__half": ["F32"]},
+    "distance_backward_some": {"__nv_bfloat16": ["F32", "F32.BF16"], "__half": ["F32"]},
 }
 TRAPS = []  # kernels and architectures whose PTX has one
 COLUMNS = ["registers", "stack", "stored", "loaded", "shared", "constants", "HMMA", "LDGSTS.128"]

@@ -38,6 +38,7 @@ import sea_kernels as sk
 PERIOD = 32 << 20  # bytes
 ARCHITECTURES = {"A100": 80, "H100": 90, "H200": 90}
 COLUMNS = {"W1": 0, "W4": 2}  # where not given: all of W1, 6 of the others
+UNEVEN = ("pool", "backward")  # their blocks' work depends on the boxes: where columns are not given, all are run
 DEAL_OUT_TILES = set(first_look.KERNELS)
 MOST_GROWTH = 0.05
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -106,11 +107,10 @@ def check_ptx(kernels):
         raise SystemExit(f"the PTX of {', '.join(trapping)} has a trap")
 
 
-def count(name, w, options, tell):
-    """Runs a step and counts it: what report.make() wants."""
+def count(name, w, options, only, columns, tell):
+    """Runs a step and counts it: what tables.show() wants. only: names of kernels; None: all."""
     architecture = options.architecture or ARCHITECTURES[options.device]
-    kernels = dict.fromkeys(["losses", "pool"], options.kernels) if options.kernels else None
-    columns = COLUMNS.get(name, 6) if options.columns is None else options.columns
+    kernels = dict.fromkeys(["losses", "pool"], only) if only else None
     module = operators.install(
         ["losses", "pool", "regions"], architecture, count=True, dtypes=[w.dtype], kernels=kernels, tell=tell
     )
@@ -194,7 +194,9 @@ def main():
     parser.add_argument("--architecture", type=int, choices=(80, 90), help="default: the device's")
     parser.add_argument("--kernels", type=lambda x: x.split(","), help="only these, e.g. pool,backward")
     parser.add_argument(
-        "--columns", type=int, help="of the grid, about so many are run; 0: all (default: W1 0, W4 2, else 6)"
+        "--columns",
+        type=int,
+        help="of the grid, about so many are run; 0: all (default: W1 0, W4 2, else 6; of pool and backward 0)",
     )
     parser.add_argument("--products", action="store_true", help="matrix products are computed: results are right")
     parser.add_argument("--no-sass", action="store_true", help="PTX is counted alone")
@@ -213,7 +215,13 @@ def main():
         print(f"[{time.monotonic() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
 
     for name in options.workloads:
-        result = count(name, WORKLOADS[name], options, tell)
+        columns = COLUMNS.get(name, 6) if options.columns is None else options.columns
+        result = count(name, WORKLOADS[name], options, options.kernels, columns, tell)
+        uneven = [kernel for kernel in UNEVEN if kernel in result["kernels"]]
+        if options.columns is None and columns > 0 and uneven:
+            tell(f"{name}: all blocks of {' and '.join(uneven)}")
+            whole = count(name, WORKLOADS[name], options, uneven, 0, tell)["kernels"]
+            result["kernels"] |= {kernel: whole[kernel] for kernel in uneven}
         bound, even, floor = tables.show(result, options.lines)
         if options.json:
             write(result, options.json)

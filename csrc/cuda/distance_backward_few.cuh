@@ -5,13 +5,10 @@
 
 namespace sea {
 
-// Grid: slices.
-template <class X>
-__global__ void __launch_bounds__(kMainThreads, 1)
-    distance_backward_few(const __grid_constant__ DistanceBackwardParams<float> params) {
-  using Loop = FewAnchors<X, DistanceBackwardEntry>;
-  const int count = present_masks(params.masks);
-  if (count > kFewAnchors) return;
+// kTiles: at a time. count: anchors.
+template <class X, int kTiles>
+__device__ inline void backward_of_few(const DistanceBackwardParams<float>& params, int count) {
+  using Loop = FewAnchors<X, DistanceBackwardEntry, kTiles>;
   Loop loop(params.pyramid, params.masks, params.block, count);
   const float scale = params.upstream.distance_exponent;
   const auto work = [&] {
@@ -37,7 +34,11 @@ __global__ void __launch_bounds__(kMainThreads, 1)
       }
     });
 #pragma unroll
-    for (int i = 0; i < 2; ++i) sum[i] = 1 / sum_over_lanes<4>(sum[i]);
+    for (int i = 0; i < 2; ++i) sum[i] = sum_over_lanes<4>(sum[i]);
+    loop.share(kExponentials, sum);
+    if constexpr (loop.kSplit == 2) __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sum[i] = 1 / loop.sum_shared(kExponentials, i, sum[i]);
     if (loop.side() == 1)
       loop.each_column_pair([&](int j, int) {
 #pragma unroll
@@ -46,8 +47,8 @@ __global__ void __launch_bounds__(kMainThreads, 1)
               make_float2(exp2_approximate(z[j][2 * i]) * sum[i], exp2_approximate(z[j][2 * i + 1]) * sum[i]);
       });
     __syncthreads();
+    float along[2] = {};
     if (loop.side() == 0) {
-      float along[2] = {};
       loop.each_column_pair([&](int j, int) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -63,15 +64,18 @@ __global__ void __launch_bounds__(kMainThreads, 1)
       });
       loop.write_coefficients(z);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        along[i] = sum_over_lanes<4>(along[i]) / scale;
-        const float factor = distance_weight(params, loop.entry(), kHalfUnit) * inverse[i];
-        if (loop.lane() % 4 > 0) continue;
-        loop.memory.direct[loop.pixel(i)] = factor;
-        loop.memory.direct[loop.kPixels + loop.pixel(i)] = factor * along[i] * inverse[i];
-      }
+      for (int i = 0; i < 2; ++i) along[i] = sum_over_lanes<4>(along[i]);
+      loop.share(kAlong, along);
     }
     __syncthreads();
+    if (loop.side() == 0 && loop.part() == 0 && loop.lane() % 4 == 0)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float factor = distance_weight(params, loop.entry(), kHalfUnit) * inverse[i];
+        loop.memory.direct[loop.pixel(i)] = factor;
+        loop.memory.direct[loop.kPixels + loop.pixel(i)] =
+            factor * loop.sum_shared(kAlong, i, along[i]) / scale * inverse[i];
+      }
     typename Loop::Directions directions{};
     loop.add_directions(directions);
     __syncthreads();  // the directions take the place of the coefficients
@@ -84,7 +88,7 @@ __global__ void __launch_bounds__(kMainThreads, 1)
       if (half == 0)
         loop.template write_directions<0>(directions);
       else
-        loop.template write_directions<1>(directions);
+        loop.template write_directions<kTiles - 1>(directions);
       __syncthreads();
       const WorkTile at = loop.at(half);
       const float* const factors = loop.memory.direct + half * loop.kM;
@@ -115,6 +119,22 @@ __global__ void __launch_bounds__(kMainThreads, 1)
     }
   };
   loop.each_tile_pair([&](bool entered) { loop.begin(entered); }, work, [] {});
+}
+
+// At most kFewAnchors anchors; otherwise returns at once. Grid: slices.
+template <class X>
+__global__ void __launch_bounds__(kMainThreads, 1)
+    distance_backward_few(const __grid_constant__ DistanceBackwardParams<float> params) {
+  const int count = present_masks(params.masks);
+  if (count <= kFewAnchors) backward_of_few<X, 2>(params, count);
+}
+
+// More than that, and at most kSomeAnchors; otherwise returns at once. Grid: slices.
+template <class X>
+__global__ void __launch_bounds__(kMainThreads, 1)
+    distance_backward_some(const __grid_constant__ DistanceBackwardParams<float> params) {
+  const int count = present_masks(params.masks);
+  if (kFewAnchors < count && count <= kSomeAnchors) backward_of_few<X, 1>(params, count);
 }
 
 }  // namespace sea

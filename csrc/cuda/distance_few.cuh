@@ -14,7 +14,7 @@ namespace sea {
 
 template <class X>
 struct DistanceFewMemory {
-  static constexpr int kM = kBlockM<X>, kPixels = 2 * kM;
+  static constexpr int kTiles = 2, kRows = kMaxBlockN, kM = kBlockM<X>, kPixels = kTiles * kM;
   X* units;               // [2 sides, n, k] rounded parts
   X* tiles;               // [2 stages, 2 sides, 2 tiles, k * kM]
   float* cosines;         // [2 sides, kPixels, kMaxBlockN] as in cosine_pair(); then the teacher's exponentials

@@ -1,10 +1,11 @@
-// The main loop of backward for 16-bit maps with at most 63 anchors (of 64 rows, one is needed for h_r, below) and at
-// most 256 channels. A batch of 16 COCO images is close to this limit; smaller batches stay below it. Forward, whose
-// loss has to be as exact as float32, uses distance_few.cuh. Everything else uses mainloop.cuh.
+// The main loop of backward for 16-bit maps with at most 127 anchors (of 128 rows, one is needed for h_r, below) and at
+// most 256 channels. Forward, whose loss has to be as exact as float32, uses distance_few.cuh if there are at most 63
+// anchors. A batch of 16 COCO images is close to that limit. Everything else uses mainloop.cuh.
 //
-// Shared memory holds all anchors, and all channels of two tiles, while the next two tiles load. Each warp takes one
-// side and 16 pixels and reads them once. Their cosines with all anchors stay in its registers; of these, only the
-// teacher's softmax is passed on, to the warp with the same pixels of the student.
+// Shared memory holds all anchors, and all channels of two tiles, while the next two tiles load. With more than 63
+// anchors, it is one tile, and the next one. Each warp takes one side and 16 pixels and reads them once. Their cosines
+// with all anchors, or with half of them, stay in its registers; of these, only the teacher's softmax is passed on, to
+// the warp with the same pixels and anchors of the student.
 //
 // The coefficients e_p of a pixel add up to 0, so directions do not change if one vector is subtracted from all unit
 // anchors h_p. The products are those of d_p = h_p - h_r, where r is the first anchor that is present at this level:
@@ -22,61 +23,72 @@ struct ColumnPair {
   float factor[2], absent[2];
 };
 
-template <class X>
+// What warps that share their pixels, but not their anchors, add up. kReference: only one of them has f . h_r.
+enum Shared { kReference, kExponentials, kAlong, kShared };
+
+template <class X, int kTiles_>
 struct FewMemory {
-  static constexpr int kM = kBlockM<X>, kPixels = 2 * kM;
-  __half* units;         // [2 sides, n, k] d_p; row `rows` - 1 is h_r
-  X* tiles;              // [2 stages, 2 sides, 2 tiles, k * kM]
+  static constexpr int kTiles = kTiles_, kRows = 2 * kMaxBlockN / kTiles, kM = kBlockM<X>, kPixels = kTiles * kM;
+  static constexpr int kSplit = 2 / kTiles;  // of the anchors
+  __half* units;                             // [2 sides, n, k] d_p; row `rows` - 1 is h_r
+  X* tiles;                                  // [2 stages, 2 sides, kTiles, k * kM]
   float* exchange;       // [kPixels, n] from the teacher's warps to the student's, as their lanes hold it
-  __half* coefficients;  // [kPixels, kMaxBlockN]
-  float* out;            // [k, kM], in the place of exchange and coefficients: see direction()
+  __half* coefficients;  // [kPixels, kRows]
+  float* shared;         // [kShared, 2 parts, 2 sides, kPixels]
+  float* out;            // [k, kM], in the place of exchange, coefficients and shared: see direction()
   ColumnPair* columns;   // [2 sides, n / 2]
   float* direct;         // [2, kPixels] as in MainMemory
   TilePair* pairs;       // [2 stages]
-  TileMasks masks[2];
+  TileMasks masks[kTiles];
 
   __host__ __device__ FewMemory(Carver& carver, BlockShape block)
-      : units(carver.take<__half>(2 * block.n * block.k)),
-        tiles(carver.take<X>(8 * block.k * kM)),
-        masks{{carver, kM, 128}, {carver, kM, 128}} {
+      : units(carver.take<__half>(2 * block.n * block.k)), tiles(carver.take<X>(4 * kTiles * block.k * kM)) {
+    for (TileMasks& of_tile : masks) of_tile = TileMasks(carver, kM, 128);
     columns = carver.take<ColumnPair>(block.n);
     direct = carver.take<float>(2 * kPixels);
     pairs = carver.take<TilePair>(2);
     const int64_t start = carver.used();
     exchange = carver.take<float>(kPixels * block.n);
-    coefficients = carver.take<__half>(kPixels * kMaxBlockN);
+    coefficients = carver.take<__half>(kPixels * kRows);
+    shared = carver.take<float>(kSplit == 2 ? kShared * 4 * kPixels : 0);
     carver.rewind(start);
     out = carver.take<float>(kM * block.k);
   }
 };
 
 // All methods are called by all threads of the block. E derives from MainEntry.
-template <class X, class E>
-class FewAnchors : public TilePairs<X, E, FewMemory<X>> {
-  using Base = TilePairs<X, E, FewMemory<X>>;
+template <class X, class E, int kTiles>
+class FewAnchors : public TilePairs<X, E, FewMemory<X, kTiles>> {
+  using Memory = FewMemory<X, kTiles>;
+  using Base = TilePairs<X, E, Memory>;
   using Base::each_step;
 
  public:
   using Base::at, Base::block, Base::count, Base::entry, Base::kM, Base::kPixels, Base::lane, Base::masks;
   using Base::memory, Base::rows, Base::side, Base::tile, Base::warp;
   static constexpr int kWarpM = 16;  // pixels of a warp
+  static constexpr int kSplit = Memory::kSplit;
 
   __device__ FewAnchors(const Pyramid<E>& pyramid, const Masks& masks, BlockShape block, int count)
       : Base(pyramid, masks, block, count) {
-    memory.masks[0].count = memory.masks[1].count = (count + 31) / 32;
+    for (TileMasks& of_tile : memory.masks) of_tile.count = (count + 31) / 32;
   }
 
-  __device__ int first() const { return warp() % 4 * kWarpM; }  // pixel of this warp; its lanes have two of them
+  __device__ int first() const { return warp() % (4 / kSplit) * kWarpM; }  // pixel of this warp; its lanes have two
+  __device__ int part() const { return warp() % 4 / (4 / kSplit); }        // of the anchors
+  // The rows of this warp's part: first_row() .. + own_rows() - 1, multiples of 16.
+  __device__ int first_row() const { return part() * most_rows(); }
+  __device__ int own_rows() const { return min(most_rows(), rows - first_row()); }
   __device__ int pixel(int i) const { return first() + lane() / 4 + 8 * i; }
   __device__ bool valid(int u) const { return valid_bits<1>(u / kM, u % kM); }
   // Of the pixels u .. u + kStep - 1 of a tile, as bits.
   template <int kStep>
   __device__ uint32_t valid_bits(int half, int u) const {
-    return (half ? memory.masks[1].valid : memory.masks[0].valid)[0] >> u & ((1u << kStep) - 1);
+    return (half ? memory.masks[kTiles - 1].valid : memory.masks[0].valid)[0] >> u & ((1u << kStep) - 1);
   }
   __device__ TileMasks masks_of(int half) const {
     TileMasks out = memory.masks[0];
-    const TileMasks& second = memory.masks[1];
+    const TileMasks& second = memory.masks[kTiles - 1];
     if (half) {
       out.inner = second.inner, out.valid = second.valid, out.begin = second.begin;
       out.first = second.first, out.masks = second.masks, out.words = second.words;
@@ -88,13 +100,13 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X>> {
   __device__ void begin(bool entered) {
     if (entered) load_units();
     memory.masks[0].template load<0>(masks, entry(), at(0));
-    memory.masks[1].template load<1>(masks, entry(), at(1));
+    if constexpr (kTiles == 2) memory.masks[1].template load<1>(masks, entry(), at(1));
   }
 
-  // [j][i]: the cosine of pixel(i / 2) with the anchor 8 j + 2 (lane % 4) + i % 2.
+  // [j][i]: the cosine of pixel(i / 2) with the anchor first_row() + 8 j + 2 (lane % 4) + i % 2.
   using Cosines = float[kMaxBlockN / 8][4];
 
-  // The cosines of the warp's pixels with all anchors, times `scale`, and 1 / |F| of both pixels.
+  // The cosines of the warp's pixels with its anchors, times `scale`, and 1 / |F| of both pixels.
   __device__ void find_cosines(Cosines& z, float (&inverse)[2], float scale) const {
     Steps x;
     const Tile<X> own = tile(side(), first() / kM);
@@ -120,18 +132,22 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X>> {
       for (int i = 0; i < 4; ++i) z[j][i] = 0;
 #pragma unroll
     for (int m = 0; m < kMaxBlockN / 16; m += 2)
-      if (16 * m + 16 < rows)
+      if (16 * m + 16 < own_rows())
         multiply_units<2>(z, x, m);
-      else if (16 * m < rows)
+      else if (16 * m < own_rows())
         multiply_units<1>(z, x, m);
     float along[2] = {};  // f . h_r, the last column, which the last of four lanes holds
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int j = 1; j < kMaxBlockN / 8; j += 2)
-        if (8 * j + 8 == rows) along[i] = z[j][2 * i + 1];
+        if (first_row() + 8 * j + 8 == rows) along[i] = z[j][2 * i + 1];
       along[i] = __shfl_sync(kAllLanes, along[i], lane | 3);
     }
+    share(kReference, along);
+    if constexpr (kSplit == 2) __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) along[i] = sum_shared(kReference, i, along[i]);
     each_column_pair([&](int j, int pair) {
       const ColumnPair column = memory.columns[side() * block.n / 2 + pair];
 #pragma unroll
@@ -140,10 +156,11 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X>> {
     });
   }
 
-  // Calls f(j, pair) for this lane's pairs of columns: 8 j + 2 (lane % 4) and the next, the columns of pair `pair`.
+  // Calls f(j, pair) for this lane's pairs of columns: first_row() + 8 j + 2 (lane % 4) and the next, the columns of
+  // pair `pair`.
   template <class F>
   __device__ void each_column_pair(F f) const {
-    const int t = thread_index() % 4;
+    const int t = first_row() / 2 + thread_index() % 4, rows = own_rows();
 #pragma unroll
     for (int j = 0; j < kMaxBlockN / 8; j += 2)
       if (8 * j < rows) {
@@ -152,12 +169,27 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X>> {
       }
   }
 
-  // Where a warp of the teacher leaves two numbers for the same lane of the student's.
-  __device__ float2& exchange(int j, int i) const {
-    return reinterpret_cast<float2*>(memory.exchange)[((first() / kWarpM * block.n / 8 + j) * 2 + i) * 32 + lane()];
+  // What a warp has for pixel(0) and pixel(1), the same in four lanes, is added up over the parts of the anchors: all
+  // warps share() theirs, and after a barrier they read the sums.
+  __device__ void share(Shared what, const float (&own)[2]) const {
+    if constexpr (kSplit == 2)
+      if (lane() % 4 == 0)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) memory.shared[((what * 2 + part()) * 2 + side()) * kPixels + pixel(i)] = own[i];
+  }
+  __device__ float sum_shared(Shared what, int i, float own) const {
+    if (kSplit == 1) return own;
+    const float* const first = memory.shared + (what * 4 + side()) * kPixels + pixel(i);
+    return first[0] + first[2 * kPixels];
   }
 
-  __device__ Matrix<__half> coefficients() const { return {memory.coefficients, kMaxBlockN}; }
+  // Where a warp of the teacher leaves two numbers for the same lane of the student's.
+  __device__ float2& exchange(int j, int i) const {
+    const int of_warp = warp() % 4 * (block.n / kSplit) / 8;
+    return reinterpret_cast<float2*>(memory.exchange)[((of_warp + j) * 2 + i) * 32 + lane()];
+  }
+
+  __device__ Matrix<__half> coefficients() const { return {memory.coefficients, Memory::kRows}; }
 
   __device__ void write_coefficients(const Cosines& values) const {
     each_column_pair([&](int j, int pair) {
@@ -207,15 +239,18 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X>> {
 
  private:
   __device__ Matrix<__half> units(int side) const { return {memory.units + side * block.n * block.k, block.k}; }
+  __device__ int most_rows() const { return kSplit == 1 ? rows : static_cast<int>(round_up(rows / 2, 16)); }
 
   // d_p and what goes with it. Each warp handles one row at a time.
   __device__ void load_units() {
     const E& e = entry();
     const float* area = masks.area + e.level * masks.masks;
     const auto there = [&](int p) { return p < count && area[p] > 0; };
-    const uint64_t present =
-        __ballot_sync(kAllLanes, there(lane())) | uint64_t{__ballot_sync(kAllLanes, there(lane() + 32))} << 32;
-    const int reference = present ? __ffsll(static_cast<long long>(present)) - 1 : 0;
+    int reference = 0;
+#pragma unroll
+    for (int p = Memory::kRows - 32; p >= 0; p -= 32)
+      if (const uint32_t present = __ballot_sync(kAllLanes, there(p + lane())))
+        reference = p + __ffs(static_cast<int>(present)) - 1;
     for (int i = warp(); i < 2 * rows; i += kMainThreads / 32) {
       const int side = i / rows, p = i % rows;
       const X* rounded = static_cast<const X*>(e.units) + side * kParts<X> * masks.masks * e.pitch();
@@ -245,7 +280,7 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X>> {
       if (lane() == 0) {
         ColumnPair& pair = memory.columns[side * block.n / 2 + p / 2];
         pair.factor[p % 2] = 1 + lost;
-        pair.absent[p % 2] = present >> p & 1 ? 0.f : kAbsent;
+        pair.absent[p % 2] = there(p) ? 0.f : kAbsent;
       }
     }
   }
@@ -253,7 +288,7 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X>> {
   // The channels of the warp's pixels: 16 k .. + 15 in x[k], as the left operand of multiply_add().
   using Steps = uint32_t[kMaxBlockK / 16][4];
 
-  // The products with the rows 16 m .. of the units.
+  // The products with the rows 16 m .. of the warp's units.
   template <int kCount>
   __device__ void multiply_units(Cosines& z, const Steps& x, int m) const {
     const int lane = thread_index() % 32;
@@ -262,7 +297,8 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X>> {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         uint32_t b[4];
-        Blocks<false, __half>(units(side()), 16 * (m + i), high, low, lane).load(b, k / 4 * 64, k % 4 * 16);
+        Blocks<false, __half>(units(side()), first_row() + 16 * (m + i), high, low, lane)
+            .load(b, k / 4 * 64, k % 4 * 16);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const uint32_t half[2] = {b[2 * h], b[2 * h + 1]};

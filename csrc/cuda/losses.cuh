@@ -280,12 +280,19 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
         given};
     const auto& pyramid = params.pyramid;
     if (pyramid.count == 0) return;
-    params.block = choose_few_block<X, FewMemory<X>>(masks.masks, pyramid.max_channels);
-    params.few = params.block.n > 0 ? kFewAnchors : -1;
-    if constexpr (sizeof(X) == 2)
-      if (params.few > 0)
-        launch(distance_backward_few<X>, "distance_backward_few", dim3(pyramid.slices), kMainThreads,
-               bytes_of<FewMemory<X>>(params.block), stream, params);
+    params.few = -1;
+    if constexpr (sizeof(X) == 2) {
+      const auto launch_few = [&](auto kernel, const char* name, auto tiles, int anchors) {
+        using Memory = FewMemory<X, tiles>;
+        params.block = choose_few_block<X, Memory>(masks.masks, pyramid.max_channels);
+        if (params.block.n == 0) return;
+        launch(kernel, name, dim3(pyramid.slices), kMainThreads, bytes_of<Memory>(params.block), stream, params);
+        params.few = anchors;
+      };
+      launch_few(distance_backward_few<X>, "distance_backward_few", std::integral_constant<int, 2>(), kFewAnchors);
+      if (0 < params.few && params.few < masks.masks)
+        launch_few(distance_backward_some<X>, "distance_backward_some", std::integral_constant<int, 1>(), kSomeAnchors);
+    }
     if (masks.masks <= params.few) return;
     params.block = choose_block<X>(masks.masks, pyramid.max_channels);
     launch(distance_backward<X>, "distance_backward",

@@ -36,6 +36,7 @@ struct TileMasks {
   int count, pixels, room;
   int64_t stride;
 
+  TileMasks() = default;
   __host__ __device__ TileMasks(Carver& carver, int pixels_, int room_) : count(0), pixels(pixels_), room(room_) {
     inner = carver.take<uint32_t>(divide_up(pixels, 32));
     valid = carver.take<uint32_t>(divide_up(pixels, 32));

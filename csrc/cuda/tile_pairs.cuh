@@ -1,34 +1,38 @@
 // How a block walks over its tiles, two at a time, in the kernels for few anchors. While it works on one pair, the next
-// pair loads. Both tiles of a pair belong to the same map; the second may be missing.
+// pair loads. Both tiles of a pair belong to the same map; the second may be missing. Where there are more anchors,
+// there is room for one tile at a time only.
 #pragma once
 #include "mainloop.cuh"
 
 namespace sea {
 
-constexpr int kFewAnchors = 63;
+constexpr int kFewAnchors = 63;    // with two tiles at a time
+constexpr int kSomeAnchors = 127;  // with one
 
 // Kept in shared memory, because the matrix products need the registers.
 struct TilePair {
-  WorkTile tile[2];  // if there is no second tile, its count is 0
+  WorkTile tile[2];  // where there is no second tile, its count is 0
   int tiles;         // 1 or 2
 };
 
-// The block's shape if a kernel of few anchors can run, else {0, 0}.
+// The block's shape if a kernel of few anchors can run, else {0, 0}. Memory::kRows: how many rows of anchors it may
+// have room for.
 template <class X, class Memory>
 BlockShape choose_few_block(int64_t masks, int64_t channels) {
   if (sizeof(X) > 2 || channels > kMaxBlockK) return {0, 0};
-  BlockShape block{static_cast<int>(std::min<int64_t>(round_up(masks, 16), kMaxBlockN)), kMaxBlockK};
+  BlockShape block{static_cast<int>(std::min<int64_t>(round_up(masks, Memory::kRows / 4), Memory::kRows)), kMaxBlockK};
   while (block.k > 64 && block.k / 2 >= channels) block.k /= 2;
   return bytes_of<Memory>(block) <= shared_memory_limit() ? block : BlockShape{0, 0};
 }
 
 // All threads of the block call each_tile_pair(). E derives from MainEntry. Memory has
-//   X* tiles;         // [2 stages, 2 sides, 2 tiles, k * kM]
+//   kTiles            // at a time, 1 or 2
+//   X* tiles;         // [2 stages, 2 sides, kTiles, k * kM]
 //   TilePair* pairs;  // [2 stages]
 template <class X, class E, class Memory>
 class TilePairs {
  public:
-  static constexpr int kM = kBlockM<X>, kPixels = 2 * kM;
+  static constexpr int kM = kBlockM<X>, kTiles = Memory::kTiles, kPixels = kTiles * kM;
 
   const Pyramid<E>& pyramid;
   const Masks& masks;
@@ -96,7 +100,7 @@ class TilePairs {
   int stage_ = 0;
 
   __device__ X* tile_data(int stage, int side, int half) const {
-    return memory.tiles + ((2 * stage + side) * 2 + half) * block.k * kM;
+    return memory.tiles + ((2 * stage + side) * kTiles + half) * block.k * kM;
   }
 
   // Starts to load tile t, and tile t + 1 if it belongs to the same map and comes before `end`; otherwise fills the
@@ -106,13 +110,13 @@ class TilePairs {
     const int side = thread_index() / kThreads;
     int tiles = 1;
 #pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < kTiles; ++half) {
       if (half < tiles)
         last.seek(pyramid, t + half, kM);
       else
         last.count = 0;
       const E& e = pyramid.entries[last.entry];
-      if (half == 0) {
+      if (half + 1 < kTiles) {
         const bool more = last.entry + 1 < pyramid.count;
         tiles = t + 1 < min(more ? pyramid.entries[last.entry + 1].first_tile : pyramid.tiles, end) ? 2 : 1;
       }

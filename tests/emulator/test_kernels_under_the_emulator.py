@@ -71,24 +71,26 @@ def test_shares_of_any_size(slices, kernels):
 @pytest.mark.parametrize("slices", [1, 2, 7, 1000])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_images_of_several_strips(batch, slices, kernels):
-    """Images take turns in the order of tiles: blocks that leave an image and come back, and last strips of any size."""
+    """Images take turns in the order of tiles: blocks that come back to an image, and last strips of any size."""
     kernels.settings(slices=slices)
     shapes = {"shapes": [(45, 50), (32, 32), (31, 33)], "strides": [4, 7, 7]}  # 2250, 1024 and 1023 pixels
     for dtype in (F32, BF16):
         check(EVERYTHING, make_regions(number=9, batch=batch, **shapes), dtype, channels=9, box_channels=5)
 
 
-@pytest.mark.parametrize(
-    "limit, num_classes, few, general", [(227, 20, 1, 0), (227, 80, 1, 1), (163, 20, 0, 1)], ids=str
-)
-def test_which_kernels_compute_the_distances(limit, num_classes, few, general, kernels):
-    """Those for few anchors, where shared memory has room; also the general ones where there may be many anchors."""
+@pytest.mark.parametrize("limit, num_classes, launched", [
+    (227, 20, ["distance_few", "distance_backward_few"]),  # at most 41 anchors
+    (227, 40, ["distance_few", "distance", "distance_backward_few", "distance_backward_some"]),  # 81
+    (227, 80, ["distance_few", "distance", "distance_backward_few", "distance_backward_some", "distance_backward"]),
+    (163, 20, ["distance", "distance_backward"]),
+])  # fmt: skip
+def test_which_kernels_compute_the_distances(limit, num_classes, launched, kernels):
+    """Those for few anchors, where shared memory has room; also the others where there may be more anchors."""
     kernels.settings(shared_memory_limit=limit << 10)
-    regions = make_regions(levels=1, number=40, num_classes=num_classes, shapes=[(5, 7)], strides=[32])
+    regions = make_regions(levels=1, number=80, num_classes=num_classes, shapes=[(5, 7)], strides=[32])
     run(EVERYTHING, make_inputs(regions, 200, 24, dtype=BF16), regions)
     launches = kernels.launches()
-    for kernel in ("distance", "distance_backward"):
-        assert (launches.get(f"{kernel}_few", 0), launches.get(kernel, 0)) == (few, general)
+    assert {name: n for name, n in launches.items() if "distance" in name} == dict.fromkeys(launched, 1)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -99,6 +101,17 @@ def test_anchors_in_several_chunks(number, num_classes, layout, dtype):
     shapes = {"shapes": [(9, 11), (3, 4)], "strides": [17, 50]}
     regions = make_regions(number=number, levels=2, num_classes=num_classes, **shapes)
     check(EVERYTHING, regions, dtype, layout, channels=24, box_channels=8)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("categories", [31, 32, 40, 48, 63, 64])
+def test_numbers_of_anchors_where_other_kernels_take_over(categories, layout):
+    """63 | 65, 81, 97, 127 | 129 anchors."""
+    shapes = {"shapes": [(9, 11), (3, 4)], "strides": [17, 50]}
+    regions = make_regions(number=16 * categories, levels=2, num_classes=categories, **shapes)
+    assert (regions.classes >= 0).sum() == categories
+    for dtype in (BF16, F16):
+        check("sea_loss", regions, dtype, layout, channels=70, box_channels=8)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -218,16 +231,16 @@ MUTATIONS = {  # what is wrong: sources of cuda/ops that have it, the operator a
         BF16,
         "cuda/distance_backward_few.cuh",
         """    __syncthreads();
-    if (loop.side() == 0) {""",
-        "    if (loop.side() == 0) {",
+    float along[2] = {};""",
+        "    float along[2] = {};",
     ),
     "index: a tile of the wrong image": (
         ["losses", "pool"],
         EVERYTHING,
         BF16,
         "cuda/pyramid.cuh",
-        "image = static_cast<int>(at / per_image);",
-        "image = static_cast<int>(at / per_image) * 0;",
+        "image = static_cast<int>((at - row * in_row) / tiles);",
+        "image = 0;",
     ),
     "mask: what is beyond the last pixel is written": (
         ["losses", "pool"],
