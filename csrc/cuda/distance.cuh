@@ -190,6 +190,7 @@ __global__ void __launch_bounds__(kMainThreads, 1) distance(const __grid_constan
             }
           });
           softmax.template add_lanes<loop.kLanes>();
+          __syncwarp();  // all lanes of a pixel have read its state
           if (loop.lane() == 0) softmax.write(state + pixel, loop.kM);
           if (with_moments) {
             const T inverse = loop.valid(pixel) ? loop.memory.inverse_norm[pixel] : T(0);

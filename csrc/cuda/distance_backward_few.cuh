@@ -35,10 +35,10 @@ __device__ inline void backward_of_few(const DistanceBackwardParams<float>& para
     });
 #pragma unroll
     for (int i = 0; i < 2; ++i) sum[i] = sum_over_lanes<4>(sum[i]);
-    loop.share(kExponentials, sum);
+    loop.write_partial(kExponentials, sum);
     if constexpr (loop.kSplit == 2) __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) sum[i] = 1 / loop.sum_shared(kExponentials, i, sum[i]);
+    for (int i = 0; i < 2; ++i) sum[i] = 1 / loop.sum_partial(kExponentials, i, sum[i]);
     if (loop.side() == 1)
       loop.each_column_pair([&](int j, int) {
 #pragma unroll
@@ -65,7 +65,7 @@ __device__ inline void backward_of_few(const DistanceBackwardParams<float>& para
       loop.write_coefficients(z);
 #pragma unroll
       for (int i = 0; i < 2; ++i) along[i] = sum_over_lanes<4>(along[i]);
-      loop.share(kAlong, along);
+      loop.write_partial(kAlong, along);
     }
     __syncthreads();
     if (loop.side() == 0 && loop.part() == 0 && loop.lane() % 4 == 0)
@@ -74,7 +74,7 @@ __device__ inline void backward_of_few(const DistanceBackwardParams<float>& para
         const float factor = distance_weight(params, loop.entry(), kHalfUnit) * inverse[i];
         loop.memory.direct[loop.pixel(i)] = factor;
         loop.memory.direct[loop.kPixels + loop.pixel(i)] =
-            factor * loop.sum_shared(kAlong, i, along[i]) / scale * inverse[i];
+            factor * loop.sum_partial(kAlong, i, along[i]) / scale * inverse[i];
       }
     typename Loop::Directions directions{};
     loop.add_directions(directions);

@@ -24,7 +24,7 @@ struct ColumnPair {
 };
 
 // What warps that share their pixels, but not their anchors, add up. kReference: only one of them has f . h_r.
-enum Shared { kReference, kExponentials, kAlong, kShared };
+enum Partial { kReference, kExponentials, kAlong, kPartials };
 
 template <class X, int kTiles_>
 struct FewMemory {
@@ -34,8 +34,8 @@ struct FewMemory {
   X* tiles;                                  // [2 stages, 2 sides, kTiles, k * kM]
   float* exchange;       // [kPixels, n] from the teacher's warps to the student's, as their lanes hold it
   __half* coefficients;  // [kPixels, kRows]
-  float* shared;         // [kShared, 2 parts, 2 sides, kPixels]
-  float* out;            // [k, kM], in the place of exchange, coefficients and shared: see direction()
+  float* partial;        // [kPartials, 2 parts, 2 sides, kPixels]
+  float* out;            // [k, kM], in the place of exchange, coefficients and partial: see direction()
   ColumnPair* columns;   // [2 sides, n / 2]
   float* direct;         // [2, kPixels] as in MainMemory
   TilePair* pairs;       // [2 stages]
@@ -50,7 +50,7 @@ struct FewMemory {
     const int64_t start = carver.used();
     exchange = carver.take<float>(kPixels * block.n);
     coefficients = carver.take<__half>(kPixels * kRows);
-    shared = carver.take<float>(kSplit == 2 ? kShared * 4 * kPixels : 0);
+    partial = carver.take<float>(kSplit == 2 ? kPartials * 4 * kPixels : 0);
     carver.rewind(start);
     out = carver.take<float>(kM * block.k);
   }
@@ -144,10 +144,10 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X, kTiles>> {
         if (first_row() + 8 * j + 8 == rows) along[i] = z[j][2 * i + 1];
       along[i] = __shfl_sync(kAllLanes, along[i], lane | 3);
     }
-    share(kReference, along);
+    write_partial(kReference, along);
     if constexpr (kSplit == 2) __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) along[i] = sum_shared(kReference, i, along[i]);
+    for (int i = 0; i < 2; ++i) along[i] = sum_partial(kReference, i, along[i]);
     each_column_pair([&](int j, int pair) {
       const ColumnPair column = memory.columns[side() * block.n / 2 + pair];
 #pragma unroll
@@ -169,17 +169,17 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X, kTiles>> {
       }
   }
 
-  // What a warp has for pixel(0) and pixel(1), the same in four lanes, is added up over the parts of the anchors: all
-  // warps share() theirs, and after a barrier they read the sums.
-  __device__ void share(Shared what, const float (&own)[2]) const {
+  // How numbers of pixel(0) and pixel(1), the same in four lanes, are added up over the parts of the anchors: every
+  // warp writes its own, and after a barrier reads the sum. Where a warp has all anchors, the sum is its own number.
+  __device__ void write_partial(Partial what, const float (&own)[2]) const {
     if constexpr (kSplit == 2)
       if (lane() % 4 == 0)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) memory.shared[((what * 2 + part()) * 2 + side()) * kPixels + pixel(i)] = own[i];
+        for (int i = 0; i < 2; ++i) memory.partial[((what * 2 + part()) * 2 + side()) * kPixels + pixel(i)] = own[i];
   }
-  __device__ float sum_shared(Shared what, int i, float own) const {
+  __device__ float sum_partial(Partial what, int i, float own) const {
     if (kSplit == 1) return own;
-    const float* const first = memory.shared + (what * 4 + side()) * kPixels + pixel(i);
+    const float* const first = memory.partial + (what * 4 + side()) * kPixels + pixel(i);
     return first[0] + first[2 * kPixels];
   }
 

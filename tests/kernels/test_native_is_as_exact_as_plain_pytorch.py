@@ -56,6 +56,25 @@ def test_losses_and_gradients_in_every_dtype(variant, dtypes, size, device, pyte
                     tolerance.assert_relative(actual, exact, 0.002, f"output {i}")
 
 
+@pytest.mark.parametrize("categories", [40, 63, 70])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_anchors_than_the_kernels_for_few_take(layout, dtype, categories, device):
+    """81, 127 and 141 anchors."""
+    shapes = {"shapes": [(10, 14), (5, 7)], "strides": [16, 32]}
+    regions = make_regions(device, number=16 * categories, num_classes=categories, **shapes)
+    assert (regions.classes >= 0).sum() == categories
+    inputs = make_inputs(regions, 96, 8, dtype=DTYPES[dtype][0], device=device).layout(layout)
+    native, plain = run("sea_loss", inputs, regions), run("sea_loss", inputs, regions, "reference")
+    exact = run("sea_loss", inputs.map(torch.Tensor.double), regions, "reference")
+    for i, outputs in enumerate(zip(native[0], exact[0])):
+        tolerance.assert_relative(*outputs, 0.002, f"output {i}")
+    for i, gradients in enumerate(zip(native[1], plain[1], exact[1])):
+        tolerance.assert_close(*gradients, tolerance.GRADIENT, f"gradient {i}")
+        if gradients[0] is not None:
+            tolerance.assert_relative(gradients[0], gradients[2], 0.01, f"gradient {i}")
+
+
 def check_sixteen_seeds(variant, regions, device, change=lambda x: x, **options):
     rows = []
     for seed in range(16):
