@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kAnchorThreads) finish(const __grid_constant__
 template <class X>
 void run_loss_pool(const std::vector<Pair>& pairs, const Masks& masks, const LossOptions& options, Carver& scratch,
                    cudaStream_t stream) {
-  each_launch(pairs, [&](std::vector<Pair> part) {
+  each_launch(pairs, [&](const std::vector<Pair>& part) {
     scratch.rewind(0);
     run_pool<X>(part, masks, 2, Exponential<X>::scale(options.localization_temperature), options.slices, scratch,
                 stream);
@@ -308,7 +308,7 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
 template <class X>
 void run_anchor_pool(const std::vector<Pair>& pairs, const Masks& masks, int slices, Carver& scratch,
                      cudaStream_t stream) {
-  each_launch(pairs, [&](std::vector<Pair> part) {
+  each_launch(pairs, [&](const std::vector<Pair>& part) {
     scratch.rewind(0);
     run_pool<X>(part, masks, 1, Compute<X>(0), slices, scratch, stream);
   });
