@@ -38,7 +38,7 @@ import sea_kernels as sk
 PERIOD = 32 << 20  # bytes
 ARCHITECTURES = {"A100": 80, "H100": 90, "H200": 90}
 COLUMNS = {"W1": 0, "W4": 2}  # where not given: all of W1, 6 of the others
-UNEVEN = ("pool", "backward")  # their blocks' work depends on the boxes: where columns are not given, all are run
+UNEVEN = ("pool", "backward")  # the work of their blocks depends on the boxes: all are run unless --columns is given
 DEAL_OUT_TILES = set(first_look.KERNELS)
 MOST_GROWTH = 0.05
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -196,7 +196,7 @@ def main():
     parser.add_argument(
         "--columns",
         type=int,
-        help="of the grid, about so many are run; 0: all (default: W1 0, W4 2, else 6; of pool and backward 0)",
+        help="of the grid, about so many are run; 0: all (default: W1 0, W4 2, else 6; pool and backward always 0)",
     )
     parser.add_argument("--products", action="store_true", help="matrix products are computed: results are right")
     parser.add_argument("--no-sass", action="store_true", help="PTX is counted alone")
@@ -216,6 +216,8 @@ def main():
 
     for name in options.workloads:
         columns = COLUMNS.get(name, 6) if options.columns is None else options.columns
+        if options.columns is None and options.kernels and set(options.kernels) <= set(UNEVEN):
+            columns = 0
         result = count(name, WORKLOADS[name], options, options.kernels, columns, tell)
         uneven = [kernel for kernel in UNEVEN if kernel in result["kernels"]]
         if options.columns is None and columns > 0 and uneven:

@@ -26,8 +26,8 @@ HERE = Path(__file__).parent
 LARGE = "W2"  # the workload that is taken apart
 LEVELS = f"{LARGE} with P3 and P4 alone"  # the others have strides for which loads are slow, and tiles of few pixels
 MEASURED = ("W1", "W2", "W3", "W4", "W5")
-KERNELS = ("pool", "distance", "distance_few", "backward", "distance_backward", "distance_backward_few")
-KERNELS += ("distance_backward_some",)
+KERNELS = ("pool", "distance", "distance_few")
+KERNELS += ("backward", "distance_backward", "distance_backward_few", "distance_backward_some")
 LEFT_OUT = (
     "Not measured, since the kernels would have to change for it: the time of single blocks (the busiest "
     "multiprocessor stands for them), `pool` with other numbers of stages."

@@ -37,11 +37,11 @@ __device__ inline int nonempty_masks(const Masks& masks, int level) {
 
 // ---------------------------------------------------------------------------------------------------- means from sums
 
-// An entry of pool(): every slice adds up the pixels of each mask, in tables of its own, and has a softmax for each
+// An entry of pool(): every slice adds up the pixels of each mask, in tables of its own, and stores a softmax for each
 // strip of an image that it meets.
 struct SumsEntry : Entry {
   int64_t first_sum;      // table first_sum + slice * sides is a slice's first one
-  int64_t first_softmax;  // first_softmax + slice + strip is unique for every slice and strip that meet
+  int64_t first_softmax;  // first_softmax + slice + strip is where a slice, and no other, stores that of a strip
   int32_t sides;          // its tables: student and teacher; or the student's alone, or the difference; or none
 
   explicit SumsEntry(const Pair& pair) : Entry(pair) {}
@@ -61,6 +61,7 @@ struct SumsSize {
 
 // Assigns their places to every entry. For each slice two tables (student, teacher); one if there are no teachers
 // (student), or if the maps are of 16 bits and have no distance loss (student less teacher); none if nothing is pooled.
+// With the localization loss, a softmax for each slice and each strip.
 template <class X, class E>
 SumsSize place_sums(Pyramid<E>& pyramid, bool teachers) {
   SumsSize out;

@@ -299,7 +299,7 @@ struct DistanceBackwardParams {
   Masks masks;
   BlockShape block;
   Upstream<T> upstream;
-  int few;  // distance_backward_few() handles launches with up to this many anchors; -1: none
+  int few;  // the kernels for few anchors handle launches with up to this many; -1: none
 };
 
 // What the gradients of an entry's pixels are multiplied by. unit: the factor that their coefficients already have.

@@ -5,7 +5,7 @@
 
 namespace sea {
 
-// kTiles: at a time. count: anchors.
+// kTiles: how many tiles at a time. count: of the anchors.
 template <class X, int kTiles>
 __device__ inline void backward_of_few(const DistanceBackwardParams<float>& params, int count) {
   using Loop = FewAnchors<X, DistanceBackwardEntry, kTiles>;

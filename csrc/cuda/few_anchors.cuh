@@ -1,11 +1,11 @@
 // The main loop of backward for 16-bit maps with at most 127 anchors (of 128 rows, one is needed for h_r, below) and at
 // most 256 channels. Forward, whose loss has to be as exact as float32, uses distance_few.cuh if there are at most 63
-// anchors. A batch of 16 COCO images is close to that limit. Everything else uses mainloop.cuh.
+// anchors. A batch of 16 COCO images is close to 63. Everything else uses mainloop.cuh.
 //
 // Shared memory holds all anchors, and all channels of two tiles, while the next two tiles load. With more than 63
-// anchors, it is one tile, and the next one. Each warp takes one side and 16 pixels and reads them once. Their cosines
-// with all anchors, or with half of them, stay in its registers; of these, only the teacher's softmax is passed on, to
-// the warp with the same pixels and anchors of the student.
+// anchors, it holds one tile, while the next one loads. Each warp takes one side and 16 pixels and reads them once.
+// Their cosines with all anchors, or with half of them, stay in its registers; of these, only the teacher's softmax is
+// passed on, to the student's warp with the same pixels and anchors.
 //
 // The coefficients e_p of a pixel add up to 0, so directions do not change if one vector is subtracted from all unit
 // anchors h_p. The products are those of d_p = h_p - h_r, where r is the first anchor that is present at this level:
@@ -23,15 +23,18 @@ struct ColumnPair {
   float factor[2], absent[2];
 };
 
-// What warps that share their pixels, but not their anchors, add up. kReference: only one of them has f . h_r.
+// What is added up over warps that share pixels but not anchors: f . h_r, which only one of them has, the sum of the
+// exponentials, and that of e_p (f . h_p).
 enum Partial { kReference, kExponentials, kAlong, kPartials };
 
 template <class X, int kTiles_>
 struct FewMemory {
-  static constexpr int kTiles = kTiles_, kRows = 2 * kMaxBlockN / kTiles, kM = kBlockM<X>, kPixels = kTiles * kM;
-  static constexpr int kSplit = 2 / kTiles;  // of the anchors
-  __half* units;                             // [2 sides, n, k] d_p; row `rows` - 1 is h_r
-  X* tiles;                                  // [2 stages, 2 sides, kTiles, k * kM]
+  static constexpr int kTiles = kTiles_, kM = kBlockM<X>, kPixels = kTiles * kM;
+  static constexpr int kSplit = 2 / kTiles;  // warps that share the anchors
+  static constexpr int kRows = kSplit * kMaxBlockN;
+
+  __half* units;         // [2 sides, n, k] d_p; row `rows` - 1 is h_r
+  X* tiles;              // [2 stages, 2 sides, kTiles, k * kM]
   float* exchange;       // [kPixels, n] from the teacher's warps to the student's, as their lanes hold it
   __half* coefficients;  // [kPixels, kRows]
   float* partial;        // [kPartials, 2 parts, 2 sides, kPixels]
@@ -74,9 +77,9 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X, kTiles>> {
     for (TileMasks& of_tile : memory.masks) of_tile.count = (count + 31) / 32;
   }
 
-  __device__ int first() const { return warp() % (4 / kSplit) * kWarpM; }  // pixel of this warp; its lanes have two
+  __device__ int first() const { return warp() % (4 / kSplit) * kWarpM; }  // pixel of this warp; each lane has two
   __device__ int part() const { return warp() % 4 / (4 / kSplit); }        // of the anchors
-  // The rows of this warp's part: first_row() .. + own_rows() - 1, multiples of 16.
+  // The rows of this warp's part: first_row() .. first_row() + own_rows() - 1. Both are multiples of 16.
   __device__ int first_row() const { return part() * most_rows(); }
   __device__ int own_rows() const { return min(most_rows(), rows - first_row()); }
   __device__ int pixel(int i) const { return first() + lane() / 4 + 8 * i; }
@@ -169,8 +172,8 @@ class FewAnchors : public TilePairs<X, E, FewMemory<X, kTiles>> {
       }
   }
 
-  // How numbers of pixel(0) and pixel(1), the same in four lanes, are added up over the parts of the anchors: every
-  // warp writes its own, and after a barrier reads the sum. Where a warp has all anchors, the sum is its own number.
+  // Adds up a number per pixel over the parts of the anchors. Each warp writes its numbers for pixel(0) and pixel(1),
+  // which four lanes share, and reads the sums after a barrier. A warp that has all anchors keeps its own.
   __device__ void write_partial(Partial what, const float (&own)[2]) const {
     if constexpr (kSplit == 2)
       if (lane() % 4 == 0)

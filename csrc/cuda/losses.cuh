@@ -53,7 +53,7 @@ struct LossOptions {
 //     of each pair with distances its pixels' softmax.
 //   gradients: of each pair with distances that of the student's anchors.
 //   softmax: of each pair with localization that of its channels.
-// terms, which stay in C++, are numbers of doubles: of each pair with localization its terms of the loss.
+//   terms: of each pair with localization its terms of the loss. They are doubles, and Python does not know of them.
 struct LossSizes {
   int64_t anchors = 0, saved = 0, gradients = 0, softmax = 0, terms = 0;
 };
@@ -154,12 +154,11 @@ __global__ void __launch_bounds__(kAnchorThreads) finish(const __grid_constant__
 // The first half of the forward pass: pools the pairs' anchors and softmax, and finds the localization's terms. A
 // counting Carver launches nothing.
 template <class X>
-void run_loss_pool(const std::vector<Pair>& pairs, const Masks& masks, const LossOptions& options, Carver& scratch,
-                   cudaStream_t stream) {
+void run_loss_pool(const std::vector<Pair>& pairs, const Masks& masks, double localization_temperature, int slices,
+                   Carver& scratch, cudaStream_t stream) {
   each_launch(pairs, [&](const std::vector<Pair>& part) {
     scratch.rewind(0);
-    run_pool<X>(part, masks, 2, Exponential<X>::scale(options.localization_temperature), options.slices, scratch,
-                stream);
+    run_pool<X>(part, masks, 2, Exponential<X>::scale(localization_temperature), slices, scratch, stream);
   });
 }
 
@@ -282,16 +281,16 @@ void run_loss_backward(std::vector<Pair> pairs, const Masks& masks, const LossOp
     if (pyramid.count == 0) return;
     params.few = -1;
     if constexpr (sizeof(X) == 2) {
-      const auto launch_few = [&](auto kernel, const char* name, auto tiles, int anchors) {
+      const auto launch_few = [&](auto kernel, const char* name, auto tiles) {
         using Memory = FewMemory<X, tiles>;
         params.block = choose_few_block<X, Memory>(masks.masks, pyramid.max_channels);
         if (params.block.n == 0) return;
         launch(kernel, name, dim3(pyramid.slices), kMainThreads, bytes_of<Memory>(params.block), stream, params);
-        params.few = anchors;
+        params.few = Memory::kRows - 1;
       };
-      launch_few(distance_backward_few<X>, "distance_backward_few", std::integral_constant<int, 2>(), kFewAnchors);
+      launch_few(distance_backward_few<X>, "distance_backward_few", std::integral_constant<int, 2>());
       if (0 < params.few && params.few < masks.masks)
-        launch_few(distance_backward_some<X>, "distance_backward_some", std::integral_constant<int, 1>(), kSomeAnchors);
+        launch_few(distance_backward_some<X>, "distance_backward_some", std::integral_constant<int, 1>());
     }
     if (masks.masks <= params.few) return;
     params.block = choose_block<X>(masks.masks, pyramid.max_channels);

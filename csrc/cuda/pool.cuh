@@ -22,6 +22,7 @@ template <class X>
 constexpr int kPoolMasks = sizeof(X) == 2 ? 256 : 0;  // how many masks of a tile fit in the list
 template <class X>
 constexpr int kPoolPixels = 128 / sizeof(X);
+static_assert((1 << kStripBits) % kPoolPixels<__half> == 0);
 
 // The sum of those elements whose bits are set. The others may be NaN.
 template <int kCount, class T>
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
     at = next;
     if (tile + 1 < end) load(tile + 1, 1 - stage);
     const PoolEntry& entry = pyramid.entries[at.entry];
-    const int of_strip = at.first / kStrip * static_cast<int>(entry.batch) + at.image;
+    const int of_strip = (at.first >> entry.strip_bits) * static_cast<int>(entry.batch) + at.image;
     if (strip >= 0 && (entry_index != at.entry || strip != of_strip)) leave_strip();
     const bool mine = channel < channels_of(entry);
     const bool pools = entry.losses & (kAnchor | kDistance), lists = pools && sizeof(X) == 2;
@@ -376,9 +377,10 @@ __global__ void __launch_bounds__(kAnchorThreads)
     if (entry.losses & (kAnchor | kDistance))
       write_means<X>(params.pyramid, blockIdx.y, params.masks, params.sums, blockIdx.x);
   } else if (entry.losses & kLocalization) {
-    const int64_t blocks = divide_up(params.pyramid.max_channels, kAnchorThreads);
-    merge_softmax<X>(params.pyramid, blockIdx.y, params.softmax, params.scale, kPoolPixels<X>, block / blocks,
-                     block % blocks, reinterpret_cast<double*>(shared_memory()));
+    const int64_t blocks = divide_up(params.pyramid.max_channels, kAnchorThreads), image = block / blocks;
+    if (image < entry.batch)
+      merge_softmax<X>(params.pyramid, blockIdx.y, params.softmax, params.scale, kPoolPixels<X>, image, block % blocks,
+                       reinterpret_cast<double*>(shared_memory()));
   }
 }
 
@@ -414,7 +416,8 @@ void run_pool(const std::vector<Pair>& pairs, const Masks& masks, int sides, Com
   place_sums<X>(finish.pyramid, sides == 2);
   const dim3 grid(pyramid.slices, static_cast<unsigned>(divide_up(pyramid.max_channels, kPoolChannels)));
   launch(pool<X>, "pool", grid, kPoolThreads, bytes_of<PoolMemory<X>>(), stream, params);
-  const int64_t blocks = size.softmaxes > 0 ? pyramid.batch * divide_up(pyramid.max_channels, kAnchorThreads) : 0;
+  const bool softmax = std::any_of(pairs.begin(), pairs.end(), [](const Pair& p) { return p.losses & kLocalization; });
+  const int64_t blocks = softmax ? pyramid.batch * divide_up(pyramid.max_channels, kAnchorThreads) : 0;
   launch(pool_finish<X>, "pool_finish", dim3(static_cast<unsigned>(masks.masks + blocks), pyramid.count),
          kAnchorThreads, kReduceBytes, stream, finish);
 }

@@ -28,9 +28,9 @@ struct Masks {
   int32_t capacity, masks;    // masks = 1 + 2 * capacity; 0: there are no regions
 };
 
-// The images of a map take turns in the order of tiles, a strip of so many pixels each. So each block has tiles of
-// several images, and one image with many boxes does not hold up a few blocks. A multiple of every kernel's tile.
-constexpr int kStrip = 1024;
+// The images of a map take turns in the order of tiles, a strip of 2^10 pixels each. So the work of an image with many
+// boxes is spread over many blocks. Where a slice would have two strips at most, each image is one strip.
+constexpr int kStripBits = 10, kWholeBits = 30;
 
 // One map of a launch: its shape and its place in the order of tiles. The tables of all kernels have entries that
 // derive from this.
@@ -42,10 +42,11 @@ struct Entry {
   int64_t first_work;   // what comes before its first tile, in units of TileWork
   int32_t tile_work;    // of each of its tiles
   int32_t level;
-  int32_t losses;  // flags
+  int32_t losses;      // flags
+  int32_t strip_bits;  // log2 of the pixels of a strip, a multiple of every kernel's tile
 
   __host__ __device__ int64_t image() const { return height * width; }
-  __host__ __device__ int64_t strips() const { return divide_up(image(), kStrip) * batch; }
+  __host__ __device__ int64_t strips() const { return divide_up(image(), int64_t{1} << strip_bits) * batch; }
   __host__ __device__ int64_t pitch() const { return round_up(channels, 8); }  // of rows in the tables of anchors
 };
 
@@ -84,7 +85,7 @@ template <class E>
 struct Pyramid {
   E entries[kMaxEntries];
   int32_t count, slices, waves;
-  int64_t tiles, work, batch, max_channels;
+  int64_t tiles, work, batch, max_channels;  // batch: the largest
 };
 
 // ------------------------------------------------------------------------------------------------------ tile scheduler
@@ -152,11 +153,11 @@ struct WorkTile {
     const bool next = count > 0 && to == tile + 1;
     if (next) {
       const Entry& e = pyramid.entries[entry];
-      const int strip = first / kStrip * kStrip;
+      const int strip = first >> e.strip_bits;
       first += count;
-      if (first == strip + kStrip || first == e.image()) {
+      if (first >> e.strip_bits > strip || first == e.image()) {
         if (++image < e.batch)
-          first = strip;
+          first = strip << e.strip_bits;
         else
           image = 0;
       }
@@ -167,9 +168,11 @@ struct WorkTile {
     const int pixels = static_cast<int>(e.image());
     if (next && entry != before) image = first = 0;
     if (!next && to != tile) {
-      const unsigned at = static_cast<unsigned>(to - e.first_tile), whole = kStrip / tile_pixels;
-      const unsigned in_row = whole * static_cast<unsigned>(e.batch), row = at / in_row;  // a strip of every image
-      const unsigned tiles = min(whole, (pixels + tile_pixels - 1) / tile_pixels - row * whole);  // of each strip
+      const unsigned at = static_cast<unsigned>(to - e.first_tile), whole = (1u << e.strip_bits) / tile_pixels;
+      const unsigned in_row = whole * static_cast<unsigned>(e.batch),
+                     row = at / in_row;  // a row: one strip of every image
+      const unsigned tiles =
+          min(whole, (pixels + tile_pixels - 1) / tile_pixels - row * whole);  // in each strip of this row
       image = static_cast<int>((at - row * in_row) / tiles);
       first = static_cast<int>(row * whole + (at - row * in_row) % tiles) * tile_pixels;
     }
@@ -196,7 +199,7 @@ Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int sli
     entry.first_tile = out.tiles;
     entry.tile_work = of_pair.tile;
     entry.first_work = out.work + of_pair.first;
-    out.batch = pair.batch;
+    out.batch = std::max(out.batch, pair.batch);
     out.tiles += tiles;
     out.work += tiles == 0 ? 0 : of_pair.first + tiles * of_pair.tile;
     out.max_channels = std::max(out.max_channels, pair.channels);
@@ -204,7 +207,10 @@ Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int sli
   }
   // No slice between the first and the last one of an entry may be empty: each has room for any tile.
   out.waves = waves;
-  out.slices = static_cast<int32_t>(out.tiles == 0 ? 0 : waves * std::clamp<int64_t>(out.work / most, 1, slices));
+  const int64_t in_wave = out.tiles == 0 ? 0 : std::clamp<int64_t>(out.work / most, 1, slices);
+  out.slices = static_cast<int32_t>(waves * in_wave);
+  const bool strips = out.tiles * tile_pixels > in_wave * (int64_t{2} << kStripBits);
+  for (int32_t i = 0; i < out.count; ++i) out.entries[i].strip_bits = strips ? kStripBits : kWholeBits;
   return out;
 }
 

@@ -170,8 +170,8 @@ struct SavedSoftmax {
   }
 };
 
-// For a block's share of the channels of one image of entry `i`: the softmax of all its strips and their slices, to be
-// saved, and the sum of its terms of the localization loss. E has first_softmax, as SumsEntry, and softmax and
+// For a block's share of the channels of one image of entry `i`: merges what the slices stored for the image's strips,
+// saves it, and adds up its terms of the localization loss. E has first_softmax, as SumsEntry, and softmax and
 // localization_terms, as Pair. All threads call it.
 template <class X, class E>
 __device__ inline void merge_softmax(const Pyramid<E>& pyramid, int64_t i,
@@ -184,9 +184,11 @@ __device__ inline void merge_softmax(const Pyramid<E>& pyramid, int64_t i,
   double term = 0;
   if (channel < entry.channels) {
     OnlineSoftmax<X> all;
-    int64_t left = divide_up(entry.image(), tile_pixels), row = entry.first_tile;  // tiles; a strip of every image
+    int64_t left = divide_up(entry.image(), tile_pixels), row = entry.first_tile;
+    // left: the image's tiles to come; row: the first tile of a row, which is one strip of every image
     for (int64_t strip = image; left > 0; strip += entry.batch) {
-      const int64_t tiles = left < kStrip / tile_pixels ? left : kStrip / tile_pixels, tile = row + image * tiles;
+      const int64_t whole = (int64_t{1} << entry.strip_bits) / tile_pixels, tiles = left < whole ? left : whole;
+      const int64_t tile = row + image * tiles;
       const SliceRange range = slices_of(pyramid, i, tile, tile + tiles);
       for (int64_t s = range.first; s <= range.last; ++s) {
         OnlineSoftmax<X> one;

@@ -1,22 +1,21 @@
 // How a block walks over its tiles, two at a time, in the kernels for few anchors. While it works on one pair, the next
-// pair loads. Both tiles of a pair belong to the same map; the second may be missing. Where there are more anchors,
-// there is room for one tile at a time only.
+// pair loads. Both tiles of a pair belong to the same map; the second may be missing. With more than 63 anchors there
+// is room for one tile at a time, and a pair is this one tile.
 #pragma once
 #include "mainloop.cuh"
 
 namespace sea {
 
-constexpr int kFewAnchors = 63;    // with two tiles at a time
-constexpr int kSomeAnchors = 127;  // with one
+constexpr int kFewAnchors = 63;    // of kernels that take two tiles at a time
+constexpr int kSomeAnchors = 127;  // of those that take one
 
 // Kept in shared memory, because the matrix products need the registers.
 struct TilePair {
-  WorkTile tile[2];  // where there is no second tile, its count is 0
+  WorkTile tile[2];  // where the second is missing, its count is 0; unused where a pair is one tile
   int tiles;         // 1 or 2
 };
 
-// The block's shape if a kernel of few anchors can run, else {0, 0}. Memory::kRows: how many rows of anchors it may
-// have room for.
+// The block's shape if a kernel of few anchors can run, else {0, 0}. Memory::kRows: the most rows of anchors.
 template <class X, class Memory>
 BlockShape choose_few_block(int64_t masks, int64_t channels) {
   if (sizeof(X) > 2 || channels > kMaxBlockK) return {0, 0};

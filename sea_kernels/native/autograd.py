@@ -76,8 +76,8 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(anchor, distance, localization, saved): pool, sum over the ranks, compare."""
     if group is None or not any(x & (ANCHOR | DISTANCE) for x in flags):
-        # Nothing to sum: pool and compare in one operator. Two calls cost a tiny call 17% of its time, and the default
-        # workload 1 to 2% of its forward, and more memory at 400 categories.
+        # Nothing to sum: pool and compare in one operator. On the CPU, two calls cost a tiny call 17% of its time, and
+        # the default workload 1 to 2% of its forward, and more memory at 400 categories.
         return run("sea_loss", student, teacher, flags, regions, *temperatures, *elements)
     distance_temperature, localization_temperature = temperatures
     count = saved.anchor_elements(student, flags, regions[1].shape[1])

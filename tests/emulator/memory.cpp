@@ -28,7 +28,7 @@ struct Allocation {
 std::mutex& operators = *new std::mutex;                              // locked while one runs
 std::mutex& mutex = *new std::mutex;                                  // of the list
 std::vector<Allocation>& allocations = *new std::vector<Allocation>;  // since the running operator began
-size_t live, most;                                                    // bytes of these that are not released
+size_t live, most;                                                    // bytes not released: now, and at most
 
 void fill_guard(unsigned char* guard) {
   for (size_t i = 0; i < kGuardBytes; ++i) guard[i] = kGuard[i % 2];

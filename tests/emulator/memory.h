@@ -8,7 +8,7 @@ namespace emulator {
 void* allocate(size_t bytes);
 inline size_t largest_filled = SIZE_MAX;  // what has more bytes is not filled
 void release(void* memory);               // any thread may call it
-size_t peak_bytes();  // the most that the last operator had allocated and not released at one time
+size_t peak_bytes();                      // the most that the last operator held at one time
 
 // An operator that runs; others wait for its end. What it allocates is held while it lives, also what is released, so
 // that check() can look at the guards.

@@ -74,7 +74,7 @@ def test_images_of_several_strips(batch, slices, kernels):
     """Images take turns in the order of tiles: blocks that come back to an image, and last strips of any size."""
     kernels.settings(slices=slices)
     shapes = {"shapes": [(45, 50), (32, 32), (31, 33)], "strides": [4, 7, 7]}  # 2250, 1024 and 1023 pixels
-    for dtype in (F32, BF16):
+    for dtype in (F32, BF16, F64):
         check(EVERYTHING, make_regions(number=9, batch=batch, **shapes), dtype, channels=9, box_channels=5)
 
 
@@ -111,7 +111,7 @@ def test_numbers_of_anchors_where_other_kernels_take_over(categories, layout):
     regions = make_regions(number=16 * categories, levels=2, num_classes=categories, **shapes)
     assert (regions.classes >= 0).sum() == categories
     for dtype in (BF16, F16):
-        check("sea_loss", regions, dtype, layout, channels=70, box_channels=8)
+        check("sea_loss", regions, dtype, layout, channels=256 if categories == 63 else 70, box_channels=8)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

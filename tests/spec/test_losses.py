@@ -98,6 +98,18 @@ def test_default_temperatures_are_a_tenth_and_one(backend, device):
     assert_near(sk.localization_alignment_loss(student, teacher), oracle.localization_loss(s, t, None, 1.0))
 
 
+@pytest.mark.parametrize("batches", [(2, 1), (1, 3)])
+def test_sets_of_other_batch_sizes_where_there_are_no_regions(batches, backend, device):
+    generator = torch.Generator().manual_seed(0)
+    make = lambda b: torch.randn(b, 5, 4, 6, generator=generator).to(device)  # noqa: E731
+    student, teacher = [[make(b).requires_grad_(True)] for b in batches], [[make(b)] for b in batches]
+    loss = sk.localization_alignment_loss(student, teacher)
+    alone = sum(sk.localization_alignment_loss(s, t) for s, t in zip(student, teacher))
+    torch.testing.assert_close(loss, alone)
+    leaves = [x for maps in student for x in maps]
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(alone, leaves))
+
+
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 5.0])
 @pytest.mark.parametrize("detach_anchors", [False, True])
 def test_gradients_are_the_closed_formulas(case, temperature, detach_anchors, backend, device):

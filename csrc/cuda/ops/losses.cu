@@ -39,9 +39,9 @@ Pooled pool(const Call& call, double localization_temperature, int64_t softmax_e
   const Tensor softmax = softmax_elements > 0 ? out.softmax : make({needed.softmax}, type, call.like());
   lay_out<X>(pairs, call.levels(), call.masks.masks, false,
              {data<T>(out.anchors), nullptr, nullptr, data<T>(softmax), data<double>(out.terms)});
-  const LossOptions options{1, localization_temperature, false, false, slices()};
-  with_scratch(call.like(),
-               [&](Carver& scratch) { run_loss_pool<X>(pairs, call.masks, options, scratch, on.stream()); });
+  with_scratch(call.like(), [&](Carver& scratch) {
+    run_loss_pool<X>(pairs, call.masks, localization_temperature, slices(), scratch, on.stream());
+  });
   return out;
 }
 
