@@ -193,6 +193,8 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks)
 // Of slices: blocks take different times, which depend on the boxes. Nothing is summed up over tiles, so slices change
 // no result.
 constexpr int kBackwardWaves = 6;
+// Shorter strips than pool(), which stores a softmax for each: the work of a pixel depends on the boxes even more.
+constexpr int kBackwardStripBits = 8;
 
 // The gradients of the maps of one launch, but for pairs with the losses `without`. slices: one for each
 // multiprocessor.
@@ -204,7 +206,7 @@ void run_backward(const std::vector<Pair>& pairs, const Masks& masks, const Upst
   for (const Pair& pair : pairs) channels = std::max(channels, takes(pair) ? pair.channels : 0);
   const BackwardParams<Compute<X>> params{
       make_pyramid<BackwardEntry>(pairs, kPoolPixels<X>, pool_slices<X>(slices, channels), takes, pool_work<X>,
-                                  kBackwardWaves),
+                                  kBackwardWaves, kBackwardStripBits),
       masks, upstream};
   const dim3 grid(params.pyramid.slices, static_cast<unsigned>(divide_up(channels, kPoolChannels)));
   launch(backward<X>, "backward", grid, kPoolThreads, bytes_of<PoolMemory<X>>(), stream, params);

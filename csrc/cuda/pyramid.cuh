@@ -187,7 +187,7 @@ struct WorkTile {
 // their TileWork.
 template <class E, class Takes, class Work>
 Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int slices, Takes takes, Work work,
-                        int waves = 1) {
+                        int waves = 1, int strip_bits = kStripBits) {
   Pyramid<E> out{};
   int32_t most = 1;
   for (const Pair& pair : pairs) {
@@ -209,8 +209,8 @@ Pyramid<E> make_pyramid(const std::vector<Pair>& pairs, int tile_pixels, int sli
   out.waves = waves;
   const int64_t in_wave = out.tiles == 0 ? 0 : std::clamp<int64_t>(out.work / most, 1, slices);
   out.slices = static_cast<int32_t>(waves * in_wave);
-  const bool strips = out.tiles * tile_pixels > in_wave * (int64_t{2} << kStripBits);
-  for (int32_t i = 0; i < out.count; ++i) out.entries[i].strip_bits = strips ? kStripBits : kWholeBits;
+  const bool strips = out.tiles * tile_pixels > in_wave * (int64_t{2} << strip_bits);
+  for (int32_t i = 0; i < out.count; ++i) out.entries[i].strip_bits = strips ? strip_bits : kWholeBits;
   return out;
 }
 
