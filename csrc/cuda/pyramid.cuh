@@ -168,11 +168,12 @@ struct WorkTile {
     const int pixels = static_cast<int>(e.image());
     if (next && entry != before) image = first = 0;
     if (!next && to != tile) {
-      const unsigned at = static_cast<unsigned>(to - e.first_tile), whole = (1u << e.strip_bits) / tile_pixels;
-      const unsigned in_row = whole * static_cast<unsigned>(e.batch),
-                     row = at / in_row;  // a row: one strip of every image
-      const unsigned tiles =
-          min(whole, (pixels + tile_pixels - 1) / tile_pixels - row * whole);  // in each strip of this row
+      // Tiles: of an image, and of all strips but the last ones. A row is one strip of every image.
+      const unsigned per_image = (pixels + tile_pixels - 1) / tile_pixels;
+      const unsigned whole = min((1u << e.strip_bits) / tile_pixels, per_image);
+      const unsigned in_row = whole * static_cast<unsigned>(e.batch);
+      const unsigned at = static_cast<unsigned>(to - e.first_tile), row = at / in_row;
+      const unsigned tiles = min(whole, per_image - row * whole);  // of each strip of this row
       image = static_cast<int>((at - row * in_row) / tiles);
       first = static_cast<int>(row * whole + (at - row * in_row) % tiles) * tile_pixels;
     }

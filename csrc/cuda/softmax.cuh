@@ -184,11 +184,11 @@ __device__ inline void merge_softmax(const Pyramid<E>& pyramid, int64_t i,
   double term = 0;
   if (channel < entry.channels) {
     OnlineSoftmax<X> all;
-    int64_t left = divide_up(entry.image(), tile_pixels), row = entry.first_tile;
+    const int64_t whole = (int64_t{1} << entry.strip_bits) / tile_pixels;  // tiles of all strips but the last one
     // left: the image's tiles to come; row: the first tile of a row, which is one strip of every image
+    int64_t left = divide_up(entry.image(), tile_pixels), row = entry.first_tile;
     for (int64_t strip = image; left > 0; strip += entry.batch) {
-      const int64_t whole = (int64_t{1} << entry.strip_bits) / tile_pixels, tiles = left < whole ? left : whole;
-      const int64_t tile = row + image * tiles;
+      const int64_t tiles = left < whole ? left : whole, tile = row + image * tiles;
       const SliceRange range = slices_of(pyramid, i, tile, tile + tiles);
       for (int64_t s = range.first; s <= range.last; ++s) {
         OnlineSoftmax<X> one;

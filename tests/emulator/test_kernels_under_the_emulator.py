@@ -78,6 +78,15 @@ def test_images_of_several_strips(batch, slices, kernels):
         check(EVERYTHING, make_regions(number=9, batch=batch, **shapes), dtype, channels=9, box_channels=5)
 
 
+@pytest.mark.parametrize("batch", [64, 128, 256])
+def test_many_small_images(batch, kernels):
+    """No product of tiles and images overflows 32 bits where each image is one strip."""
+    kernels.settings(slices=1000)
+    regions = make_regions(number=9, batch=batch, shapes=[(3, 3)], strides=[70])
+    for dtype in (BF16, F64):
+        check(EVERYTHING, regions, dtype, channels=3, box_channels=2)
+
+
 @pytest.mark.parametrize("limit, num_classes, launched", [
     (227, 20, ["distance_few", "distance_backward_few"]),  # at most 41 anchors
     (227, 40, ["distance_few", "distance", "distance_backward_few", "distance_backward_some"]),  # 81
