@@ -26,12 +26,12 @@ struct Pooled {
   Tensor terms;    // of the localization loss
 };
 
+// pairs: those of the call; their pointers are set anew.
 template <class X>
-Pooled pool(const Call& call, double localization_temperature, int64_t softmax_elements) {
+Pooled pool(const Call& call, std::vector<Pair>& pairs, double localization_temperature, int64_t softmax_elements) {
   using T = Compute<X>;
   const ScalarType type = kScalarType<T>;
   const OnDevice on(call.like());
-  std::vector<Pair> pairs = call.pairs();
   const LossSizes needed = lay_out<X>(pairs, call.levels(), call.masks.masks, false);
   check_elements("softmax_elements", softmax_elements, needed.softmax, true);
   const Pooled out{make({needed.anchors}, type, call.like()), make({softmax_elements}, type, call.like()),
@@ -47,8 +47,7 @@ Pooled pool(const Call& call, double localization_temperature, int64_t softmax_e
 
 // The sizes that compare() needs. Throws if those given are others.
 template <class X>
-LossSizes check_saved(const Call& call, int64_t saved_elements, int64_t gradient_elements) {
-  std::vector<Pair> pairs = call.pairs();
+LossSizes check_saved(const Call& call, std::vector<Pair>& pairs, int64_t saved_elements, int64_t gradient_elements) {
   const LossSizes needed = lay_out<X>(pairs, call.levels(), call.masks.masks, saved_elements > 0);
   check_elements("saved_elements", saved_elements, needed.saved, true);
   // Where there are several chunks of anchors, the gradient needs the pixels' softmax from what is saved.
@@ -62,22 +61,20 @@ struct Compared {
   Tensor saved, gradients;
 };
 
-// terms: null if the localization loss is not asked for.
+// pairs: as for pool(). needed: what check_saved() returns. terms: null if the localization loss is not asked for.
 template <class X>
-Compared compare(const Call& call, const Tensor& anchors, const Tensor* terms, double distance_temperature,
-                 int64_t saved_elements, int64_t gradient_elements) {
+Compared compare(const Call& call, std::vector<Pair>& pairs, const LossSizes& needed, const Tensor& anchors,
+                 const Tensor* terms, double distance_temperature, int64_t saved_elements, int64_t gradient_elements) {
   using T = Compute<X>;
   const ScalarType type = kScalarType<T>;
   const Tensor& like = call.like();
   const OnDevice on(like);
   const bool save = saved_elements > 0;
-  const LossSizes needed = check_saved<X>(call, saved_elements, gradient_elements);
   check_elements("anchors.numel()", anchors.numel(), needed.anchors, false);
   const Compared out{make({}, type, like), make({}, type, like), make({}, type, like),
                      make({saved_elements}, type, like), make({gradient_elements}, type, like)};
   // What is not saved is still needed until the call ends.
   const Tensor saved = save ? out.saved : make({needed.saved}, type, like);
-  std::vector<Pair> pairs = call.pairs();
   lay_out<X>(pairs, call.levels(), call.masks.masks, save,
              {data<T>(anchors), data<T>(saved), gradient_elements > 0 ? data<T>(out.gradients) : nullptr, nullptr,
               terms ? data<double>(*terms) : nullptr});
@@ -96,10 +93,11 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sea_loss(
   const Call call{student, teacher, losses, make_masks(regions, student)};
   return with_held_type(student, teacher, [&](auto zero) {
     using X = decltype(zero);
-    check_saved<X>(call, saved_elements, gradient_elements);
-    const Pooled pooled = pool<X>(call, localization_temperature, softmax_elements);
-    const Compared out =
-        compare<X>(call, pooled.anchors, &pooled.terms, distance_temperature, saved_elements, gradient_elements);
+    std::vector<Pair> pairs = call.pairs();
+    const LossSizes needed = check_saved<X>(call, pairs, saved_elements, gradient_elements);
+    const Pooled pooled = pool<X>(call, pairs, localization_temperature, softmax_elements);
+    const Compared out = compare<X>(call, pairs, needed, pooled.anchors, &pooled.terms, distance_temperature,
+                                    saved_elements, gradient_elements);
     return std::make_tuple(out.anchor, out.distance, out.localization,
                            std::vector<Tensor>{out.saved, out.gradients, pooled.softmax});
   });
@@ -116,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> sea_loss_pool(std::vector<Tensor> student, st
     std::vector<Pair> pairs = call.pairs();
     const int64_t needed = lay_out<X>(pairs, call.levels(), call.masks.masks, false).anchors;
     check_elements("anchor_elements", anchor_elements, needed, false);
-    const Pooled pooled = pool<X>(call, localization_temperature, softmax_elements);
+    const Pooled pooled = pool<X>(call, pairs, localization_temperature, softmax_elements);
     const OnDevice on(call.like());
     const Tensor localization = make({}, kScalarType<T>, call.like());
     run_localization<X>(call.masks, data<double>(pooled.terms), pooled.terms.numel(), data<T>(localization),
@@ -131,8 +129,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sea_loss_compare(std::vector<Tensor> 
                                                             int64_t saved_elements, int64_t gradient_elements) {
   const Call call{student, teacher, losses, make_masks(regions, student)};
   return with_held_type(student, teacher, [&](auto zero) {
+    using X = decltype(zero);
+    std::vector<Pair> pairs = call.pairs();
+    const LossSizes needed = check_saved<X>(call, pairs, saved_elements, gradient_elements);
     const Compared out =
-        compare<decltype(zero)>(call, anchors, nullptr, distance_temperature, saved_elements, gradient_elements);
+        compare<X>(call, pairs, needed, anchors, nullptr, distance_temperature, saved_elements, gradient_elements);
     return std::make_tuple(out.anchor, out.distance, out.saved, out.gradients);
   });
 }
